@@ -1,0 +1,36 @@
+"""Environment variables: read here, validated here, never written.
+
+Arguments come before the environment: a variable only fills in what a call leaves open.
+
+=====================  ==================================================================
+``ANYEP_CACHE_DIR``    directory for compiled kernels
+``ANYEP_HOST_ID``      this host's identity; ranks with the same one share memory
+=====================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_directories() -> list[Path]:
+    """Return the directories in which compiled kernels may be kept, best first."""
+    explicit = os.environ.get("ANYEP_CACHE_DIR")
+    if explicit:
+        return [Path(explicit)]
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    candidates = []
+    if os.environ.get("XDG_CACHE_HOME"):
+        candidates.append(Path(os.environ["XDG_CACHE_HOME"]) / "anyep")
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute():
+        candidates.append(home / ".cache" / "anyep")
+    candidates.append(Path(tempfile.gettempdir()) / f"anyep-{user}")
+    return candidates
+
+
+def host_id() -> str | None:
+    """Return the host identity given by the user, if any."""
+    return os.environ.get("ANYEP_HOST_ID") or None

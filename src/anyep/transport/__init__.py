@@ -1,0 +1,1 @@
+"""Step 4, how bytes move: arenas that peers can address, and words that say when."""

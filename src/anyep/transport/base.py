@@ -1,0 +1,107 @@
+"""The seam: a transport gives a rank memory that its peers can address, and lanes of words that say when.
+
+An *arena* is a rank's memory: a heap that grows by segments. A *place* is (segment, offset), two integers that mean
+the same on every rank; :meth:`Transport.address` turns a peer's place into an address here.
+
+A *lane* is a ring of mailboxes, one for each (source rank, ring slot), each holding ``words`` int64. Lane slots
+are used again after ``ring`` operations and nobody acknowledges: every operation awaits one message of its first lane from
+every rank, so with F operations in flight no rank can be more than 2 F operations ahead of another, and a ring of
+2 F slots is never overwritten before it is read.
+
+Memory order, in one sentence: :meth:`Transport.post` fences (non-temporal stores too) and then publishes with release
+order, :meth:`Transport.wait` acquires.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """A kind of message: at most ``words`` int64 from each rank to each rank per operation."""
+
+    index: int
+    name: str
+    words: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where bytes lie in a rank's arena; the same integers on every rank."""
+
+    segment: int
+    offset: int
+
+
+class Block(Protocol):
+    """A piece of this rank's arena. It returns to the heap when the block and the last tensor cut from it are gone."""
+
+    place: Place
+    address: int
+    num_bytes: int
+
+    @property
+    def memory(self) -> memoryview:
+        """The writable bytes; whoever holds it (``torch.frombuffer``) keeps the block."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blame:
+    """Why this rank leaves: told to the peers, so that they name the culprit and not the messenger."""
+
+    ranks: tuple[int, ...]
+    timeout: bool
+
+
+class Transport(Protocol):
+    """How bytes move between the ranks of one group. ``anyep.testing.check_transport`` is the exam."""
+
+    name: str
+    rank: int
+    size: int
+
+    def allocate(self, num_bytes: int) -> Block:
+        """Cut a block from this rank's arena, 128-byte aligned; the arena grows when it is full.
+
+        Raises CapacityError with the sizes when the machine has no memory for it. 0 bytes are allowed.
+        """
+        ...
+
+    def locate(self, address: int, num_bytes: int) -> Place | None:
+        """Return where [address, address + num_bytes) lies in this rank's own arena, or None."""
+        ...
+
+    def address(self, rank: int, place: Place) -> int:
+        """Return the address, in this process, of a place in ``rank``'s arena (mapped on first use)."""
+        ...
+
+    def post(self, lane: Lane, epoch: int, words: Words) -> None:
+        """Send row d of ``words`` (int64 [R, n], n <= lane.words) to rank d for every d, oneself included."""
+        ...
+
+    def wait(self, lane: Lane, epoch: int, step: str) -> Words:
+        """Return what every rank posted on ``lane`` for ``epoch``: int64 [R, lane.words], row s from rank s.
+
+        A view that is valid until the ring comes round. Waits without the GIL and without burning a core.
+        Raises PeerLost or PeerTimeout, naming ranks and ``step``; Ctrl-C works.
+        """
+        ...
+
+    def close(self, blame: Blame | None = None) -> None:
+        """Tell the peers, and free the arena once its last tensor is gone. Idempotent, never waits for a peer.
+
+        A peer that already has every message it waits for is not disturbed.
+        """
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Facts for ``explain()``: memory committed, segments, how waits work here."""
+        ...
