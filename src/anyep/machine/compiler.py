@@ -21,8 +21,8 @@ import numba
 from filelock import FileLock
 from numba.core import caching
 
-import anyep
 from anyep import config
+from anyep.version import __version__
 
 _COMPILED_PACKAGES = ("machine", "kernels", "transport")
 
@@ -51,13 +51,13 @@ def cache_directory() -> Path:
 
 @lru_cache(maxsize=1)
 def _sources_digest() -> str:
-    package = Path(anyep.__file__).parent
-    digest = hashlib.sha256(f"{anyep.__version__} {numba.__version__} {sys.version}".encode())
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(f"{__version__} {numba.__version__} {sys.version}".encode())
     for name in _COMPILED_PACKAGES:
         for source in sorted((package / name).rglob("*.py")):
             digest.update(str(source.relative_to(package)).encode())
             digest.update(source.read_bytes())
-    return f"{anyep.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest.hexdigest()[:12]}"
+    return f"{__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{digest.hexdigest()[:12]}"
 
 
 class _DirectoryLocator:

@@ -1,0 +1,343 @@
+"""The public class: dispatch tokens to the ranks that own their experts, combine what the experts return.
+
+Legend: T tokens of this rank, H hidden, K top-k, E experts, R ranks, N received rows, G scale groups (ceil(H / 128)).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, overload
+
+import torch
+
+from anyep.errors import PeerError, PeerTimeout
+from anyep.exchange import combine as combining
+from anyep.exchange import dispatch as dispatching
+from anyep.exchange.arguments import check_choice
+from anyep.exchange.barrier import barrier
+from anyep.exchange.event import Pending
+from anyep.exchange.explain import Explanation
+from anyep.exchange.handle import Combined, Handle, Received
+from anyep.exchange.queue import OperationQueue
+from anyep.exchange.setup import BufferOptions, open_endpoint
+from anyep.exchange.stats import Stats
+from anyep.exchange.wire import ELEMENTS
+from anyep.layout.trace_file import TraceRecorder
+from anyep.transport.base import Blame
+
+LAYOUTS = ("compact", "expert")
+
+
+class Buffer:
+    """One rank's side of a group that exchanges tokens. Making it is collective; so is every dispatch and combine.
+
+    ``group``: a torch.distributed process group, an mpi4py communicator, a member of :func:`anyep.local_group`, or None
+    inside a torchrun job. All ranks pass the same arguments.
+
+    Sizes: ``hidden`` H, ``num_experts`` E, ``num_topk`` K, ``max_tokens_per_rank``. Experts lie on ranks in contiguous
+    ranges, or where ``placement`` (a rank for each expert) says. ``expert_alignment`` pads each expert's rows in the
+    expert layout. ``static_rows`` fixes N for every dispatch: the tail has index -1 and zeros, and more rows than
+    that are a CapacityError on every rank.
+
+    ``wire``: what rows are made of on their way, ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp8"`` (E4M3 with one scale
+    for 128 channels; ``scales``: ``"fp32"`` amax / 448, ``"pow2"`` rounded up to a power of two, ``"ue8m0"`` packed 4
+    to an int32).
+
+    ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
+    committed at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
+    ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
+
+    Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
+    machine lacks memory; Unavailable when a transport was asked for that is impossible here.
+
+    >>> def rank_main(member):
+    ...     with Buffer(member, hidden=8, num_experts=4, num_topk=2, max_tokens_per_rank=3, wire="fp32") as ep:
+    ...         received = ep.dispatch(torch.ones(3, 8), torch.tensor([[0, 3], [1, 0], [-1, 2]]), torch.ones(3, 2))
+    ...         return ep.combine(received.x, received.handle)[:, 0].tolist()
+    >>> from anyep import local_group
+    >>> local_group(2).run(rank_main)
+    [[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        group: object,
+        *,
+        hidden: int,
+        num_experts: int,
+        num_topk: int,
+        max_tokens_per_rank: int,
+        wire: str = "bf16",
+        scales: str = "fp32",
+        expert_alignment: int = 1,
+        static_rows: int | None = None,
+        placement: Sequence[int] | None = None,
+        transport: str = "auto",
+        kernels: str = "cpu",
+        num_threads: int | None = None,
+        arena_bytes: int | None = None,
+        timeout_s: float = 30.0,
+        record: str | None = None,
+    ) -> None:
+        self._closed = True
+        options = BufferOptions(
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            max_tokens_per_rank=max_tokens_per_rank,
+            wire=wire,
+            scales=scales,
+            expert_alignment=expert_alignment,
+            static_rows=static_rows,
+            placement=None if placement is None else tuple(int(rank) for rank in placement),
+            transport=transport,
+            kernels=kernels,
+            num_threads=num_threads,
+            arena_bytes=arena_bytes,
+            timeout_s=timeout_s,
+        )
+        opened = open_endpoint(group, options)
+        self._end = opened.endpoint
+        self._explanation = opened.explanation
+        self._static_rows = static_rows
+        self._identity = object()
+        self._queue = OperationQueue(self._leave, self._count_refusal)
+        self._recorder = None
+        if record is not None:
+            self._recorder = TraceRecorder(record, num_experts=num_experts, num_topk=num_topk, rank=self._end.rank)
+        self._closed = False
+
+    @property
+    def rank(self) -> int:
+        return self._end.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._end.num_ranks
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        layout: str = "compact",
+        wait: Literal[True] = True,
+    ) -> Received: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        layout: str = "compact",
+        wait: Literal[False],
+    ) -> Pending[Received]: ...
+
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        layout: str = "compact",
+        wait: bool = True,
+    ) -> Received | Pending[Received]:
+        """Send each token to the ranks that own its experts.
+
+        ``x`` [T, H] in the wire's dtype; for fp8 in bfloat16, float16 or float32 (quantised on the way), or a pair
+        (float8_e4m3fn [T, H], scales). ``topk_idx`` [T, K] int32 or int64, -1 for none, duplicates allowed.
+        ``topk_weights`` fp32 [T, K] or None.
+
+        ``layout="compact"``: one row for each token and destination rank, ordered by (source rank, source token).
+        ``layout="expert"``: one row for each (token, column), grouped by local expert, groups padded to
+        ``expert_alignment``; a row's other columns hold -1. Padding rows have index -1 and zeros.
+
+        ``handle`` of an earlier dispatch: the same tokens' places again, without layout and counts; then
+        ``topk_idx`` must be None and ``layout`` is the handle's. ``wait=False`` returns at once; inputs must not
+        change until ``Pending.wait()`` gives the Received.
+
+        Raises TypeError and ValueError for this rank's arguments (nothing was sent: call again), ValueError on every
+        rank where ranks call differently, CapacityError on every rank where one lacks memory or ``static_rows`` is
+        too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
+        """
+        self._queue.check_open()
+        if handle is not None:
+            outgoing = self._prepare_cached(x, topk_idx, topk_weights, handle)
+        else:
+            check_choice("layout", layout, LAYOUTS)
+            outgoing = dispatching.prepare(
+                self._end, x, topk_idx, topk_weights, layout=layout, static_rows=self._static_rows
+            )
+            if self._recorder is not None:
+                self._recorder.add(outgoing.plan.topk_idx, outgoing.topk_weights)
+
+        def operation(epoch: int) -> Received:
+            return dispatching.dispatch(self._end, epoch, outgoing, buffer=self._identity)
+
+        return self._queue.run("dispatch", operation) if wait else self._queue.start("dispatch", operation)
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+        reduce: str = "rank",
+        wait: Literal[True] = True,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+        reduce: str = "rank",
+        wait: Literal[True] = True,
+    ) -> Combined: ...
+
+    @overload
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+        reduce: str = "rank",
+        wait: Literal[False],
+    ) -> Pending[torch.Tensor | Combined]: ...
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+        reduce: str = "rank",
+        wait: bool = True,
+    ) -> torch.Tensor | Combined | Pending[torch.Tensor | Combined]:
+        """Bring the experts' outputs back and sum them.
+
+        ``y`` [N, H] bfloat16, float16 or float32, rows as received. out[t] = bias + sum of t's rows, in fp32, rounded
+        once: ``reduce="rank"`` in ascending order of the destination rank, ``reduce="expert"`` (expert layout) in the
+        order of t's top-k columns, which gives the same bits for every number of ranks. ``bias``: up to two [T, H],
+        added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to [T, K]; the result is then a
+        Combined.
+
+        Without a copy when ``y`` comes from :meth:`empty_output`. Returns when all ranks have read ``y``. Errors as
+        :meth:`dispatch`.
+        """
+        self._queue.check_open()
+        returning = combining.prepare(
+            self._end,
+            y,
+            self._check_handle(handle),
+            topk_weights=topk_weights,
+            bias=bias,
+            out=out,
+            reduce=reduce,
+        )
+
+        def operation(epoch: int) -> torch.Tensor | Combined:
+            return combining.combine(self._end, epoch, returning)
+
+        return self._queue.run("combine", operation) if wait else self._queue.start("combine", operation)
+
+    def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.
+
+        ``dtype``: the wire's, bfloat16 for fp8. Raises CapacityError when the machine lacks memory.
+        """
+        self._queue.check_open()
+        plain = torch.bfloat16 if self._end.wire.scale_format is not None else self._end.wire.dtype
+        chosen = plain if dtype is None else dtype
+        if chosen not in ELEMENTS:
+            raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
+        return combining.empty_output(self._end, self._check_handle(handle), chosen)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._queue.check_open()
+        self._queue.run("barrier", lambda epoch: barrier(self._end, epoch))
+
+    def explain(self) -> Explanation:
+        """Say which mode, transport, kernels and memory were chosen, and why. ``print`` it."""
+        return self._explanation
+
+    def stats(self) -> Stats:
+        """Return this rank's counters since the buffer was made."""
+        return self._end.counters.snapshot()
+
+    def close(self) -> None:
+        """Leave the group and free the arena; received tensors stay valid. Idempotent.
+
+        Other ranks that already have what they wait for are not disturbed; those that still need this rank get
+        PeerLost.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.close()
+        self._end.workers.close()
+        self._end.transport.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            warnings.warn(f"{self!r} was never closed; use it in a with statement", ResourceWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_end"):
+            return "<anyep.Buffer, not made>"
+        state = "closed" if self._closed else "open"
+        return f"<anyep.Buffer rank {self.rank} of {self.num_ranks}, {self._end.transport.name}, {state}>"
+
+    def _prepare_cached(
+        self, x: object, topk_idx: object, topk_weights: object, handle: Handle
+    ) -> dispatching.Outgoing:
+        if topk_idx is not None:
+            raise ValueError("topk_idx must be None when a handle is given: the handle knows where the tokens go")
+        return dispatching.prepare_cached(self._end, x, topk_weights, self._check_handle(handle))
+
+    def _check_handle(self, handle: object) -> Handle:
+        if not isinstance(handle, Handle):
+            raise TypeError(f"handle must be the handle of a Received, got {type(handle).__name__}")
+        if handle.buffer is not self._identity:
+            raise ValueError("this handle was made by another buffer; pass the handle of a dispatch of this one")
+        return handle
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the peers why this rank goes, so that they name the culprit and not this rank."""
+        blame = (
+            Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
+        )
+        self._end.transport.close(blame)
+
+    def _count_refusal(self) -> None:
+        self._end.counters.refused += 1

@@ -1,0 +1,57 @@
+"""Checks of what a caller passes, before a word is exchanged: a refused call costs the other ranks nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def shape_text(shape: Sequence[object]) -> str:
+    """Write a shape as ``[4096, 7168]``."""
+    return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def dtype_text(*dtypes: torch.dtype) -> str:
+    """Write dtypes without their module, joined by "or"."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], legend: str
+) -> torch.Tensor:
+    """Return ``value`` if it is a dense CPU tensor of one of ``dtypes`` and of ``shape`` (None: any size).
+
+    ``legend`` names the expected shape for the message, for example ``"[T, hidden]"``. Raises TypeError for another
+    type or dtype, ValueError for another shape, device or memory order.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {legend}, got {type(value).__name__}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} is on {value.device}; this buffer works on cpu tensors: pass {name}.cpu()")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {dtype_text(*dtypes)}, got {dtype_text(value.dtype)}")
+    expected = shape_text(["any" if n is None else n for n in shape])
+    fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must have shape {legend} = {expected}, got {shape_text(value.shape)}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: pass {name}.contiguous()")
+    return value
+
+
+def check_integer(name: str, value: object, *, at_least: int, at_most: int | None = None) -> int:
+    """Return ``value`` if it is an integer in the range; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < at_least or (at_most is not None and value > at_most):
+        upper = "" if at_most is None else f" and at most {at_most}"
+        raise ValueError(f"{name} must be at least {at_least}{upper}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; ValueError with the list otherwise."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)

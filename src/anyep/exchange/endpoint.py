@@ -1,0 +1,134 @@
+"""What every operation of one rank stands on: transport, kernels, placement, sizes and lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from anyep.exchange.opening import BODY
+from anyep.exchange.stats import Counters
+from anyep.exchange.wire import Wire
+from anyep.kernels.spec import KernelSet
+from anyep.layout.placement import Placement
+from anyep.layout.regions import RowBytes
+from anyep.transport.base import Lane, Place, Transport, Words
+
+OFFER_WORDS = 8
+"""Status, rows, segment and offset of x, offset of scales, segment and offset of topk_idx, offset of weights."""
+
+_COPY_UNIT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lanes:
+    """The three messages of an operation: what I am about to do, where to put it, done."""
+
+    open: Lane
+    offer: Lane
+    done: Lane
+
+    def all(self) -> tuple[Lane, Lane, Lane]:
+        return self.open, self.offer, self.done
+
+
+def lanes_for(placement: Placement) -> Lanes:
+    """Size the lanes: counts and first rows of every local expert must fit."""
+    most = placement.max_local_experts
+    return Lanes(
+        open=Lane(index=0, name="announcement", words=BODY + max(OFFER_WORDS, 1 + most)),
+        offer=Lane(index=1, name="offer", words=OFFER_WORDS + max(1, most)),
+        done=Lane(index=2, name="rows", words=1),
+    )
+
+
+class Workers:
+    """Splits a loop over tokens between threads; each token's result is the same whatever the split."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="anyep-rows") if num_threads > 1 else None
+
+    def over(self, num_tokens: int, loop: Callable[[int, int], None]) -> None:
+        """Call ``loop(first, last)`` over ranges that cover [0, num_tokens)."""
+        if self._pool is None or num_tokens < 2 * self.num_threads:
+            loop(0, num_tokens)
+            return
+        edges = [num_tokens * i // self.num_threads for i in range(self.num_threads + 1)]
+        for future in [self._pool.submit(loop, a, b) for a, b in pairwise(edges)]:
+            future.result()
+
+    def copy(self, kernels: KernelSet, source_addr: int, destination_addr: int, num_bytes: int) -> None:
+        """Copy bytes into the arena, in parallel where there are threads for it."""
+        num_pages = -(-num_bytes // _COPY_UNIT_BYTES)
+
+        def pages(first: int, last: int) -> None:
+            begin, end = first * _COPY_UNIT_BYTES, min(last * _COPY_UNIT_BYTES, num_bytes)
+            kernels.copy(source_addr + begin, destination_addr + begin, end - begin)
+            kernels.fence()
+
+        self.over(num_pages, pages)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertTables:
+    """The placement as kernels read it: int32 [E] each."""
+
+    rank_E: torch.Tensor
+    local_E: torch.Tensor
+
+    @classmethod
+    def of(cls, placement: Placement) -> ExpertTables:
+        return cls(rank_E=torch.from_numpy(placement.expert_rank_E), local_E=torch.from_numpy(placement.expert_local_E))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Endpoint:
+    """One rank's side of a buffer. Lives as long as the buffer; operations borrow it."""
+
+    transport: Transport
+    kernels: KernelSet
+    placement: Placement
+    tables: ExpertTables
+    lanes: Lanes
+    wire: Wire
+    row: RowBytes
+    hidden: int
+    num_topk: int
+    max_tokens: int
+    expert_alignment: int
+    workers: Workers
+    counters: Counters
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.transport.size
+
+    def exchange(self, lane: Lane, epoch: int, words_RW: Words, step: str) -> Words:
+        """Post a row to every rank and await theirs."""
+        self.transport.post(lane, epoch, words_RW)
+        return self.await_all(lane, epoch, step)
+
+    def await_all(self, lane: Lane, epoch: int, step: str) -> Words:
+        """Await every rank's message; the time goes to the statistics."""
+        with self.counters.waiting():
+            return self.transport.wait(lane, epoch, f"{step}: {lane.name}")
+
+    def peer_table(self, segments: Sequence[int], offsets: Sequence[int]) -> torch.Tensor:
+        """Return int64 [R]: where each rank's place lies here; 0 where the segment is -1."""
+        addresses = [
+            0 if segment < 0 else self.transport.address(rank, Place(segment=segment, offset=offset))
+            for rank, (segment, offset) in enumerate(zip(segments, offsets, strict=True))
+        ]
+        return torch.tensor(addresses, dtype=torch.int64)

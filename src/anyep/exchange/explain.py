@@ -1,0 +1,44 @@
+"""What was chosen and why, as data that prints well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyep.exchange.endpoint import Endpoint
+from anyep.layout.regions import MemoryAccount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One decision: the topic, what was chosen, and the reason."""
+
+    topic: str
+    chosen: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All decisions of one rank's buffer, and its memory account."""
+
+    choices: tuple[Choice, ...]
+    memory: MemoryAccount
+
+    def __str__(self) -> str:
+        width = max(len(choice.topic) for choice in self.choices)
+        lines = [f"{choice.topic:<{width}}  {choice.chosen}  ({choice.reason})" for choice in self.choices]
+        return "\n".join([*lines, f"{'memory':<{width}}  {self.memory}"])
+
+
+def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads_by_default: bool) -> Explanation:
+    """Describe an endpoint that has just been opened."""
+    scales = "no scales" if end.wire.scale_format is None else f"scales {end.wire.scale_format.name} per 128 channels"
+    threads = "cores divided by ranks" if threads_by_default else "num_threads was given"
+    choices = [
+        Choice(topic="mode", chosen="rendezvous", reason="counts first, then every row straight to its final place"),
+        Choice(topic="transport", chosen=end.transport.name, reason=transport_reason),
+        Choice(topic="wire", chosen=end.wire.name, reason=f"{end.row.x} bytes a row, {scales}"),
+        Choice(topic="kernels", chosen=end.kernels.name, reason=f"{end.workers.num_threads} threads a rank: {threads}"),
+        *(Choice(topic=topic, chosen=fact, reason="transport") for topic, fact in end.transport.describe().items()),
+    ]
+    return Explanation(choices=tuple(choices), memory=memory)

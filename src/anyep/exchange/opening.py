@@ -1,0 +1,145 @@
+"""The first message of every operation: what this rank is about to do, so that ranks that disagree find out.
+
+A message is a *header*, equal on all ranks when they agree, a *status*, and a body for each destination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import numpy as np
+
+from anyep.errors import CapacityError
+from anyep.transport.base import Words
+
+
+class Kind(IntEnum):
+    """Operations, as they stand in headers and messages."""
+
+    BARRIER = 1
+    DISPATCH = 2
+    CACHED_DISPATCH = 3
+    COMBINE = 4
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+class RefusedError(Exception):
+    """Every rank refuses this operation at the same point: the buffer stays usable. Carries the public error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+_LAYOUTS = {0: "none", 1: "compact", 2: "expert"}
+_REDUCES = {0: "none", 1: "rank", 2: "expert"}
+LAYOUT_CODES = {name: code for code, name in _LAYOUTS.items()}
+REDUCE_CODES = {name: code for code, name in _REDUCES.items()}
+_ELEMENTS = {-1: "none", 0: "bfloat16", 1: "float16", 2: "float32"}
+
+
+def _optional(value: int) -> str:
+    return "none" if value < 0 else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The header; every field must be the same on all ranks."""
+
+    kind: Kind
+    layout: int = 0
+    idx_bytes: int = 0
+    has_weights: int = 0
+    static_rows: int = -1
+    handle_epoch: int = -1
+    element: int = -1
+    reduce: int = 0
+
+    def words(self) -> list[int]:
+        return [
+            self.kind,
+            self.layout,
+            self.idx_bytes,
+            self.has_weights,
+            self.static_rows,
+            self.handle_epoch,
+            self.element,
+            self.reduce,
+        ]
+
+
+_FIELDS = [field.name for field in fields(Opening)]
+_TEXT: dict[str, Callable[[int], str]] = {
+    "kind": lambda value: Kind(value).label,
+    "layout": lambda value: repr(_LAYOUTS[value]),
+    "idx_bytes": lambda value: f"int{8 * value}",
+    "has_weights": lambda value: "given" if value else "not given",
+    "static_rows": _optional,
+    "handle_epoch": lambda value: f"of dispatch {value}" if value >= 0 else "none",
+    "element": lambda value: _ELEMENTS[value],
+    "reduce": lambda value: repr(_REDUCES[value]),
+}
+_NAMES = {
+    "kind": "the operation",
+    "layout": "layout",
+    "idx_bytes": "topk_idx.dtype",
+    "has_weights": "topk_weights",
+    "static_rows": "static_rows",
+    "handle_epoch": "the handle",
+    "element": "the dtype of y",
+    "reduce": "reduce",
+}
+
+STATUS = len(_FIELDS)
+"""Column of the status: 0, or the bytes that a rank could not allocate."""
+BODY = STATUS + 1
+"""First column of the body."""
+
+
+def message(opening: Opening, num_ranks: int, body_words: int, *, status: int = 0) -> Words:
+    """Return the message int64 [R, BODY + body_words] with an empty body."""
+    words_RW = np.zeros((num_ranks, BODY + body_words), np.int64)
+    words_RW[:, :STATUS] = opening.words()
+    words_RW[:, STATUS] = status
+    return words_RW
+
+
+def check_agreement(opening: Opening, received_RW: Words, step: str) -> None:
+    """Raise RefusedError on every rank where headers differ, or where a rank had no memory."""
+    mine = np.array(opening.words())
+    if not (received_RW[:, :STATUS] == mine).all():
+        raise RefusedError(ValueError(_disagreement(received_RW, step)))
+    check_memory(received_RW[:, STATUS], step)
+
+
+def check_memory(status_R: Words, step: str) -> None:
+    """Raise RefusedError where a rank reports bytes that it could not allocate."""
+    if not status_R.any():
+        return
+    short = {int(rank): int(status_R[rank]) for rank in np.flatnonzero(status_R)}
+    text = ", ".join(f"rank {rank} could not allocate {needed / 2**20:.1f} MiB" for rank, needed in short.items())
+    raise RefusedError(
+        CapacityError(f"{step}: {text}; release received tensors, send fewer tokens, or free memory on that machine")
+    )
+
+
+def _disagreement(received_RW: Words, step: str) -> str:
+    for column, name in enumerate(_FIELDS):
+        values = received_RW[:, column]
+        if (values != values[0]).any():
+            groups = [(int(value), np.flatnonzero(values == value).tolist()) for value in np.unique(values)]
+            said = " and ".join(f"{_TEXT[name](value)} on {_ranks(ranks)}" for value, ranks in groups)
+            return (
+                f"{step}: ranks disagree: {_NAMES[name]} is {said}; "
+                "every rank must make the same calls in the same order with the same options"
+            )
+    raise AssertionError("called without a disagreement")
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

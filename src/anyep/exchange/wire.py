@@ -1,0 +1,111 @@
+"""The wire: which bytes a row is made of, and how a caller's tensors become them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from anyep.exchange.arguments import check_choice, check_tensor, dtype_text
+from anyep.kernels.spec import Element, ScaleFormat
+from anyep.numerics.formats import num_scale_groups
+
+ELEMENTS = {torch.bfloat16: Element.BF16, torch.float16: Element.FP16, torch.float32: Element.FP32}
+"""Dtypes that arithmetic knows: inputs of quantisation, and what combine sums."""
+_PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SCALE_FORMATS = {"fp32": ScaleFormat.FP32, "pow2": ScaleFormat.POWER_OF_TWO, "ue8m0": ScaleFormat.UE8M0}
+WIRES = (*_PLAIN, "fp8")
+SCALES = tuple(_SCALE_FORMATS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """Dtype of a row on its way, and of its scales where it has any."""
+
+    name: str
+    dtype: torch.dtype
+    hidden: int
+    scale_format: ScaleFormat | None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * int(self.dtype.itemsize)
+
+    @property
+    def scale_columns(self) -> int:
+        """Columns of the scales tensor: one a group, or one for four packed groups; 0 without scales."""
+        if self.scale_format is None:
+            return 0
+        groups = num_scale_groups(self.hidden)
+        return -(-groups // 4) if self.scale_format is ScaleFormat.UE8M0 else groups
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.int32 if self.scale_format is ScaleFormat.UE8M0 else torch.float32
+
+    @property
+    def scale_bytes(self) -> int:
+        return 4 * self.scale_columns
+
+
+def make_wire(name: object, scales: object, hidden: int) -> Wire:
+    """Check the names and return the wire; ValueError lists the choices."""
+    checked = check_choice("wire", name, WIRES)
+    scale_name = check_choice("scales", scales, SCALES)
+    if checked != "fp8" and scale_name != "fp32":
+        raise ValueError(f"scales={scale_name!r} goes with wire='fp8', got wire={checked!r}")
+    fp8 = checked == "fp8"
+    return Wire(
+        name=checked,
+        dtype=torch.float8_e4m3fn if fp8 else _PLAIN[checked],
+        hidden=hidden,
+        scale_format=_SCALE_FORMATS[scale_name] if fp8 else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """The rows that a caller wants sent: as they are, already quantised, or to be quantised on the way."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    quantise_from: Element | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[0]
+
+
+def check_rows(wire: Wire, x: object) -> Rows:
+    """Check ``x``: a tensor [T, H], or for fp8 also a pair (fp8 [T, H], scales). TypeError or ValueError otherwise."""
+    if isinstance(x, tuple):
+        return _check_quantised(wire, x)
+    if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn and wire.scale_format is not None:
+        raise TypeError("x is float8_e4m3fn without scales; pass the pair (x, scales), or x in bfloat16")
+    dtypes = tuple(ELEMENTS) if wire.scale_format is not None else (wire.dtype,)
+    checked = check_tensor("x", x, dtypes=dtypes, shape=[None, wire.hidden], legend="[T, hidden]")
+    return Rows(
+        x=checked, scales=None, quantise_from=ELEMENTS[checked.dtype] if wire.scale_format is not None else None
+    )
+
+
+def _check_quantised(wire: Wire, pair: tuple[object, ...]) -> Rows:
+    if wire.scale_format is None:
+        raise TypeError(
+            f"x is a tuple, which only wire='fp8' takes; this buffer's wire is {wire.name!r}: pass a tensor"
+        )
+    if len(pair) != 2:
+        raise TypeError(f"x must be a tensor or a pair (fp8, scales), got a tuple of {len(pair)}")
+    q = check_tensor("x[0]", pair[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]")
+    if not isinstance(pair[1], torch.Tensor):
+        raise TypeError(
+            f"x[1] must be the scales, a {dtype_text(wire.scale_dtype)} tensor, got {type(pair[1]).__name__}"
+        )
+    scales = check_tensor(
+        "x[1]",
+        pair[1].contiguous(),  # grouped-matmul libraries keep scales column-major; copying T * G numbers is cheap
+        dtypes=[wire.scale_dtype],
+        shape=[q.shape[0], wire.scale_columns],
+        legend="[T, scale groups]",
+    )
+    return Rows(x=q, scales=scales, quantise_from=None)

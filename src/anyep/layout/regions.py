@@ -1,0 +1,131 @@
+"""How many bytes each part of a buffer takes, known before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+ALIGNMENT_BYTES = 128
+"""Every array in an arena begins at a multiple of this: two cache lines, the pair that prefetchers fetch."""
+
+
+def aligned(num_bytes: int) -> int:
+    """Round up to the arena's alignment."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBytes:
+    """Bytes of one received row, part by part, and of the row that combine reads."""
+
+    x: int
+    scales: int
+    topk_idx: int
+    topk_weights: int
+    y: int
+
+    def with_index(self, num_bytes: int) -> RowBytes:
+        """Return the same row with indices of ``num_bytes`` a row."""
+        return self if num_bytes == self.topk_idx else replace(self, topk_idx=num_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRegion:
+    """The arrays of a received batch: rows with their scales in one block, their routing in another.
+
+    Two blocks, so that keeping the weights of a batch (autograd does) does not keep its rows.
+    """
+
+    x_bytes: int
+    scales_offset: int
+    data_bytes: int
+    weights_offset: int
+    routing_bytes: int
+
+
+def row_region(row: RowBytes, num_rows: int) -> RowRegion:
+    """Lay out ``num_rows`` received rows.
+
+    >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, y=200), 3)
+    RowRegion(x_bytes=300, scales_offset=384, data_bytes=396, weights_offset=128, routing_bytes=152)
+    """
+    x_bytes = row.x * num_rows
+    scales_offset = aligned(x_bytes) if row.scales else 0
+    weights_offset = aligned(row.topk_idx * num_rows)
+    return RowRegion(
+        x_bytes=x_bytes,
+        scales_offset=scales_offset,
+        data_bytes=scales_offset + row.scales * num_rows if row.scales else x_bytes,
+        weights_offset=weights_offset,
+        routing_bytes=weights_offset + row.topk_weights * num_rows,
+    )
+
+
+def hit_probability(num_experts: int, local_experts: int, num_topk: int) -> float:
+    """Return the probability that a token with K distinct uniform experts visits a rank that owns ``local_experts``.
+
+    1 - C(E - L, K) / C(E, K).
+
+    >>> round(8 * hit_probability(256, 32, 8), 2)
+    5.29
+    """
+    if num_topk > num_experts - local_experts:
+        return 1.0
+    return 1.0 - prod((num_experts - local_experts - k) / (num_experts - k) for k in range(num_topk))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAccount:
+    """What one rank needs, in bytes: fixed words, a balanced step, and the worst step that can happen.
+
+    A step is one received batch and one expert output of as many rows. *Balanced*: every expert equally likely.
+    *Worst*: every token of every rank comes here.
+    """
+
+    control_bytes: int
+    balanced_rows: int
+    balanced_bytes: int
+    worst_rows: int
+    worst_bytes: int
+    arena_bytes: int
+    """committed by the constructor; more is added when a step needs it"""
+
+    def __str__(self) -> str:
+        gib = 1 << 30
+        return (
+            f"control words {self.control_bytes / 2**20:.2f} MiB; arena {self.arena_bytes / gib:.3f} GiB at the start; "
+            f"a balanced step {self.balanced_rows} rows, {self.balanced_bytes / gib:.3f} GiB; "
+            f"the worst step {self.worst_rows} rows, {self.worst_bytes / gib:.3f} GiB"
+        )
+
+
+def memory_account(
+    row: RowBytes,
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    local_experts: int,
+    control_bytes: int,
+    arena_bytes: int | None = None,
+) -> MemoryAccount:
+    """Add up one rank's memory. ``arena_bytes`` None: a balanced step and a quarter."""
+    reach = hit_probability(num_experts, local_experts, num_topk)
+    balanced_rows = -int(-reach * max_tokens * num_ranks // 1)
+    worst_rows = max_tokens * num_ranks
+    balanced = _step_bytes(row, balanced_rows)
+    return MemoryAccount(
+        control_bytes=control_bytes,
+        balanced_rows=balanced_rows,
+        balanced_bytes=balanced,
+        worst_rows=worst_rows,
+        worst_bytes=_step_bytes(row, worst_rows),
+        arena_bytes=balanced + balanced // 4 if arena_bytes is None else arena_bytes,
+    )
+
+
+def _step_bytes(row: RowBytes, num_rows: int) -> int:
+    region = row_region(row, num_rows)
+    weights = row.topk_weights * num_rows
+    return sum(aligned(part) for part in (region.data_bytes, region.routing_bytes, row.y * num_rows, weights))
