@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from anyep.exchange.arguments import check_choice, check_tensor, dtype_text
-from anyep.kernels.spec import Element, ScaleFormat
-from anyep.numerics.formats import num_scale_groups
+from anyep.numerics.formats import Element, ScaleFormat
 
-ELEMENTS = {torch.bfloat16: Element.BF16, torch.float16: Element.FP16, torch.float32: Element.FP32}
+ELEMENTS = {element.dtype: element for element in Element}
 """Dtypes that arithmetic knows: inputs of quantisation, and what combine sums."""
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALE_FORMATS = {"fp32": ScaleFormat.FP32, "pow2": ScaleFormat.POWER_OF_TWO, "ue8m0": ScaleFormat.UE8M0}
@@ -33,15 +32,12 @@ class Wire:
 
     @property
     def scale_columns(self) -> int:
-        """Columns of the scales tensor: one a group, or one for four packed groups; 0 without scales."""
-        if self.scale_format is None:
-            return 0
-        groups = num_scale_groups(self.hidden)
-        return -(-groups // 4) if self.scale_format is ScaleFormat.UE8M0 else groups
+        """Columns of the scales tensor; 0 without scales."""
+        return 0 if self.scale_format is None else self.scale_format.columns(self.hidden)
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.int32 if self.scale_format is ScaleFormat.UE8M0 else torch.float32
+        return torch.float32 if self.scale_format is None else self.scale_format.dtype
 
     @property
     def scale_bytes(self) -> int:

@@ -18,31 +18,12 @@ function says that it checks.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Protocol
 
-
-class Element(IntEnum):
-    """Element types that arithmetic kernels read and write."""
-
-    BF16 = 0
-    FP16 = 1
-    FP32 = 2
-
-    @property
-    def num_bytes(self) -> int:
-        return 4 if self is Element.FP32 else 2
+from anyep.numerics.formats import Element, ScaleFormat
 
 
-class ScaleFormat(IntEnum):
-    """How the scales of 128 channels are made and stored."""
-
-    FP32 = 0
-    """scale = amax / 448, stored as fp32 [rows, G]"""
-    POWER_OF_TWO = 1
-    """scale = 2 ** ceil(log2(amax / 448)), stored as fp32 [rows, G]"""
-    UE8M0 = 2
-    """the power of two's biased exponent, 4 to an int32 [rows, ceil(G / 4)], first group in the low byte, rest 0"""
+__all__ = ["Element", "KernelSet", "ScaleFormat"]
 
 
 class KernelSet(Protocol):

@@ -1,0 +1,54 @@
+# One command each. A machine with Python >= 3.10 and make is enough: the first target makes .venv.
+#
+#   make bench      the main job: 8 rank processes move a real routing, every byte checked, with comparisons
+#   make test       quick tests          make test-all   all tests
+#   make check      format, lint, strict types, layers, inert import
+#   make clean      forget everything that these targets made
+#
+#   make PYTHON=python3.12 ...     another interpreter
+#   make BENCH="--ranks 4" bench   more options for the benchmark
+
+PYTHON ?= python3
+BENCH ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RESULTS := benchmarks/results
+
+.PHONY: bench test test-all check install clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+
+install: $(STAMP)
+
+# torch comes first and by exact version: left to a resolver, it brings gigabytes of GPU packages along.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[bench,dev,pictures]"
+	touch $(STAMP)
+
+bench: $(STAMP)
+	mkdir -p $(RESULTS)
+	$(BIN)/anyep bench --compare gloo,mpich --json $(RESULTS)/bench.json $(BENCH)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/project
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

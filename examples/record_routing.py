@@ -1,0 +1,278 @@
+"""Train a small Mixture-of-Experts language model on Python's standard library and record where its tokens go.
+
+Run as ``python examples/record_routing.py``; the shipped trace (docs/routing-traces.md) is this script's output. Only
+the routing has to be real, so the experts are tiny, but their number is not: 256 experts, top-8, sigmoid gating with a
+bias for each expert that balances the load (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
+
+The same steps on the same machine, Python and torch give the same file: seeds are fixed, and one thread adds in one order.
+
+Legend: T tokens of a batch, H hidden, E experts, K top-k, C rows that one expert takes from a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anyep.layout.trace_file import TraceRecorder
+
+VOCABULARY = 256
+"""tokens are bytes"""
+HELD_OUT_EVERY = 16
+"""one file of so many is never trained on"""
+LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+BIAS_STEP = 0.003
+"""by how much an expert's bias moves in one training step (DeepSeek-V3: 0.001, over far more steps)"""
+CAPACITY_FACTOR = 2.0
+"""an expert takes at most so many times its even share; the rest of a batch passes it by (Switch Transformer)"""
+WEIGHT_BITS = 4
+"""mantissa bits that recorded weights keep: the file is half as large, and a replay needs no more"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the model and one training step are made of."""
+
+    hidden: int = 128
+    num_layers: int = 3
+    """the first is dense, as in DeepSeek-V3"""
+    num_heads: int = 4
+    num_experts: int = 256
+    num_topk: int = 8
+    expert_width: int = 16
+    shared_width: int = 128
+    context: int = 256
+    """bytes that a token may look back on"""
+    batch: int = 8
+    """sequences of one step"""
+    learning_rate: float = 3e-3
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch * self.context
+
+
+class Dispatch(torch.autograd.Function):
+    """Copy tokens [T, H] to their experts' rows [E * C, H].
+
+    ``token_of_row`` [E * C] holds T where no token goes. ``row_of_choice`` [T, K] names a row without a token where its
+    expert had none left: zeros go in and come out, forward and backward.
+    Backward is the forward of :class:`Combine` and the other way round, so that both directions only read by index and
+    add in a fixed order; the backward of plain indexing would scatter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice)
+        return _with_zero_row(x).index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_choice,) = ctx.saved_tensors
+        return functional.embedding_bag(row_of_choice, gradients[0], mode="sum"), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Sum each token's rows [E * C, H] to [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row)
+        return functional.embedding_bag(row_of_choice, rows, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (token_of_row,) = ctx.saved_tensors
+        return _with_zero_row(gradients[0]).index_select(0, token_of_row), None, None
+
+
+def _with_zero_row(x: Tensor) -> Tensor:
+    return functional.pad(x, (0, 0, 0, 1))
+
+
+class Experts(nn.Module):
+    """A gate, E tiny experts and one shared expert."""
+
+    bias: Tensor
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        E, H, width = sizes.num_experts, sizes.hidden, sizes.expert_width
+        self.gate = nn.Linear(H, E, bias=False)
+        self.register_buffer("bias", torch.zeros(E))
+        self.up = nn.Parameter(torch.randn(E, H, width) / math.sqrt(H))
+        self.down = nn.Parameter(torch.randn(E, width, H) / math.sqrt(width * sizes.num_topk))
+        self.shared = _mlp(H, sizes.shared_width)
+        self.recorder: TraceRecorder | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        affinity = torch.sigmoid(self.gate(x))
+        chosen = (affinity.detach() + self.bias).topk(self.sizes.num_topk).indices
+        weights = affinity.gather(1, chosen)
+        weights = weights / weights.sum(1, keepdim=True)
+        if self.recorder is not None:
+            self.recorder.add(*_by_weight(chosen, weights))
+        counts = torch.bincount(chosen.flatten(), minlength=self.sizes.num_experts)
+        if self.training:
+            self.bias += BIAS_STEP * torch.sign(counts.float().mean() - counts)
+        choice_of_row, row_of_choice = self._places(chosen, counts)
+        token_of_row = choice_of_row // self.sizes.num_topk
+        rows = Dispatch.apply(x, token_of_row, row_of_choice)
+        weight_of_row = Dispatch.apply(weights.view(-1, 1), choice_of_row, row_of_choice.view(-1, 1))
+        # The weights meet the rows where rows are narrowest; the sum that follows is linear.
+        inner = functional.silu(rows.view(len(counts), -1, x.shape[1]) @ self.up)
+        rows = (inner * weight_of_row.view(len(counts), -1, 1)) @ self.down
+        return self.shared(x) + Combine.apply(rows.flatten(0, 1), token_of_row, row_of_choice)
+
+    def _places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return choice_of_row [E * C] (T * K where there is none) and row_of_choice [T, K] for ``chosen`` [T, K].
+
+        The last of an expert's C rows is always empty; expert 0's is where choices beyond the capacity go.
+        """
+        T, K = chosen.shape
+        capacity = min(int(counts.max()), math.ceil(CAPACITY_FACTOR * T * K / len(counts)))
+        C = capacity + 1
+        expert, order = chosen.flatten().sort(stable=True)
+        slot = torch.arange(T * K) - (counts.cumsum(0) - counts)[expert]
+        row = torch.where(slot < capacity, expert * C + slot, capacity)
+        choice_of_row = torch.full((len(counts) * C,), T * K).index_copy(0, row, order)
+        choice_of_row[capacity] = T * K
+        return choice_of_row, torch.empty_like(row).index_copy(0, order, row).view(T, K)
+
+
+def _by_weight(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the heaviest expert first, as gates without a bias give it, and keep WEIGHT_BITS of each weight's mantissa."""
+    weights, order = weights.detach().sort(dim=1, descending=True, stable=True)
+    mantissa, exponent = torch.frexp(weights)
+    grid = 2 ** (WEIGHT_BITS + 1)
+    return chosen.gather(1, order), torch.ldexp((mantissa * grid).round() / grid, exponent)
+
+
+def _mlp(hidden: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, width, bias=False), nn.SiLU(), nn.Linear(width, hidden, bias=False))
+
+
+class Block(nn.Module):
+    """Attention, then a dense layer or experts."""
+
+    def __init__(self, sizes: Sizes, *, dense: bool) -> None:
+        super().__init__()
+        self.num_heads = sizes.num_heads
+        self.norm_attention = nn.RMSNorm(sizes.hidden)
+        self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=False)
+        self.out = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
+        self.norm_layer = nn.RMSNorm(sizes.hidden)
+        self.layer = _mlp(sizes.hidden, 4 * sizes.hidden) if dense else Experts(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, context, H] to the same shape."""
+        batch, context, hidden = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(batch, context, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(batch, context, hidden))
+        return x + self.layer(self.norm_layer(x).view(-1, hidden)).view_as(x)
+
+
+class Model(nn.Module):
+    """A byte-level language model."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, sizes.hidden)
+        self.position = nn.Parameter(0.02 * torch.randn(sizes.context, sizes.hidden))
+        self.blocks = nn.Sequential(*(Block(sizes, dense=layer == 0) for layer in range(sizes.num_layers)))
+        self.norm = nn.RMSNorm(sizes.hidden)
+        self.head = nn.Linear(sizes.hidden, VOCABULARY, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return the mean bits per byte of predicting text[:, 1:] from text[:, :-1]; ``text`` int64 [batch, context + 1]."""
+        x = self.embedding(text[:, :-1]) + self.position
+        logits = self.head(self.norm(self.blocks(x)))
+        return functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
+
+    def experts(self) -> list[Experts]:
+        return [block.layer for block in self.blocks if isinstance(block.layer, Experts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Bytes to learn from, and bytes of other files to be judged on; uint8 [bytes]."""
+
+    learned: Tensor
+    held_out: Tensor
+    num_files: int
+
+
+def read_corpus(folder: Path) -> Corpus:
+    """Read every Python source file below ``folder`` in sorted order, tests and installed packages left out."""
+    files = [path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT.intersection(path.relative_to(folder).parts)]
+    learned = b"".join(path.read_bytes() for n, path in enumerate(files) if n % HELD_OUT_EVERY)
+    held_out = b"".join(path.read_bytes() for path in files[::HELD_OUT_EVERY])
+    return Corpus(learned=_bytes(learned), held_out=_bytes(held_out), num_files=len(files))
+
+
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def windows(text: Tensor, first: Tensor, context: int) -> Tensor:
+    """Return int64 [n, context + 1]: the bytes that begin at each of ``first`` [n]."""
+    return text[first[:, None] + torch.arange(context + 1)].long()
+
+
+def held_out_batches(corpus: Corpus, sizes: Sizes, num_tokens: int) -> Iterator[Tensor]:
+    """Yield batches of neighbouring windows, from places spread evenly over the held-out files."""
+    num_batches = math.ceil(num_tokens / sizes.batch_tokens)
+    inside = torch.arange(sizes.batch) * sizes.context
+    last = len(corpus.held_out) - sizes.batch_tokens - 1
+    for n in range(num_batches):
+        yield windows(corpus.held_out, last * n // num_batches + inside, sizes.context)
+
+
+@torch.no_grad()
+def bits_per_byte(model: Model, batches: Iterator[Tensor]) -> float:
+    """Return the mean over batches, as the model would do it in use."""
+    model.eval()
+    bits = [float(model(batch)) for batch in batches]
+    model.train()
+    return sum(bits) / len(bits)
+
+
+def training_steps(model: Model, corpus: Corpus, sizes: Sizes, steps: int) -> Iterator[float]:
+    """Train ``steps`` steps and yield each one's bits per byte."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=sizes.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    warm = min(50, 1 + steps // 10)
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: min((n + 1) / warm, 0.05 + 0.475 * (1 + math.cos(math.pi * n / steps)))
+    )
+    random = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        first = torch.randint(len(corpus.learned) - sizes.context, (sizes.batch,), generator=random)
+        bits = model(windows(corpus.learned, first, sizes.context))
+        optimizer.zero_grad()
+        bits.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        cosine.step()
+        yield float(bits.detach())

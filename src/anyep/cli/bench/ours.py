@@ -1,0 +1,97 @@
+"""AnyEP's side of a contest: a buffer, one batch, and the operations that are timed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+
+from anyep.buffer import Buffer
+from anyep.cli.bench.plan import Workload
+from anyep.cli.bench.rounds import Operation
+from anyep.cli.bench.tape import OUTPUT, SENT, Tape
+from anyep.exchange.handle import Handle, Received
+from anyep.testing.oracle import Routing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""What goes in, and what experts return."""
+_POISON = 0xFF
+
+
+class Ours:
+    """One rank. The experts' outputs are made once: every dispatch of the same batch gives the same rows."""
+
+    def __init__(
+        self, group: object, workload: Workload, routing: Routing, tape: Tape, *, transport: str, timeout_s: float
+    ) -> None:
+        self._stack = ExitStack()
+        self.ep = self._stack.enter_context(
+            Buffer(
+                group,
+                hidden=workload.hidden,
+                num_experts=workload.experts,
+                num_topk=workload.topk,
+                max_tokens_per_rank=workload.tokens,
+                wire=workload.wire,
+                transport=transport,
+                timeout_s=timeout_s,
+            )
+        )
+        self.tape = tape
+        self._routing = routing
+        self._x = tape.rows(SENT, self.ep.rank, torch.arange(workload.tokens))
+        self.out = torch.zeros_like(self._x)
+        self.handle: Handle = self.dispatch().handle
+        self.in_arena = self.ep.empty_output(self.handle)
+        tape.fill(self.in_arena, OUTPUT, self.ep.rank, torch.arange(self.handle.num_rows))
+        self.outside = self.in_arena.clone()
+
+    def __enter__(self) -> Ours:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def dispatch(self) -> Received:
+        return self.ep.dispatch(self._x, self._routing.topk_idx, self._routing.topk_weights)
+
+    def dispatch_cached(self) -> Received:
+        return self.ep.dispatch(self._x, topk_weights=self._routing.topk_weights, handle=self.handle)
+
+    def combine(self, y: torch.Tensor, handle: Handle | None = None) -> torch.Tensor:
+        return self.ep.combine(y, handle or self.handle, out=self.out)
+
+    def both(self, y: torch.Tensor) -> Received:
+        """Dispatch, and combine at once what the experts would have returned."""
+        received = self.dispatch()
+        self.combine(y, received.handle)
+        return received
+
+    def together(self) -> list[Operation]:
+        """Return the operations that a comparison is paired with."""
+        return [
+            Operation(name="dispatch_combine", run=lambda: self.both(self.in_arena)),
+            Operation(name="dispatch_combine_copied_in", run=lambda: self.both(self.outside)),
+        ]
+
+    def operations(self) -> list[Operation]:
+        """Return every operation of the table."""
+        return [
+            Operation(name="dispatch", run=self.dispatch),
+            Operation(name="dispatch_cached", run=self.dispatch_cached),
+            Operation(name="combine", run=lambda: self.combine(self.in_arena)),
+            Operation(name="combine_copied_in", run=lambda: self.combine(self.outside)),
+            *self.together(),
+        ]
+
+    def poison_out(self) -> None:
+        """Make what an operation leaves unwritten visible."""
+        self.out.view(torch.uint8).fill_(_POISON)
+
+
+def poison(received: Received) -> None:
+    """Overwrite a batch before its memory is used again: what the next one leaves unwritten shows."""
+    for tensor in (received.x, received.scales, received.topk_idx, received.topk_weights):
+        if tensor is not None:
+            tensor.view(torch.uint8).fill_(_POISON)

@@ -1,0 +1,53 @@
+"""Contests: every operation once a round, round after round, so that all of them see the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Spans = NDArray[np.int64]
+"""[rounds, operations, 2]: begin and end in ns of the clock that all processes of a host share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """Something that all ranks do together."""
+
+    name: str
+    run: Callable[[], object]
+    """its result is dropped outside of the timing"""
+
+
+def contest(
+    operations: Sequence[Operation],
+    *,
+    rounds: int,
+    warm_up: int,
+    barrier: Callable[[], None],
+    after_round: Callable[[], None],
+) -> Spans:
+    """Run every operation in each round, behind a barrier; return one rank's spans of the rounds after ``warm_up``."""
+    spans = np.zeros((warm_up + rounds, len(operations), 2), np.int64)
+    for number in range(warm_up + rounds):
+        for position, operation in enumerate(operations):
+            barrier()
+            begin = time.perf_counter_ns()
+            result = operation.run()
+            spans[number, position] = begin, time.perf_counter_ns()
+            del result
+        after_round()
+    return spans[warm_up:]
+
+
+def durations_us(spans_of_ranks: Sequence[Spans]) -> NDArray[np.float64]:
+    """Return [rounds, operations]: from the first rank's begin to the last rank's end.
+
+    Not the slowest rank's own time: with more ranks than cores, ranks begin one after another.
+    """
+    together = np.stack(spans_of_ranks)
+    elapsed: NDArray[np.float64] = (together[..., 1].max(axis=0) - together[..., 0].min(axis=0)) / 1e3
+    return elapsed

@@ -1,0 +1,154 @@
+"""Every byte against the oracle. Each check returns None, or a sentence that says where the first difference lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
+from anyep.exchange.handle import Received
+from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows, expected_sum, terms
+from anyep.testing.peers.base import Peer
+
+_ROWS = 512
+"""Rows judged at once: the oracle's intermediate tensors stay below 100 MiB."""
+_BF16_HALF_ULP = 2.0**-8
+_FP32_ULP = 2.0**-23
+
+
+def check_received(received: Received, exchange: Exchange, rank: int, tape: Tape, wire: str) -> str | None:
+    """Compare a batch: counts, routing, rows and scales, bit for bit."""
+    arrivals = exchange.arrivals[rank]
+    if received.counts != arrivals.counts:
+        return f"counts on rank {rank} are {received.counts}, expected {arrivals.counts}"
+    parts = (received.x,) if received.scales is None else (received.x, received.scales)
+    return (
+        _routing_differs(arrivals, rank, received.topk_idx, received.topk_weights)
+        or _shape_differs(parts[0], arrivals, rank)
+        or _rows_differ(parts, arrivals, rank, tape, wire)
+    )
+
+
+def check_combined(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape) -> str | None:
+    """Compare combine's result with the same order of additions, bit for bit."""
+
+    def outputs(destination: int, rows: torch.Tensor) -> torch.Tensor:
+        return tape.rows(OUTPUT, destination, rows)
+
+    for first, last in _pieces(len(out)):
+        expected = expected_sum(exchange, rank, outputs, dtype=out.dtype, tokens=slice(first, last))
+        difference = first_difference(out[first:last], expected, first)
+        if difference:
+            return f"combined on rank {rank}: {difference}"
+    return None
+
+
+def check_same(name: str, got: torch.Tensor | None, verified: torch.Tensor | None) -> str | None:
+    """Compare with a result that the oracle has already passed."""
+    if got is None or verified is None:
+        return None if got is verified else f"{name} is missing"
+    if got.shape != verified.shape:
+        return f"{name} has shape {list(got.shape)}, expected {list(verified.shape)}"
+    difference = first_difference(got, verified, 0)
+    return f"{name}: {difference}" if difference else None
+
+
+def check_same_batch(got: Received, verified: Received) -> str | None:
+    """Compare a batch with one that the oracle has already passed."""
+    if got.counts != verified.counts:
+        return f"counts are {got.counts}, expected {verified.counts}"
+    fields = ("x", "scales", "topk_idx", "topk_weights")
+    return next(
+        (text for name in fields if (text := check_same(name, getattr(got, name), getattr(verified, name)))), None
+    )
+
+
+def check_peer(peer: Peer, exchange: Exchange, rank: int, tape: Tape) -> str | None:
+    """Run a comparison once and judge its results by the same oracle."""
+    arrivals = exchange.arrivals[rank]
+    rows = peer.dispatch()
+    routing = peer.received_routing()
+    difference = _shape_differs(rows, arrivals, rank) or _rows_differ((rows,), arrivals, rank, tape, "bf16")
+    if routing is not None:
+        difference = difference or _routing_differs(arrivals, rank, *routing)
+    tape.fill(rows, PEER_OUTPUT, rank, torch.arange(len(rows)))
+    out = peer.combine(rows)
+    return difference or _sum_differs(out, exchange, rank, tape, weighs=peer.weighs)
+
+
+def first_difference(got: torch.Tensor, expected: torch.Tensor, first_row: int) -> str | None:
+    """Say which byte of two tensors [n, m] of one dtype differs first."""
+    unequal = as_bytes(got.contiguous()) != as_bytes(expected)
+    if not bool(unequal.any()):
+        return None
+    row, byte = (int(n) for n in unequal.nonzero()[0])
+    values = [int(as_bytes(tensor.contiguous())[row, byte]) for tensor in (got, expected)]
+    return (
+        f"row {first_row + row}, byte {byte} is 0x{values[0]:02x}, expected 0x{values[1]:02x} "
+        f"({int(unequal.sum())} bytes differ in these {len(got)} rows)"
+    )
+
+
+def _shape_differs(rows: torch.Tensor, arrivals: Arrivals, rank: int) -> str | None:
+    if len(rows) == arrivals.num_rows:
+        return None
+    return f"rank {rank} received {len(rows)} rows, expected {arrivals.num_rows}"
+
+
+def _rows_differ(parts: tuple[torch.Tensor, ...], arrivals: Arrivals, rank: int, tape: Tape, wire: str) -> str | None:
+    def sent(source: int, tokens: torch.Tensor) -> torch.Tensor:
+        return tape.rows(SENT, source, tokens)
+
+    for first, last in _pieces(arrivals.num_rows):
+        expected = expected_rows(arrivals, sent, wire=wire, rows=slice(first, last))
+        for name, got, right in zip(
+            ("rows", "scales"), parts, expected if isinstance(expected, tuple) else (expected,), strict=False
+        ):
+            difference = first_difference(got[first:last], right, first)
+            if difference:
+                return f"received {name} on rank {rank}: {difference}"
+    return None
+
+
+def _routing_differs(
+    arrivals: Arrivals, rank: int, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None
+) -> str | None:
+    index = check_same(f"topk_idx on rank {rank}", topk_idx.to(arrivals.topk_idx.dtype), arrivals.topk_idx)
+    return index or check_same(f"topk_weights on rank {rank}", topk_weights, arrivals.topk_weights)
+
+
+def _sum_differs(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *, weighs: bool) -> str | None:
+    """Compare a sum in fp32 of unknown order with the same in fp64.
+
+    Bound: half a unit of BF16, and one unit of fp32 of the sum of magnitudes for each addition and product.
+    """
+    weights = exchange.routing[rank].topk_weights if weighs else None
+    for first, last in _pieces(len(out)):
+        exact = torch.zeros(last - first, out.shape[1], dtype=torch.float64)
+        magnitude = torch.zeros_like(exact)
+        num_terms = 0
+        for term in terms(exchange, rank):
+            here = term.of_tokens(first, last)
+            rows = tape.rows(PEER_OUTPUT, here.destination, here.row).double()
+            if weights is not None:
+                rows *= weights[here.token, here.column].bfloat16().double()[:, None]
+            exact[here.token - first] += rows
+            magnitude[here.token - first] += rows.abs()
+            num_terms += 1
+        error = (out[first:last].double() - exact).abs()
+        wrong = ~(error <= _BF16_HALF_ULP * exact.abs() + 2 * num_terms * _FP32_ULP * magnitude)
+        if bool(wrong.any()):
+            token, channel = (int(n) for n in wrong.nonzero()[0])
+            return (
+                f"combined on rank {rank}: token {first + token}, channel {channel} is "
+                f"{float(out[first + token, channel])}, expected {float(exact[token, channel])}"
+            )
+    return None
+
+
+def _pieces(num_rows: int) -> list[tuple[int, int]]:
+    return [(first, min(first + _ROWS, num_rows)) for first in range(0, num_rows, _ROWS)]
+
+
+Check = Callable[[], "str | None"]

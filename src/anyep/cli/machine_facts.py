@@ -1,0 +1,130 @@
+"""What this machine is and has, read from where Linux tells it; elsewhere what Python knows."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED_BYTES = 1 << 60
+"""cgroup v1 writes "no limit" as a number near 2 ** 63."""
+
+
+def available_cores() -> int:
+    """Return the cores this process may run on, by affinity and by cgroup quota (rounded up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, -int(-quota // 1)))
+
+
+def _cpu_quota() -> float | None:
+    both = _read(_own_cgroup("cpu") / "cpu.max") or _read(_CGROUPS / "cpu.max")
+    if both:
+        quota, period = both.split()
+        return None if quota == "max" else int(quota) / int(period)
+    quota_us, period_us = (_read(_CGROUPS / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    if quota_us and period_us and int(quota_us) > 0:
+        return int(quota_us) / int(period_us)
+    return None
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def total_memory_bytes() -> int:
+    """Return the machine's memory, 0 if unknown."""
+    return _meminfo().get("MemTotal", 0)
+
+
+def available_memory_bytes() -> int:
+    """Return what can be allocated now without swapping: the machine's and every enclosing cgroup's; 0 if unknown."""
+    rooms = [_meminfo().get("MemAvailable", 0), *(limit - used for limit, used in _cgroup_memory())]
+    return max(0, min(rooms))
+
+
+def memory_limit_bytes() -> int | None:
+    """Return the tightest cgroup limit, None without one."""
+    return min((limit for limit, _ in _cgroup_memory()), default=None)
+
+
+def _cgroup_memory() -> list[tuple[int, int]]:
+    """(limit, used without reclaimable page cache) of this process's cgroup and those above it, where limited."""
+    rooms = []
+    own = _own_cgroup("memory")
+    for directory in [own, *own.parents]:
+        if not directory.is_relative_to(_CGROUPS):
+            break
+        limit = _number(directory / "memory.max") or _number(directory / "memory.limit_in_bytes")
+        used = _number(directory / "memory.current") or _number(directory / "memory.usage_in_bytes")
+        if limit and used is not None and limit < _UNLIMITED_BYTES:
+            rooms.append((limit, used - _reclaimable(directory)))
+    return rooms
+
+
+def _reclaimable(directory: Path) -> int:
+    for line in _read(directory / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _own_cgroup(controller: str) -> Path:
+    """Return this process's directory for a controller: version 2's one tree, or version 1's tree of that name."""
+    unified = _CGROUPS
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            return _CGROUPS / controller / path.lstrip("/")
+        if not names:
+            unified = _CGROUPS / path.lstrip("/")
+    return unified
+
+
+def _meminfo() -> dict[str, int]:
+    facts = {}
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        name, _, value = line.partition(":")
+        facts[name] = int(value.split()[0]) * 1024
+    return facts
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def package_version(name: str) -> str | None:
+    """Return an installed distribution's version, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def describe_machine() -> dict[str, object]:
+    """Return the facts that stand beside a measurement."""
+    packages = {name: package_version(name) for name in ("anyep", "torch", "numba", "numpy", "mpi4py", "mpich")}
+    return {
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_gib": round(total_memory_bytes() / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": sys.version.split()[0],
+        **{name: found for name, found in packages.items() if found is not None},
+    }

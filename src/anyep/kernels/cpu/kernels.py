@@ -1,0 +1,23 @@
+"""The set itself: importing this module compiles or loads every kernel, so import it through the registry."""
+
+from __future__ import annotations
+
+from anyep.kernels.cpu import routing, rows, scaled, sums
+
+
+class CpuKernels:
+    """A :class:`~anyep.kernels.spec.KernelSet`: Numba on one thread, without the GIL."""
+
+    name = "cpu"
+
+    route = staticmethod(routing.route)
+    place = staticmethod(routing.place)
+    scatter = staticmethod(rows.scatter)
+    scatter_routing = staticmethod(routing.scatter_routing)
+    quantise_scatter = staticmethod(scaled.quantise_scatter)
+    dequantise = staticmethod(scaled.dequantise)
+    reduce = staticmethod(sums.reduce)
+    reduce_weights = staticmethod(sums.reduce_weights)
+    copy = staticmethod(rows.copy)
+    fill_rows = staticmethod(rows.fill_rows)
+    fence = staticmethod(rows.fence)

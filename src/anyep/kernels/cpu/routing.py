@@ -1,0 +1,183 @@
+"""Who gets what: routes in one pass over topk_idx, rows from slots, and the routing beside each row."""
+
+from __future__ import annotations
+
+from anyep.machine.compiler import compiled, inlined
+from anyep.machine.intrinsics import (
+    count_trailing_zeros,
+    fill_bytes,
+    load_i32,
+    load_i64,
+    store_i32,
+    store_i64,
+)
+
+
+@inlined
+def load_index(base: int, index_bytes: int, index: int) -> int:
+    return load_i64(base, index) if index_bytes == 8 else load_i32(base, index)
+
+
+@inlined
+def increment(base: int, index: int) -> int:
+    """Add 1 to int32 base[index] and return what it was."""
+    value = load_i32(base, index)
+    store_i32(base, index, value + 1)
+    return value
+
+
+@inlined
+def set_bit(base: int, bit: int) -> None:
+    store_i32(base, bit >> 5, load_i32(base, bit >> 5) | (1 << (bit & 31)))
+
+
+@inlined
+def load_bits(base: int, word: int) -> int:
+    return load_i32(base, word) & 0xFFFFFFFF
+
+
+@inlined
+def emit(entry: int, rank: int, slot: int, entry_rank_addr: int, entry_slot_addr: int) -> None:
+    store_i32(entry_rank_addr, entry, rank)
+    store_i32(entry_slot_addr, entry, slot)
+
+
+@inlined
+def emit_ranks(
+    entry: int,
+    num_words: int,
+    word_addr: int,
+    summary_addr: int,
+    rank_rows_addr: int,
+    entry_rank_addr: int,
+    entry_slot_addr: int,
+) -> int:
+    """Write an entry for every rank whose bit is set, ascending, and clear the bits; return the next free entry.
+
+    Bit r of the words says that rank r gets this token, bit w of the summary that word w is not 0: the time is that
+    of the bits, not of the ranks.
+    """
+    for group in range((num_words + 31) >> 5):
+        summary = load_bits(summary_addr, group)
+        store_i32(summary_addr, group, 0)
+        while summary != 0:
+            word = (group << 5) + count_trailing_zeros(summary)
+            summary &= summary - 1
+            bits = load_bits(word_addr, word)
+            store_i32(word_addr, word, 0)
+            while bits != 0:
+                rank = (word << 5) + count_trailing_zeros(bits)
+                bits &= bits - 1
+                emit(entry, rank, increment(rank_rows_addr, rank), entry_rank_addr, entry_slot_addr)
+                entry += 1
+    return entry
+
+
+@compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def route(
+    topk_idx_addr: int,
+    idx_bytes: int,
+    num_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    num_ranks: int,
+    expert_rank_addr: int,
+    by_expert: int,
+    entry_rank_addr: int,
+    entry_slot_addr: int,
+    rank_rows_addr: int,
+    expert_rows_addr: int,
+    scratch_addr: int,
+) -> int:
+    fill_bytes(rank_rows_addr, 4 * num_ranks, 0)
+    fill_bytes(expert_rows_addr, 4 * num_experts, 0)
+    num_words = (num_ranks + 31) >> 5
+    summary_addr = scratch_addr + 4 * num_words
+    fill_bytes(scratch_addr, 4 * (num_words + ((num_words + 31) >> 5)), 0)
+    width = num_topk if by_expert else min(num_topk, num_ranks)
+    for token in range(num_tokens):
+        for flat in range(token * num_topk, (token + 1) * num_topk):
+            expert = load_index(topk_idx_addr, idx_bytes, flat)
+            if expert < -1 or expert >= num_experts:
+                return flat
+            rank, slot = -1, -1
+            if expert >= 0:
+                rank = load_i32(expert_rank_addr, expert)
+                slot = increment(expert_rows_addr, expert)
+                if by_expert:
+                    increment(rank_rows_addr, rank)
+                else:
+                    set_bit(scratch_addr, rank)
+                    set_bit(summary_addr, rank >> 5)
+            if by_expert:
+                emit(flat, rank, slot, entry_rank_addr, entry_slot_addr)
+        if not by_expert:
+            entry = emit_ranks(
+                token * width, num_words, scratch_addr, summary_addr, rank_rows_addr, entry_rank_addr, entry_slot_addr
+            )
+            for empty in range(entry, (token + 1) * width):
+                emit(empty, -1, -1, entry_rank_addr, entry_slot_addr)
+    return -1
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def place(
+    entry_rank_addr: int,
+    entry_addr: int,
+    num_tokens: int,
+    width: int,
+    topk_idx_addr: int,
+    idx_bytes: int,
+    by_expert: int,
+    start_addr: int,
+) -> None:
+    for entry in range(num_tokens * width):
+        rank = load_i32(entry_rank_addr, entry)
+        if rank >= 0:
+            origin = load_index(topk_idx_addr, idx_bytes, entry) if by_expert else rank
+            store_i32(entry_addr, entry, load_i32(entry_addr, entry) + load_i32(start_addr, origin))
+
+
+@compiled(
+    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)"
+)
+def scatter_routing(
+    topk_idx_addr: int,
+    idx_bytes: int,
+    topk_weights_addr: int,
+    first_token: int,
+    last_token: int,
+    num_topk: int,
+    width: int,
+    by_expert: int,
+    expert_rank_addr: int,
+    expert_local_addr: int,
+    entry_rank_addr: int,
+    entry_row_addr: int,
+    peer_idx_addr: int,
+    peer_weights_addr: int,
+) -> None:
+    for token in range(first_token, last_token):
+        for column in range(width):
+            rank = load_i32(entry_rank_addr, token * width + column)
+            if rank < 0:
+                continue
+            row = load_i32(entry_row_addr, token * width + column)
+            for k in range(num_topk):
+                flat = token * num_topk + k
+                expert = load_index(topk_idx_addr, idx_bytes, flat)
+                if by_expert:
+                    serves = k == column
+                else:
+                    serves = expert >= 0 and load_i32(expert_rank_addr, expert) == rank
+                local, weight = -1, 0
+                if serves:
+                    local = load_i32(expert_local_addr, expert)
+                    if topk_weights_addr != 0:
+                        weight = load_i32(topk_weights_addr, flat)
+                if idx_bytes == 8:
+                    store_i64(load_i64(peer_idx_addr, rank), row * num_topk + k, local)
+                else:
+                    store_i32(load_i64(peer_idx_addr, rank), row * num_topk + k, local)
+                if topk_weights_addr != 0:
+                    store_i32(load_i64(peer_weights_addr, rank), row * num_topk + k, weight)

@@ -1,0 +1,73 @@
+"""Rows as bytes: copied past the caches to every place that wants them, or filled."""
+
+from __future__ import annotations
+
+from anyep.machine.compiler import compiled, inlined
+from anyep.machine.intrinsics import LINE, copy_bytes, fill_bytes, load_i32, load_i64, store_fence, stream_line
+
+_STREAM_FROM = 1024
+"""Bytes from which a copy bypasses the caches: shorter rows share their lines with their neighbours."""
+
+
+@inlined
+def stream(destination: int, source: int, num_bytes: int) -> None:
+    """Copy past the caches, whatever the alignment; short copies go through them."""
+    if num_bytes < _STREAM_FROM:
+        copy_bytes(destination, source, num_bytes)
+        return
+    head = -destination % LINE
+    copy_bytes(destination, source, head)
+    num_lines = (num_bytes - head) // LINE
+    for line in range(num_lines):
+        stream_line(destination + head, source + head, line)
+    done = head + num_lines * LINE
+    copy_bytes(destination + done, source + done, num_bytes - done)
+
+
+@inlined
+def place_of(peer_addr: int, entry_rank_addr: int, entry_row_addr: int, entry: int, row_bytes: int) -> int:
+    """Return the address of the row that flat entry ``entry`` names, or 0 where it names none."""
+    rank = load_i32(entry_rank_addr, entry)
+    if rank < 0:
+        return 0
+    return load_i64(peer_addr, rank) + load_i32(entry_row_addr, entry) * row_bytes
+
+
+@compiled("void(int64, int64, int64)")
+def copy(source_addr: int, destination_addr: int, num_bytes: int) -> None:
+    stream(destination_addr, source_addr, num_bytes)
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def scatter(
+    x_addr: int,
+    row_bytes: int,
+    first_token: int,
+    last_token: int,
+    width: int,
+    entry_rank_addr: int,
+    entry_row_addr: int,
+    peer_addr: int,
+) -> None:
+    for token in range(first_token, last_token):
+        row = x_addr + token * row_bytes
+        for entry in range(token * width, (token + 1) * width):
+            place = place_of(peer_addr, entry_rank_addr, entry_row_addr, entry, row_bytes)
+            if place != 0:
+                stream(place, row, row_bytes)
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64)")
+def fill_rows(
+    base_addr: int, row_bytes: int, num_gaps: int, gap_begin_addr: int, gap_end_addr: int, byte: int
+) -> None:
+    for gap in range(num_gaps):
+        begin = load_i32(gap_begin_addr, gap)
+        num_rows = load_i32(gap_end_addr, gap) - begin
+        if num_rows > 0:
+            fill_bytes(base_addr + begin * row_bytes, num_rows * row_bytes, byte)
+
+
+@compiled("void()")
+def fence() -> None:
+    store_fence()

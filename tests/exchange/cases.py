@@ -1,0 +1,90 @@
+"""Random exchanges: sizes, inputs and options drawn as the property tests need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+INPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One exchange of R ranks; inputs are a function of ``seed``."""
+
+    num_tokens: tuple[int, ...]
+    hidden: int
+    num_topk: int
+    num_experts: int
+    wire: str
+    scales: str
+    layout: str
+    alignment: int
+    idx_dtype: torch.dtype
+    with_weights: bool
+    num_bias: int
+    reduce: str
+    skew: float
+    placement: tuple[int, ...] | None
+    spare_rows: int | None
+    num_threads: int
+    seed: int
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.num_tokens)
+
+    def inputs(self, rank: int) -> Batch:
+        """Return one rank's batch."""
+        generator = torch.Generator().manual_seed(self.seed * 1009 + rank)
+        tokens = self.num_tokens[rank]
+        x = torch.randn(tokens, self.hidden, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
+        draw = torch.rand(tokens, self.num_topk, generator=generator) ** self.skew
+        idx = (draw * (self.num_experts + 1)).long().clamp(max=self.num_experts) - 1
+        weights = torch.rand(tokens, self.num_topk, generator=generator)
+        dtype = INPUT_DTYPES[self.wire]
+        bias = tuple(
+            torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias)
+        )
+        return Batch(
+            x=x.to(dtype), topk_idx=idx.to(self.idx_dtype), topk_weights=weights if self.with_weights else None, bias=bias
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    bias: tuple[torch.Tensor, ...]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_ranks = draw(st.integers(1, 9))
+    num_experts = draw(st.integers(1, 128))
+    layout = draw(st.sampled_from(["compact", "expert"]))
+    wire = draw(st.sampled_from(["bf16", "fp16", "fp32", "fp8", "fp8"]))
+    mapped = st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts).map(tuple)
+    largest = draw(st.sampled_from([0, 3, 20, 300]))
+    return Case(
+        num_tokens=tuple(draw(st.lists(st.integers(0, largest), min_size=num_ranks, max_size=num_ranks))),
+        hidden=draw(st.one_of(st.integers(1, 1030), st.sampled_from([1, 64, 127, 128, 129, 256, 1024]))),
+        num_topk=draw(st.integers(1, 17)),
+        num_experts=num_experts,
+        wire=wire,
+        scales=draw(st.sampled_from(["fp32", "pow2", "ue8m0"])) if wire == "fp8" else "fp32",
+        layout=layout,
+        alignment=draw(st.sampled_from([1, 1, 4, 7, 128])),
+        idx_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
+        with_weights=draw(st.booleans()),
+        num_bias=draw(st.integers(0, 2)),
+        reduce=draw(st.sampled_from(["rank", "expert"])) if layout == "expert" else "rank",
+        skew=draw(st.sampled_from([1.0, 1.0, 3.0, 20.0])),
+        placement=draw(st.one_of(st.none(), mapped)),
+        spare_rows=draw(st.one_of(st.none(), st.integers(0, 40))),
+        num_threads=draw(st.sampled_from([1, 1, 3])),
+        seed=draw(st.integers(0, 10_000)),
+    )

@@ -1,0 +1,140 @@
+"""Runs a case on real ranks and holds every byte against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import anyep
+from anyep.layout.placement import even_placement
+from anyep.testing.oracle import Exchange, Routing, as_bytes, expected_rows, expected_sum
+from tests.exchange.cases import Case
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What one rank got from its calls."""
+
+    received: anyep.Received
+    again: anyep.Received
+    y: torch.Tensor
+    combined: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def exchange_of(case: Case, *, static: bool = True) -> Exchange:
+    """Return the oracle's view of a case."""
+    batches = [case.inputs(rank) for rank in range(case.num_ranks)]
+    placement = case.placement or even_placement(case.num_experts, case.num_ranks).expert_rank_E.tolist()
+    return Exchange(
+        routing=[Routing(topk_idx=batch.topk_idx, topk_weights=batch.topk_weights) for batch in batches],
+        expert_rank=placement,
+        layout=case.layout,
+        expert_alignment=case.alignment,
+        static_rows=static_rows(case) if static else None,
+    )
+
+
+def static_rows(case: Case) -> int | None:
+    """Return a number of rows that just fits, and the spare ones."""
+    if case.spare_rows is None:
+        return None
+    return max(there.num_rows for there in exchange_of(case, static=False).arrivals) + case.spare_rows
+
+
+def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
+    return anyep.Buffer(
+        group,
+        hidden=case.hidden,
+        num_experts=case.num_experts,
+        num_topk=case.num_topk,
+        max_tokens_per_rank=max(case.num_tokens),
+        wire=case.wire,
+        scales=case.scales,
+        expert_alignment=case.alignment,
+        static_rows=static_rows(case),
+        placement=case.placement,
+        num_threads=case.num_threads,
+        timeout_s=60.0,
+        **options,
+    )
+
+
+def play(case: Case, ep: anyep.Buffer) -> Outcome:
+    """Dispatch, compute something on every row, combine, and dispatch once more the same way."""
+    batch = case.inputs(ep.rank)
+    received = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights, layout=case.layout)
+    y = expert_output(case, received, ep)
+    weights = received.topk_weights
+    result = ep.combine(y, received.handle, topk_weights=weights, bias=batch.bias or None, reduce=case.reduce)
+    again = ep.dispatch(batch.x, None, batch.topk_weights, handle=received.handle)
+    return Outcome(
+        received=received,
+        again=again,
+        y=y,
+        combined=result if weights is None else result.x,
+        weights=None if weights is None else result.topk_weights,
+    )
+
+
+def expert_output(case: Case, received: anyep.Received, ep: anyep.Buffer) -> torch.Tensor:
+    """Return another value for every row; in the arena for even seeds, elsewhere for odd ones."""
+    dtype = torch.bfloat16 if case.wire == "fp8" else received.x.dtype
+    shape = received.x.shape
+    y = ep.empty_output(received.handle) if case.seed % 2 == 0 else torch.empty(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(case.seed + 31 * ep.rank)
+    y.copy_(torch.randn(shape, generator=generator))
+    return y
+
+
+def check(case: Case, outcomes: list[Outcome]) -> None:
+    """Compare every rank's outcome with the oracle, bit for bit."""
+    exchange = exchange_of(case)
+    for rank, outcome in enumerate(outcomes):
+        check_received(case, exchange, rank, outcome.received)
+        check_received(case, exchange, rank, outcome.again)
+        expected = expected_sum(
+            exchange,
+            rank,
+            lambda owner, rows: outcomes[owner].y[rows],
+            dtype=outcome.y.dtype,
+            reduce=case.reduce,
+            bias=case.inputs(rank).bias,
+        )
+        assert_same("combined", outcome.combined, expected)
+        if outcome.weights is not None:
+            back = expected_sum(
+                exchange,
+                rank,
+                lambda owner, rows: outcomes[owner].received.topk_weights[rows],
+                dtype=torch.float32,
+                reduce=case.reduce,
+            )
+            assert_same("returned weights", outcome.weights, back)
+
+
+def check_received(case: Case, exchange: Exchange, rank: int, received: anyep.Received) -> None:
+    there = exchange.arrivals[rank]
+    batches = [case.inputs(source) for source in range(case.num_ranks)]
+    rows = expected_rows(
+        there, lambda source, token: batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)
+    )
+    x, scales = rows if isinstance(rows, tuple) else (rows, None)
+    assert_same("x", received.x, x)
+    assert (received.scales is None) == (scales is None)
+    if scales is not None:
+        assert_same("scales", received.scales, scales)
+    assert_same("topk_idx", received.topk_idx, there.topk_idx)
+    assert (received.topk_weights is None) == (there.topk_weights is None)
+    if there.topk_weights is not None:
+        assert_same("topk_weights", received.topk_weights, there.topk_weights)
+    assert received.counts == there.counts
+
+
+def assert_same(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare dtype, shape and every bit."""
+    assert actual.dtype == expected.dtype, name
+    assert actual.shape == expected.shape, name
+    if actual.numel():
+        assert torch.equal(as_bytes(actual.contiguous()), as_bytes(expected.contiguous())), name

@@ -1,0 +1,349 @@
+"""Bad calls: each gives one clear error, and the buffer works afterwards.
+
+A row is (name, call, error type, words that the message must hold). ``call`` gets a scene: an open buffer, a good batch,
+a received batch. Calls that only one rank makes are refused before a word is sent, so the other ranks need not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import anyep
+
+T, H, K, E, R = 5, 64, 3, 8, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    ep: anyep.Buffer
+    fp8: anyep.Buffer
+    x: torch.Tensor
+    idx: torch.Tensor
+    weights: torch.Tensor
+    received: anyep.Received
+    foreign: anyep.Handle
+
+    @property
+    def y(self) -> torch.Tensor:
+        return self.received.x
+
+    @property
+    def handle(self) -> anyep.Handle:
+        return self.received.handle
+
+
+def changed(tensor: torch.Tensor, value: int) -> torch.Tensor:
+    other = tensor.clone()
+    other[2, 1] = value
+    return other
+
+
+CALLS = [
+    ("x is a list", lambda s: s.ep.dispatch([[1.0]], s.idx), TypeError, ["x must be a torch.Tensor", "list"]),
+    ("x is None", lambda s: s.ep.dispatch(None, s.idx), TypeError, ["x must be", "NoneType"]),
+    ("x of another dtype", lambda s: s.ep.dispatch(s.x.double(), s.idx), TypeError, ["bfloat16", "float64"]),
+    ("x in fp16 on a bf16 wire", lambda s: s.ep.dispatch(s.x.half(), s.idx), TypeError, ["bfloat16", "float16"]),
+    ("x with another hidden", lambda s: s.ep.dispatch(s.x[:, :32].clone(), s.idx), ValueError, ["[5, 32]", "64"]),
+    ("x one-dimensional", lambda s: s.ep.dispatch(s.x[0], s.idx), ValueError, ["[T, hidden]", "[64]"]),
+    ("x transposed", lambda s: s.ep.dispatch(torch.empty(H, T, dtype=s.x.dtype).T, s.idx), ValueError, ["contiguous"]),
+    ("x strided", lambda s: s.ep.dispatch(s.x.repeat(1, 2)[:, ::2], s.idx), ValueError, [".contiguous()"]),
+    ("x on another device", lambda s: s.ep.dispatch(s.x.to("meta"), s.idx), ValueError, ["meta", "cpu"]),
+    (
+        "x with too many tokens",
+        lambda s: s.ep.dispatch(s.x.repeat(20, 1), s.idx.repeat(20, 1)),
+        ValueError,
+        ["100 tokens", "max_tokens_per_rank=16"],
+    ),
+    ("a pair on a bf16 wire", lambda s: s.ep.dispatch((s.x, s.weights), s.idx), TypeError, ["tuple", "fp8", "bf16"]),
+    (
+        "fp8 without scales",
+        lambda s: s.fp8.dispatch(s.x.to(torch.float8_e4m3fn), s.idx),
+        TypeError,
+        ["without scales", "(x, scales)"],
+    ),
+    (
+        "a triple on the fp8 wire",
+        lambda s: s.fp8.dispatch((s.x, s.x, s.x), s.idx),
+        TypeError,
+        ["pair (fp8, scales)", "tuple of 3"],
+    ),
+    (
+        "fp8 pair with bf16 rows",
+        lambda s: s.fp8.dispatch((s.x, torch.ones(T, 1)), s.idx),
+        TypeError,
+        ["x[0]", "float8_e4m3fn", "bfloat16"],
+    ),
+    (
+        "fp8 pair with scales of another dtype",
+        lambda s: s.fp8.dispatch((s.x.to(torch.float8_e4m3fn), torch.ones(T, 1).double()), s.idx),
+        TypeError,
+        ["x[1]", "float32", "float64"],
+    ),
+    (
+        "fp8 pair with scales of another shape",
+        lambda s: s.fp8.dispatch((s.x.to(torch.float8_e4m3fn), torch.ones(T, 2)), s.idx),
+        ValueError,
+        ["x[1]", "[5, 1]", "[5, 2]"],
+    ),
+    (
+        "fp8 pair with no scales",
+        lambda s: s.fp8.dispatch((s.x.to(torch.float8_e4m3fn), None), s.idx),
+        TypeError,
+        ["x[1]", "NoneType"],
+    ),
+    ("integers on the fp8 wire", lambda s: s.fp8.dispatch(s.x.int(), s.idx), TypeError, ["float32", "int32"]),
+    ("no topk_idx", lambda s: s.ep.dispatch(s.x), TypeError, ["topk_idx must be a torch.Tensor", "NoneType"]),
+    ("topk_idx in int16", lambda s: s.ep.dispatch(s.x, s.idx.short()), TypeError, ["int64 or int32", "int16"]),
+    ("topk_idx in float", lambda s: s.ep.dispatch(s.x, s.idx.float()), TypeError, ["int64 or int32", "float32"]),
+    ("topk_idx with another K", lambda s: s.ep.dispatch(s.x, s.idx[:, :2].clone()), ValueError, ["[5, 2]", "[5, 3]"]),
+    ("topk_idx with another T", lambda s: s.ep.dispatch(s.x, s.idx[:4]), ValueError, ["[4, 3]", "[5, 3]"]),
+    ("topk_idx strided", lambda s: s.ep.dispatch(s.x, s.idx.T.contiguous().T), ValueError, ["topk_idx", "contiguous"]),
+    ("an expert too large", lambda s: s.ep.dispatch(s.x, changed(s.idx, E)), ValueError, ["topk_idx[2, 1] is 8", "0 to 7"]),
+    ("an expert below -1", lambda s: s.ep.dispatch(s.x, changed(s.idx, -2)), ValueError, ["topk_idx[2, 1] is -2", "-1 means"]),
+    (
+        "an expert beyond 32 bits",
+        lambda s: s.ep.dispatch(s.x, changed(s.idx, 1 << 40)),
+        ValueError,
+        ["topk_idx[2, 1] is 1099511627776"],
+    ),
+    ("weights in bf16", lambda s: s.ep.dispatch(s.x, s.idx, s.weights.bfloat16()), TypeError, ["topk_weights", "float32"]),
+    ("weights of another shape", lambda s: s.ep.dispatch(s.x, s.idx, s.weights[:, :1].clone()), ValueError, ["[5, 1]"]),
+    ("weights on another device", lambda s: s.ep.dispatch(s.x, s.idx, s.weights.to("meta")), ValueError, ["meta"]),
+    ("an unknown layout", lambda s: s.ep.dispatch(s.x, s.idx, layout="dense"), ValueError, ["layout", "'compact'", "'dense'"]),
+    ("topk_idx and a handle", lambda s: s.ep.dispatch(s.x, s.idx, handle=s.handle), ValueError, ["topk_idx must be None"]),
+    ("a handle with another T", lambda s: s.ep.dispatch(s.x[:3], handle=s.handle), ValueError, ["3 tokens", "sent 5"]),
+    ("a tuple as handle", lambda s: s.ep.dispatch(s.x, handle=(1, 2)), TypeError, ["handle", "tuple"]),
+    ("another buffer's handle", lambda s: s.ep.dispatch(s.x, handle=s.foreign), ValueError, ["another buffer"]),
+    ("combine without a handle", lambda s: s.ep.combine(s.y, None), TypeError, ["handle", "NoneType"]),
+    ("combine with another buffer's handle", lambda s: s.ep.combine(s.y, s.foreign), ValueError, ["another buffer"]),
+    ("y with too few rows", lambda s: s.ep.combine(s.y[1:], s.handle), ValueError, ["[N, hidden]"]),
+    ("y with another hidden", lambda s: s.ep.combine(s.y[:, :8].clone(), s.handle), ValueError, ["[N, hidden]"]),
+    ("y in float64", lambda s: s.ep.combine(s.y.double(), s.handle), TypeError, ["bfloat16", "float64"]),
+    ("y strided", lambda s: s.ep.combine(s.y.repeat(1, 2)[:, ::2], s.handle), ValueError, ["y must be contiguous"]),
+    ("y is a Received", lambda s: s.ep.combine(s.received, s.handle), TypeError, ["y must be a torch.Tensor", "Received"]),
+    ("three biases", lambda s: s.ep.combine(s.y, s.handle, bias=(s.x, s.x, s.x)), ValueError, ["at most 2", "3"]),
+    ("bias of another shape", lambda s: s.ep.combine(s.y, s.handle, bias=s.x[:2]), ValueError, ["bias", "[2, 64]"]),
+    ("bias of another dtype", lambda s: s.ep.combine(s.y, s.handle, bias=s.x.float()), TypeError, ["bias", "float32"]),
+    ("out of another shape", lambda s: s.ep.combine(s.y, s.handle, out=s.x[:2]), ValueError, ["out", "[2, 64]"]),
+    ("out of another dtype", lambda s: s.ep.combine(s.y, s.handle, out=s.x.float()), TypeError, ["out", "float32"]),
+    ("out inside y", lambda s: s.ep.combine(s.y, s.handle, out=s.y[:T]), ValueError, ["out overlaps y"]),
+    (
+        "returned weights of another shape",
+        lambda s: s.ep.combine(s.y, s.handle, topk_weights=s.weights[:1]),
+        ValueError,
+        ["topk_weights", "[N, num_topk]"],
+    ),
+    ("an unknown reduce", lambda s: s.ep.combine(s.y, s.handle, reduce="mean"), ValueError, ["'rank'", "'mean'"]),
+    ("reduce by expert of compact rows", lambda s: s.ep.combine(s.y, s.handle, reduce="expert"), ValueError, ["layout='expert'"]),
+    ("integer output", lambda s: s.ep.empty_output(s.handle, torch.int32), TypeError, ["bfloat16", "int32"]),
+    ("output for a foreign handle", lambda s: s.ep.empty_output(s.foreign), ValueError, ["another buffer"]),
+]
+
+
+def make_scene(member, stack) -> Scene:
+    sizes = {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": 16, "timeout_s": 20}
+    ep = stack.enter_context(anyep.Buffer(member, **sizes))
+    fp8 = stack.enter_context(anyep.Buffer(member, wire="fp8", **sizes))
+    generator = torch.Generator().manual_seed(member.rank)
+    x = torch.randn(T, H, generator=generator).bfloat16()
+    idx = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
+    idx[0, 0], idx[1, 0] = 0, E - 1  # every rank receives something
+    weights = torch.rand(T, K, generator=generator)
+    return Scene(
+        ep=ep,
+        fp8=fp8,
+        x=x,
+        idx=idx,
+        weights=weights,
+        received=ep.dispatch(x, idx, weights),
+        foreign=fp8.dispatch(x, idx).handle,
+    )
+
+
+def check_works(scene: Scene) -> None:
+    received = scene.ep.dispatch(scene.x, scene.idx, scene.weights)
+    assert torch.equal(received.x, scene.received.x)
+    ranks = (scene.idx // (E // R)).unsqueeze(-1) == torch.arange(R)
+    copies = ranks.any(dim=1).sum(dim=1, keepdim=True)
+    combined = scene.ep.combine(received.x, received.handle)
+    assert torch.equal(combined, (scene.x.float() * copies).bfloat16())
+
+
+def test_the_table_is_long_and_named_apart():
+    names = [row[0] for row in CALLS]
+    assert len(names) == len(set(names)) >= 40
+
+
+def test_every_bad_call_is_refused_and_the_buffer_still_works(stack):
+    def rank_main(member):
+        with stack() as own:
+            scene = make_scene(member, own)
+            failures = []
+            for name, call, error_type, words in CALLS:
+                with pytest.raises(error_type) as caught:
+                    call(scene)
+                if type(caught.value) is not error_type or not all(word in str(caught.value) for word in words):
+                    failures.append(f"{name}: {type(caught.value).__name__}: {caught.value}")
+                check_works(scene)
+            assert not failures, "\n".join(failures)
+
+    anyep.local_group(R).run(rank_main)
+
+
+def good(**changes) -> dict:
+    return {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": 16, "timeout_s": 20} | changes
+
+
+CONSTRUCTORS = [
+    ("hidden 0", {"hidden": 0}, ValueError, ["hidden must be at least 1", "0"]),
+    ("hidden a float", {"hidden": 64.0}, TypeError, ["hidden must be an integer", "64.0"]),
+    ("hidden a bool", {"hidden": True}, TypeError, ["hidden must be an integer", "True"]),
+    ("no experts", {"num_experts": 0}, ValueError, ["num_experts"]),
+    ("no top-k", {"num_topk": 0}, ValueError, ["num_topk"]),
+    ("negative tokens", {"max_tokens_per_rank": -1}, ValueError, ["max_tokens_per_rank"]),
+    ("an unknown wire", {"wire": "fp4"}, ValueError, ["wire", "'fp8'", "'fp4'"]),
+    ("unknown scales", {"wire": "fp8", "scales": "int8"}, ValueError, ["scales", "'ue8m0'", "'int8'"]),
+    ("scales without fp8", {"scales": "pow2"}, ValueError, ["wire='fp8'", "'bf16'"]),
+    ("alignment 0", {"expert_alignment": 0}, ValueError, ["expert_alignment"]),
+    ("negative static rows", {"static_rows": -1}, ValueError, ["static_rows"]),
+    ("no threads", {"num_threads": 0}, ValueError, ["num_threads"]),
+    ("a negative arena", {"arena_bytes": -1}, ValueError, ["arena_bytes"]),
+    ("an impossible arena", {"arena_bytes": 1 << 50}, anyep.CapacityError, ["MiB"]),
+    ("no time", {"timeout_s": 0}, ValueError, ["timeout_s"]),
+    ("time as text", {"timeout_s": "1"}, TypeError, ["timeout_s"]),
+    ("a short placement", {"placement": [0, 1]}, ValueError, ["placement", "num_experts=8", "2"]),
+    ("a placement outside", {"placement": [0, 1, 2, 0, 1, 0, 1, 0]}, ValueError, ["expert 2 on rank 2", "0 to 1"]),
+    ("an unknown transport", {"transport": "carrier pigeon"}, ValueError, ["transport", "carrier pigeon"]),
+    ("unknown kernels", {"kernels": "cobol"}, ValueError, ["kernels", "cobol"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "error_type", "words"), [row[1:] for row in CONSTRUCTORS], ids=[r[0] for r in CONSTRUCTORS])
+def test_constructor_refuses(changes, error_type, words):
+    def rank_main(member):
+        with pytest.raises(error_type) as caught:
+            anyep.Buffer(member, **good(**changes))
+        return str(caught.value)
+
+    for text in anyep.local_group(R).run(rank_main):
+        assert all(word.lower() in text.lower() for word in words), text
+
+
+def test_one_rank_with_bad_arguments_is_named_on_all():
+    def rank_main(member):
+        with pytest.raises(ValueError) as caught:
+            anyep.Buffer(member, **good(hidden=-3 if member.rank == 1 else H))
+        return str(caught.value)
+
+    first, second = anyep.local_group(2).run(rank_main)
+    assert "rank 1 could not make its buffer" in first
+    assert "hidden must be at least 1" in first
+    assert "hidden must be at least 1" in second
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("hidden", [64, 128]),
+        ("num_experts", [8, 16]),
+        ("num_topk", [3, 2]),
+        ("max_tokens_per_rank", [16, 17]),
+        ("wire", ["bf16", "fp8"]),
+        ("expert_alignment", [1, 8]),
+        ("static_rows", [None, 100]),
+        ("placement", [None, [0] * 8]),
+    ],
+)
+def test_arguments_that_differ_between_ranks(name, values):
+    def rank_main(member):
+        with pytest.raises(ValueError, match=f"{name} differs between ranks") as caught:
+            anyep.Buffer(member, **good(**{name: values[member.rank]}))
+        return str(caught.value)
+
+    for text in anyep.local_group(2).run(rank_main):
+        assert "on rank 0" in text
+        assert "on rank 1" in text
+
+
+DISAGREEMENTS = [
+    ("layout", lambda s, rank: s.ep.dispatch(s.x, s.idx, layout=["compact", "expert"][rank]), ["layout", "'expert' on rank 1"]),
+    ("weights", lambda s, rank: s.ep.dispatch(s.x, s.idx, [s.weights, None][rank]), ["topk_weights", "not given on rank 1"]),
+    ("index dtype", lambda s, rank: s.ep.dispatch(s.x, [s.idx, s.idx.int()][rank]), ["int32 on rank 1", "int64 on rank 0"]),
+    (
+        "operation",
+        lambda s, rank: s.ep.combine(s.y, s.handle) if rank else s.ep.dispatch(s.x, s.idx, s.weights),
+        ["the operation", "combine on rank 1"],
+    ),
+    ("barrier", lambda s, rank: s.ep.barrier() if rank else s.ep.combine(s.y, s.handle), ["barrier on rank 1"]),
+    (
+        "dtype of y",
+        lambda s, rank: s.ep.combine([s.y, s.y.float()][rank], s.handle),
+        ["dtype of y", "float32 on rank 1"],
+    ),
+    (
+        "returned weights",
+        lambda s, rank: s.ep.combine(s.y, s.handle, topk_weights=[None, s.received.topk_weights][rank]),
+        ["topk_weights", "given on rank 1"],
+    ),
+    (
+        "cached or not",
+        lambda s, rank: s.ep.dispatch(s.x, handle=s.handle) if rank else s.ep.dispatch(s.x, s.idx),
+        ["cached dispatch on rank 1"],
+    ),
+]
+
+
+def test_ranks_that_call_differently_all_hear_of_it(stack):
+    def rank_main(member):
+        with stack() as own:
+            scene = make_scene(member, own)
+            for name, call, words in DISAGREEMENTS:
+                with pytest.raises(ValueError, match="ranks disagree") as caught:
+                    call(scene, member.rank)
+                assert all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
+                check_works(scene)
+            assert scene.ep.stats().refused == len(DISAGREEMENTS)
+
+    anyep.local_group(R).run(rank_main)
+
+
+def test_handles_of_different_dispatches(stack):
+    def rank_main(member):
+        with stack() as own:
+            scene = make_scene(member, own)
+            again = scene.ep.dispatch(scene.x, scene.idx)
+            handle = [scene.handle, again.handle][member.rank]
+            with pytest.raises(ValueError, match="the handle is of dispatch"):
+                scene.ep.combine(again.x, handle)
+            check_works(scene)
+
+    anyep.local_group(R).run(rank_main)
+
+
+def test_a_closed_buffer_says_so(stack):
+    def rank_main(member):
+        with stack() as own:
+            scene = make_scene(member, own)
+            scene.ep.barrier()
+            scene.ep.close()
+            scene.ep.close()
+            for call in (
+                lambda: scene.ep.dispatch(scene.x, scene.idx),
+                lambda: scene.ep.combine(scene.y, scene.handle),
+                lambda: scene.ep.empty_output(scene.handle),
+                scene.ep.barrier,
+            ):
+                with pytest.raises(anyep.ClosedError, match="closed; make a new one"):
+                    call()
+            assert scene.y.float().isfinite().all(), "received tensors outlive the buffer"
+
+    anyep.local_group(R).run(rank_main)
+
+
+@pytest.mark.parametrize("group", [3, "world", object()], ids=["int", "str", "object"])
+def test_something_that_is_no_group(group):
+    with pytest.raises(TypeError, match=r"group.*local_group"):
+        anyep.Buffer(group, **good())
