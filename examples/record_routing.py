@@ -1,211 +1,39 @@
 """Train a small Mixture-of-Experts language model on Python's standard library and record where its tokens go.
 
-Run as ``python examples/record_routing.py``; the shipped trace (docs/routing-traces.md) is this script's output. Only
-the routing has to be real, so the experts are tiny, but their number is not: 256 experts, top-8, sigmoid gating with a
-bias for each expert that balances the load (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
+Run as ``python examples/record_routing.py``; the shipped trace (docs/routing-traces.md) is this script's output. The
+model is in tiny_moe.py: only its routing has to be real, so the experts are tiny, but their number is not.
 
-The same steps on the same machine, Python and torch give the same file: seeds are fixed, and one thread adds in one order.
-
-Legend: T tokens of a batch, H hidden, E experts, K top-k, C rows that one expert takes from a batch.
+The same steps on the same machine, Python and torch give the same file: seeds are fixed, and one thread adds in one
+order. ``--minutes`` ends training by the clock and gives that up.
 """
 
 from __future__ import annotations
 
 import math
+import platform
 import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tiny_moe import Model, Sizes
 from torch import Tensor, nn
-from torch.nn import functional
 
-from anyep.layout.trace_file import TraceRecorder
+from anyep.layout.placement import Placement, even_placement
+from anyep.layout.trace_file import RoutingTrace, TraceRecorder
 
-VOCABULARY = 256
-"""tokens are bytes"""
 HELD_OUT_EVERY = 16
 """one file of so many is never trained on"""
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-BIAS_STEP = 0.003
-"""by how much an expert's bias moves in one training step (DeepSeek-V3: 0.001, over far more steps)"""
-CAPACITY_FACTOR = 2.0
-"""an expert takes at most so many times its even share; the rest of a batch passes it by (Switch Transformer)"""
-WEIGHT_BITS = 4
-"""mantissa bits that recorded weights keep: the file is half as large, and a replay needs no more"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the model and one training step are made of."""
-
-    hidden: int = 128
-    num_layers: int = 3
-    """the first is dense, as in DeepSeek-V3"""
-    num_heads: int = 4
-    num_experts: int = 256
-    num_topk: int = 8
-    expert_width: int = 16
-    shared_width: int = 128
-    context: int = 256
-    """bytes that a token may look back on"""
-    batch: int = 8
-    """sequences of one step"""
-    learning_rate: float = 3e-3
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.batch * self.context
-
-
-class Dispatch(torch.autograd.Function):
-    """Copy tokens [T, H] to their experts' rows [E * C, H].
-
-    ``token_of_row`` [E * C] holds T where no token goes. ``row_of_choice`` [T, K] names a row without a token where its
-    expert had none left: zeros go in and come out, forward and backward.
-    Backward is the forward of :class:`Combine` and the other way round, so that both directions only read by index and
-    add in a fixed order; the backward of plain indexing would scatter.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_choice)
-        return _with_zero_row(x).index_select(0, token_of_row)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (row_of_choice,) = ctx.saved_tensors
-        return functional.embedding_bag(row_of_choice, gradients[0], mode="sum"), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Sum each token's rows [E * C, H] to [T, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-        ctx.save_for_backward(token_of_row)
-        return functional.embedding_bag(row_of_choice, rows, mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (token_of_row,) = ctx.saved_tensors
-        return _with_zero_row(gradients[0]).index_select(0, token_of_row), None, None
-
-
-def _with_zero_row(x: Tensor) -> Tensor:
-    return functional.pad(x, (0, 0, 0, 1))
-
-
-class Experts(nn.Module):
-    """A gate, E tiny experts and one shared expert."""
-
-    bias: Tensor
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.sizes = sizes
-        E, H, width = sizes.num_experts, sizes.hidden, sizes.expert_width
-        self.gate = nn.Linear(H, E, bias=False)
-        self.register_buffer("bias", torch.zeros(E))
-        self.up = nn.Parameter(torch.randn(E, H, width) / math.sqrt(H))
-        self.down = nn.Parameter(torch.randn(E, width, H) / math.sqrt(width * sizes.num_topk))
-        self.shared = _mlp(H, sizes.shared_width)
-        self.recorder: TraceRecorder | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
-        affinity = torch.sigmoid(self.gate(x))
-        chosen = (affinity.detach() + self.bias).topk(self.sizes.num_topk).indices
-        weights = affinity.gather(1, chosen)
-        weights = weights / weights.sum(1, keepdim=True)
-        if self.recorder is not None:
-            self.recorder.add(*_by_weight(chosen, weights))
-        counts = torch.bincount(chosen.flatten(), minlength=self.sizes.num_experts)
-        if self.training:
-            self.bias += BIAS_STEP * torch.sign(counts.float().mean() - counts)
-        choice_of_row, row_of_choice = self._places(chosen, counts)
-        token_of_row = choice_of_row // self.sizes.num_topk
-        rows = Dispatch.apply(x, token_of_row, row_of_choice)
-        weight_of_row = Dispatch.apply(weights.view(-1, 1), choice_of_row, row_of_choice.view(-1, 1))
-        # The weights meet the rows where rows are narrowest; the sum that follows is linear.
-        inner = functional.silu(rows.view(len(counts), -1, x.shape[1]) @ self.up)
-        rows = (inner * weight_of_row.view(len(counts), -1, 1)) @ self.down
-        return self.shared(x) + Combine.apply(rows.flatten(0, 1), token_of_row, row_of_choice)
-
-    def _places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return choice_of_row [E * C] (T * K where there is none) and row_of_choice [T, K] for ``chosen`` [T, K].
-
-        The last of an expert's C rows is always empty; expert 0's is where choices beyond the capacity go.
-        """
-        T, K = chosen.shape
-        capacity = min(int(counts.max()), math.ceil(CAPACITY_FACTOR * T * K / len(counts)))
-        C = capacity + 1
-        expert, order = chosen.flatten().sort(stable=True)
-        slot = torch.arange(T * K) - (counts.cumsum(0) - counts)[expert]
-        row = torch.where(slot < capacity, expert * C + slot, capacity)
-        choice_of_row = torch.full((len(counts) * C,), T * K).index_copy(0, row, order)
-        choice_of_row[capacity] = T * K
-        return choice_of_row, torch.empty_like(row).index_copy(0, order, row).view(T, K)
-
-
-def _by_weight(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the heaviest expert first, as gates without a bias give it, and keep WEIGHT_BITS of each weight's mantissa."""
-    weights, order = weights.detach().sort(dim=1, descending=True, stable=True)
-    mantissa, exponent = torch.frexp(weights)
-    grid = 2 ** (WEIGHT_BITS + 1)
-    return chosen.gather(1, order), torch.ldexp((mantissa * grid).round() / grid, exponent)
-
-
-def _mlp(hidden: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(hidden, width, bias=False), nn.SiLU(), nn.Linear(width, hidden, bias=False))
-
-
-class Block(nn.Module):
-    """Attention, then a dense layer or experts."""
-
-    def __init__(self, sizes: Sizes, *, dense: bool) -> None:
-        super().__init__()
-        self.num_heads = sizes.num_heads
-        self.norm_attention = nn.RMSNorm(sizes.hidden)
-        self.qkv = nn.Linear(sizes.hidden, 3 * sizes.hidden, bias=False)
-        self.out = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
-        self.norm_layer = nn.RMSNorm(sizes.hidden)
-        self.layer = _mlp(sizes.hidden, 4 * sizes.hidden) if dense else Experts(sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, context, H] to the same shape."""
-        batch, context, hidden = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(batch, context, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(batch, context, hidden))
-        return x + self.layer(self.norm_layer(x).view(-1, hidden)).view_as(x)
-
-
-class Model(nn.Module):
-    """A byte-level language model."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, sizes.hidden)
-        self.position = nn.Parameter(0.02 * torch.randn(sizes.context, sizes.hidden))
-        self.blocks = nn.Sequential(*(Block(sizes, dense=layer == 0) for layer in range(sizes.num_layers)))
-        self.norm = nn.RMSNorm(sizes.hidden)
-        self.head = nn.Linear(sizes.hidden, VOCABULARY, bias=False)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Return the mean bits per byte of predicting text[:, 1:] from text[:, :-1]; ``text`` int64 [batch, context + 1]."""
-        x = self.embedding(text[:, :-1]) + self.position
-        logits = self.head(self.norm(self.blocks(x)))
-        return functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()) / math.log(2)
-
-    def experts(self) -> list[Experts]:
-        return [block.layer for block in self.blocks if isinstance(block.layer, Experts)]
+WEIGHT_BITS = 3
+"""mantissa bits that recorded weights keep: a quarter less file than with 4, and a replay needs no more"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,3 +104,122 @@ def training_steps(model: Model, corpus: Corpus, sizes: Sizes, steps: int) -> It
         optimizer.step()
         cosine.step()
         yield float(bits.detach())
+
+
+def train(model: Model, corpus: Corpus, sizes: Sizes, *, steps: int, minutes: float | None, console: Console) -> int:
+    """Train with a progress bar and return the steps made; ``minutes`` ends it at one that depends on the machine."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    started, smooth, step = time.monotonic(), 0.0, 0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps)
+        for step, bits in enumerate(training_steps(model, corpus, sizes, steps), 1):
+            smooth = bits if step == 1 else 0.95 * smooth + 0.05 * bits
+            progress.update(task, advance=1, description=f"step {step}: {smooth:.2f} bits per byte")
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+    return step
+
+
+def by_weight(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the heaviest expert first, as gates without a bias do, and keep WEIGHT_BITS of each weight's mantissa."""
+    weights, order = weights.detach().sort(dim=1, descending=True, stable=True)
+    mantissa, exponent = torch.frexp(weights)
+    grid = 2 ** (WEIGHT_BITS + 1)
+    return chosen.gather(1, order), torch.ldexp((mantissa * grid).round() / grid, exponent)
+
+
+@torch.no_grad()
+def record(model: Model, batches: Iterator[Tensor], out: Path, description: str) -> None:
+    """Write the routing of every batch at every expert layer."""
+    layers = model.experts()
+    sizes = layers[0].sizes
+    recorder = TraceRecorder(
+        out,
+        num_experts=sizes.num_experts,
+        num_topk=sizes.num_topk,
+        num_layers=len(layers),
+        description=description,
+    )
+    model.eval()
+    with recorder:
+        for layer in layers:
+            layer.listener = lambda chosen, weights: recorder.add(*by_weight(chosen, weights))
+        for batch in batches:
+            model(batch)
+    for layer in layers:
+        layer.listener = None
+
+
+def skew_table(trace: RoutingTrace, num_ranks: int) -> Table:
+    """Say how uneven each layer's load is, and how far a token's experts are spread over ``num_ranks`` ranks."""
+    placement = even_placement(trace.num_experts, num_ranks)
+    table = Table(
+        "layer", "tokens", "expert load", "rank load", "ranks a token", title=f"max / mean, {num_ranks} ranks"
+    )
+    for layer in trace.layers:
+        idx = np.concatenate([entry.topk_idx for entry in trace.entries if entry.layer == layer])
+        load = np.bincount(idx.ravel(), minlength=trace.num_experts)
+        rank_of_choice = placement.expert_rank_E[idx]
+        rank_load = np.bincount(rank_of_choice.ravel(), minlength=num_ranks)
+        reached = (rank_of_choice[:, :, None] == np.arange(num_ranks)).any(1).sum(1)
+        uneven = [f"{loads.max() / loads.mean():.2f}" for loads in (load, rank_load)]
+        table.add_row(str(layer), str(len(idx)), *uneven, f"{reached.mean():.2f}")
+    table.add_row("uniform", "", "", "", f"{uniform_ranks(placement, trace.num_topk):.2f}")
+    return table
+
+
+def uniform_ranks(placement: Placement, num_topk: int) -> float:
+    """Return how many ranks a token reaches in the mean when every choice of distinct experts is equally likely."""
+    E = placement.num_experts
+    missed = sum(math.comb(E - int(own), num_topk) for own in placement.experts_per_rank_R) / math.comb(E, num_topk)
+    return placement.num_ranks - missed
+
+
+def make_deterministic(seed: int) -> None:
+    """One thread, one order of additions, one seed."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(seed)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("routing.npz"), show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=1500, show_default=True, help="Training steps.")
+@click.option("--minutes", type=float, help="Stop training after so long; the result then depends on the machine.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens to record, at least."
+)
+@click.option("--experts", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--topk", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(out: Path, steps: int, minutes: float | None, tokens: int, experts: int, topk: int, seed: int) -> None:
+    """Train a byte-level MoE language model and write the routing of held-out text to OUT."""
+    console = Console()
+    make_deterministic(seed)
+    sizes = Sizes(num_experts=experts, num_topk=topk)
+    corpus = read_corpus(Path(sysconfig.get_paths()["stdlib"]))
+    model = Model(sizes)
+    console.print(
+        f"{corpus.num_files} files, {len(corpus.learned)} bytes to learn from, {len(corpus.held_out)} held out; "
+        f"{sum(p.numel() for p in model.parameters())} parameters"
+    )
+    before = bits_per_byte(model, held_out_batches(corpus, sizes, tokens))
+    made = train(model, corpus, sizes, steps=steps, minutes=minutes, console=console)
+    after = bits_per_byte(model, held_out_batches(corpus, sizes, tokens))
+    console.print(f"held-out text: {before:.3f} bits per byte before training, {after:.3f} after")
+    record(model, held_out_batches(corpus, sizes, tokens), out, describe(sizes, steps=made, bits=after))
+    console.print(skew_table(RoutingTrace.load(out), num_ranks=8), f"wrote {out}, {out.stat().st_size} bytes")
+
+
+def describe(sizes: Sizes, *, steps: int, bits: float) -> str:
+    """Return what the trace says about itself."""
+    return (
+        f"byte-level MoE language model, top-{sizes.num_topk} of {sizes.num_experts} experts, sigmoid gating with "
+        f"load-balancing bias, {steps} steps of {sizes.batch_tokens} tokens on the standard library of Python "
+        f"{platform.python_version()}; routing of held-out files at {bits:.2f} bits per byte"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ def hook(event, arguments):
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         if writes or not path.endswith((".py", ".pyc", ".so")):
             opened.append(path)
-    elif event in ("os.mkdir", "os.remove", "os.rename", "os.putenv", "os.unsetenv", "subprocess.Popen", "socket.__new__"):
+    elif event in ("os.mkdir", "os.remove", "os.rename", "os.putenv", "os.unsetenv", "subprocess.Popen"):
         opened.append(event)
 sys.dont_write_bytecode = True  # caching bytecode is the interpreter's, not the package's
 sys.addaudithook(hook)

@@ -18,13 +18,24 @@ def test_imports_go_down():
 @pytest.fixture
 def tree(tmp_path):
     package = tmp_path / "anyep"
-    for name in ("errors.py", "buffer.py", "layout/plan.py", "kernels/cpu.py", "transport/shm.py", "exchange/combine.py"):
+    for name in (
+        "errors.py",
+        "buffer.py",
+        "layout/plan.py",
+        "kernels/cpu.py",
+        "transport/shm.py",
+        "exchange/combine.py",
+    ):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("")
     (package / "__init__.py").write_text("from anyep.buffer import Buffer\n")
     (package / "cli").mkdir()
-    (package / "cli" / "main.py").write_text("import anyep\nfrom anyep import Buffer, errors\nfrom anyep.buffer import x\n")
-    (package / "exchange" / "__init__.py").write_text("from anyep.kernels import cpu\nfrom anyep.transport import shm\n")
+    (package / "cli" / "main.py").write_text(
+        "import anyep\nfrom anyep import Buffer, errors\nfrom anyep.buffer import x\n"
+    )
+    (package / "exchange" / "__init__.py").write_text(
+        "from anyep.kernels import cpu\nfrom anyep.transport import shm\n"
+    )
     return package
 
 
@@ -35,7 +46,11 @@ def test_a_clean_tree_passes(tree):
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("layout/plan.py", "import os\nfrom anyep.kernels.cpu import route", "layout/plan.py:2: layout imports kernels"),
+        (
+            "layout/plan.py",
+            "import os\nfrom anyep.kernels.cpu import route",
+            "layout/plan.py:2: layout imports kernels",
+        ),
         ("layout/plan.py", "import anyep.exchange.combine", "layout imports exchange"),
         ("layout/plan.py", "def f():\n    from anyep.buffer import Buffer", "layout/plan.py:2: layout imports buffer"),
         ("layout/plan.py", "from ..exchange import combine", "layout imports exchange"),

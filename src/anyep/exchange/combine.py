@@ -155,7 +155,7 @@ def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | No
 
     def tokens(first: int, last: int) -> None:
         end.kernels.reduce(
-            ELEMENTS[back.y.dtype],
+            int(ELEMENTS[back.y.dtype]),
             end.hidden,
             first,
             last,

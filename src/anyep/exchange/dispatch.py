@@ -278,9 +278,9 @@ def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
             assert end.wire.scale_format is not None
             end.kernels.quantise_scatter(
                 rows.x.data_ptr(),
-                rows.quantise_from,
+                int(rows.quantise_from),
                 end.hidden,
-                end.wire.scale_format,
+                int(end.wire.scale_format),
                 first,
                 last,
                 *entries,

@@ -62,13 +62,13 @@ class Opening:
 
     def words(self) -> list[int]:
         return [
-            self.kind,
+            int(self.kind),
             self.layout,
             self.idx_bytes,
             self.has_weights,
             self.static_rows,
             self.handle_epoch,
-            self.element,
+            int(self.element),
             self.reduce,
         ]
 

@@ -16,7 +16,7 @@ from anyep.exchange.wire import Wire, make_wire
 from anyep.kernels.registry import load
 from anyep.layout.placement import Placement, even_placement, mapped_placement
 from anyep.layout.regions import MemoryAccount, RowBytes, memory_account
-from anyep.transport.base import control_bytes
+from anyep.transport.control import ControlLayout
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 
@@ -89,7 +89,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
     wire = make_wire(options.wire, options.scales, options.hidden)
     row = _row_bytes(wire, options)
     lanes = lanes_for(placement)
-    account = _account(options, placement, rendezvous, row, control_bytes(lanes.all(), RING, rendezvous.size))
+    account = _account(options, placement, rendezvous, row, ControlLayout.of(lanes.all(), RING, rendezvous.size).num_bytes)
     kernels = load(options.kernels)
     opened = open_transport(
         rendezvous,

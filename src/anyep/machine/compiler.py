@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numba
 from filelock import FileLock
@@ -24,6 +24,7 @@ from numba.core import caching
 from anyep import config
 from anyep.version import __version__
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _COMPILED_PACKAGES = ("machine", "kernels", "transport")
 
 
@@ -85,7 +86,7 @@ class _DirectoryLocator:
 
 
 class _CacheImpl(caching.CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_DirectoryLocator]
+    _locator_classes: ClassVar = [_DirectoryLocator]
 
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
@@ -116,5 +117,7 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return decorate
 
 
-inlined = numba.njit(inline="never", nogil=True, error_model="numpy")
-"""For loops that compiled functions call; compiled with the caller."""
+def inlined(function: _F) -> _F:
+    """Decorate a function that compiled functions call: it is compiled with them, and LLVM inlines it."""
+    made: _F = numba.njit(nogil=True, error_model="numpy")(function)
+    return made

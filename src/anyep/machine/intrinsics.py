@@ -1,10 +1,11 @@
 """Memory as compiled loops see it: numbers at addresses, copies past the caches, the fence that ends them.
 
-Addresses and indices are int64. Nothing is checked and nothing needs to be aligned unless a line says so.
+Addresses and indices are int64. Nothing is checked, and nothing needs to be aligned unless a line says so.
 """
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -20,166 +21,159 @@ LINE = 64
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LINE_OF_WORDS = ir.VectorType(_I64, LINE // 8)
+_POINTER = cgutils.voidptr_t
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_address = types.int64
+
+
+def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``emit(builder, *values)``, which writes LLVM IR: compiled code calls it with these types.
+
+    ``emit`` returns the LLVM value of ``result``, or None for ``types.void``.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Callable[..., Any]:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = emit(builder, *args)
+            return context.get_dummy_value() if value is None else value
+
+        def typing(typingctx: Any, *args: Any) -> Any:
+            return result(*arguments), codegen
+
+        typing.__name__ = emit.__name__
+        typing.__doc__ = emit.__doc__
+        parameters = [inspect.Parameter("typingctx", _POSITIONAL)]
+        parameters += [inspect.Parameter(f"value{i}", _POSITIONAL) for i in range(len(arguments))]
+        typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Numba wants a fixed number
+        made: Callable[..., Any] = intrinsic(typing)
+        return made
+
+    return decorate
 
 
 def element_pointer(builder: Any, base: Any, index: Any, element: ir.Type) -> Any:
-    """Return the address of number ``index`` of an array: the base is cast once, so that loops stay analysable."""
+    """Return the LLVM pointer to number ``index`` of an array; the base is cast once, so that loops stay analysable."""
     return builder.gep(builder.inttoptr(base, element.as_pointer()), [index])
 
 
 def mark_nontemporal(builder: Any, store: Any) -> None:
-    """Let a store bypass the caches; :func:`fence` orders it. Processors without such stores make an ordinary one."""
+    """Let a store bypass the caches, where the processor can; :func:`store_fence` orders it."""
     store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
 
 
-def _loader(element: ir.IntType, result: types.Integer) -> Callable[..., Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typingctx: Any, base: Any, index: Any) -> Any:
+def _loader(element: ir.IntType) -> Callable[..., Any]:
+    @instruction(types.int64, _address, types.int64)
+    def load(builder: Any, base: Any, index: Any) -> Any:
         """Return the signed integer at base[index]."""
+        loaded = builder.load(element_pointer(builder, base, index, element), align=1)
+        return builder.sext(loaded, _I64) if element.width < 64 else loaded
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            loaded = builder.load(element_pointer(builder, *args, element), align=1)
-            return builder.sext(loaded, _I64) if element.width < 64 else loaded
-
-        return result(types.int64, types.int64), codegen
-
-    return load  # type: ignore[no-any-return]
+    return load
 
 
 def _storer(element: ir.IntType) -> Callable[..., Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
+    @instruction(types.void, _address, types.int64, types.int64)
+    def store(builder: Any, base: Any, index: Any, value: Any) -> None:
         """Write the low bits of ``value`` to base[index]."""
+        narrow = builder.trunc(value, element) if element.width < 64 else value
+        builder.store(narrow, element_pointer(builder, base, index, element), align=1)
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            base, index, value = args
-            narrow = builder.trunc(value, element) if element.width < 64 else value
-            builder.store(narrow, element_pointer(builder, base, index, element), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return store  # type: ignore[no-any-return]
+    return store
 
 
-load_i8, store_i8 = _loader(_I8, types.int64), _storer(_I8)
-load_i32, store_i32 = _loader(_I32, types.int64), _storer(_I32)
-load_i64, store_i64 = _loader(_I64, types.int64), _storer(_I64)
+load_i8, store_i8 = _loader(_I8), _storer(_I8)
+load_i32, store_i32 = _loader(_I32), _storer(_I32)
+load_i64, store_i64 = _loader(_I64), _storer(_I64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def copy_bytes(typingctx: Any, destination: Any, source: Any, num_bytes: Any) -> Any:
+@instruction(types.void, _address, _address, types.int64)
+def copy_bytes(builder: Any, destination: Any, source: Any, num_bytes: Any) -> None:
     """Copy through the caches (memcpy)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        destination, source, num_bytes = args
-        pointers = [builder.inttoptr(address, cgutils.voidptr_t) for address in (destination, source)]
-        cgutils.raw_memcpy(builder, *pointers, num_bytes, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    pointers = [builder.inttoptr(address, _POINTER) for address in (destination, source)]
+    cgutils.raw_memcpy(builder, *pointers, num_bytes, 1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fill_bytes(typingctx: Any, destination: Any, num_bytes: Any, byte: Any) -> Any:
+@instruction(types.void, _address, types.int64, types.int64)
+def fill_bytes(builder: Any, destination: Any, num_bytes: Any, byte: Any) -> None:
     """Write the low 8 bits of ``byte`` to every byte (memset)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        destination, num_bytes, byte = args
-        pointer = builder.inttoptr(destination, cgutils.voidptr_t)
-        cgutils.memset(builder, pointer, num_bytes, builder.trunc(byte, _I8))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    cgutils.memset(builder, builder.inttoptr(destination, _POINTER), num_bytes, builder.trunc(byte, _I8))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def stream_line(typingctx: Any, destination: Any, source: Any, index: Any) -> Any:
+@instruction(types.void, _address, _address, types.int64)
+def stream_line(builder: Any, destination: Any, source: Any, index: Any) -> None:
     """Copy line ``index`` past the caches; ``destination`` must be a multiple of 64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        destination, source, index = args
-        line = builder.load(element_pointer(builder, source, index, _LINE_OF_WORDS), align=1)
-        target = element_pointer(builder, destination, index, _LINE_OF_WORDS)
-        mark_nontemporal(builder, builder.store(line, target, align=LINE))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    line = builder.load(element_pointer(builder, source, index, _LINE_OF_WORDS), align=1)
+    target = element_pointer(builder, destination, index, _LINE_OF_WORDS)
+    mark_nontemporal(builder, builder.store(line, target, align=LINE))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typingctx: Any, address: Any) -> Any:
+@instruction(types.void, _address)
+def prefetch(builder: Any, address: Any) -> None:
     """Ask for the line at ``address``; any address is allowed."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
-        hints = [ir.Constant(_I32, hint) for hint in (0, 3, 1)]  # read, keep in all levels, data
-        function = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t])
-        builder.call(function, [pointer, *hints])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    kind = ir.FunctionType(ir.VoidType(), [_POINTER, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    read, all_levels, data = (ir.Constant(_I32, hint) for hint in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, _POINTER), read, all_levels, data])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_fence(typingctx: Any) -> Any:
+@instruction(types.void)
+def store_fence(builder: Any) -> None:
     """Order all earlier stores of this thread, non-temporal ones too, before all later ones.
 
     x86 keeps ordinary stores in order, but not non-temporal ones: without the sfence, readers saw millions of
     stale words in 200,000 rounds. Elsewhere a release fence covers both kinds.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _IS_X86:
-            sfence = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, sfence, "llvm.x86.sse.sfence"), [])
-        builder.fence("release")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    if _IS_X86:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse.sfence"), [])
+    builder.fence("release")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def count_trailing_zeros(typingctx: Any, value: Any) -> Any:
-    """Return the position of the lowest set bit of a non-zero int64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
+@instruction(types.int64, types.int64)
+def count_trailing_zeros(builder: Any, value: Any) -> Any:
+    """Return the position of the lowest set bit of a number that is not 0."""
+    return builder.cttz(value, ir.Constant(ir.IntType(1), 1))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def bits_as_float(typingctx: Any, bits: Any) -> Any:
-    """Return the fp32 number whose bits are the low 32 of an int64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.trunc(args[0], _I32), ir.FloatType())
-
-    return types.float32(types.int64), codegen
+@instruction(types.float32, types.int64)
+def bits_as_float(builder: Any, bits: Any) -> Any:
+    """Return the fp32 number whose bits are the low 32."""
+    return builder.bitcast(builder.trunc(bits, _I32), ir.FloatType())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def float_as_bits(typingctx: Any, number: Any) -> Any:
-    """Return the 32 bits of an fp32 number as a non-negative int64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(builder.bitcast(args[0], _I32), _I64)
-
-    return types.int64(types.float32), codegen
+@instruction(types.int64, types.float32)
+def float_as_bits(builder: Any, number: Any) -> Any:
+    """Return the 32 bits of an fp32 number, as a number that is not negative."""
+    return builder.zext(builder.bitcast(number, _I32), _I64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def stack_memory(typingctx: Any, num_bytes: Any) -> Any:
-    """Return the address of ``num_bytes`` (a literal) of this call's stack, 64-byte aligned, with any content."""
-    if not isinstance(num_bytes, types.IntegerLiteral):
-        return None
-    size = num_bytes.literal_value
+def stack_block(num_bytes: int) -> Callable[..., Any]:
+    """Make ``block()``: the address of that many bytes of the caller's stack, a multiple of 64, with any content."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    @instruction(_address)
+    def block(builder: Any) -> Any:
         with builder.goto_entry_block():
-            memory = builder.alloca(ir.ArrayType(_I8, size))
+            memory = builder.alloca(ir.ArrayType(_I8, num_bytes))
         memory.align = LINE
         return builder.ptrtoint(memory, _I64)
 
-    return types.int64(num_bytes), codegen
+    return block
+
+
+@instruction(_address, types.int64)
+def allocate(builder: Any, num_bytes: Any) -> Any:
+    """Return the address of that many bytes from the C heap, with any content; :func:`release` frees them.
+
+    Not a NumPy array: Numba frees an array after its last use, and the use of its address is none.
+    """
+    kind = ir.FunctionType(_POINTER, [_I64])
+    block = builder.call(cgutils.get_or_insert_function(builder.module, kind, "malloc"), [num_bytes])
+    return builder.ptrtoint(block, _I64)
+
+
+@instruction(types.void, _address)
+def release(builder: Any, address: Any) -> None:
+    """Free what :func:`allocate` returned."""
+    kind = ir.FunctionType(ir.VoidType(), [_POINTER])
+    function = cgutils.get_or_insert_function(builder.module, kind, "free")
+    builder.call(function, [builder.inttoptr(address, _POINTER)])

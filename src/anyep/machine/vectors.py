@@ -15,9 +15,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 
-from anyep.machine.intrinsics import LINE, mark_nontemporal
+from anyep.machine.intrinsics import LINE, instruction, mark_nontemporal
 
 LANES = 32
 
@@ -131,93 +131,62 @@ def lane_function(result: VectorType, *arguments: VectorType) -> Callable[[Calla
     """Decorate a function over :class:`Lanes`: compiled code may call it with vectors of these types."""
 
     def decorate(function: Callable[..., Lanes]) -> Callable[..., Any]:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return function(*(Lanes(builder, value) for value in args)).value
+        @instruction(result, *arguments)
+        def emit(builder: Any, *values: Any) -> Any:
+            return function(*(Lanes(builder, value) for value in values)).value
 
-        return _intrinsic_of(len(arguments), result(*arguments), codegen)
+        return emit
 
     return decorate
-
-
-def _intrinsic_of(num_arguments: int, signature: Any, codegen: Callable[..., Any]) -> Callable[..., Any]:
-    if num_arguments == 1:
-
-        @intrinsic  # type: ignore[untyped-decorator]
-        def unary(typingctx: Any, a: Any) -> Any:
-            return signature, codegen
-
-        return unary  # type: ignore[no-any-return]
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def binary(typingctx: Any, a: Any, b: Any) -> Any:
-        return signature, codegen
-
-    return binary  # type: ignore[no-any-return]
 
 
 def vector_loader(kind: VectorType) -> Callable[..., Any]:
     """Make ``load(address)``: 32 lanes, any alignment."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(builder.inttoptr(args[0], kind.ir.as_pointer()), align=1)
+    @instruction(kind, types.int64)
+    def load(builder: Any, address: Any) -> Any:
+        return builder.load(builder.inttoptr(address, kind.ir.as_pointer()), align=1)
 
-        return kind(types.int64), codegen
-
-    return load  # type: ignore[no-any-return]
+    return load
 
 
 def vector_part_loader(kind: VectorType) -> Callable[..., Any]:
     """Make ``load(address, count)``: lanes below ``count`` from memory, the others 0."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typingctx: Any, address: Any, count: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address, count = args
-            staging = cgutils.alloca_once(builder, kind.ir)
-            builder.store(ir.Constant(kind.ir, None), staging)
-            source = builder.inttoptr(address, cgutils.voidptr_t)
-            _copy_lanes(builder, builder.bitcast(staging, cgutils.voidptr_t), source, count, kind)
-            return builder.load(staging)
+    @instruction(kind, types.int64, types.int64)
+    def load(builder: Any, address: Any, count: Any) -> Any:
+        staging = cgutils.alloca_once(builder, kind.ir)
+        builder.store(ir.Constant(kind.ir, None), staging)
+        source = builder.inttoptr(address, cgutils.voidptr_t)
+        _copy_lanes(builder, builder.bitcast(staging, cgutils.voidptr_t), source, count, kind)
+        return builder.load(staging)
 
-        return kind(types.int64, types.int64), codegen
-
-    return load  # type: ignore[no-any-return]
+    return load
 
 
 def vector_storer(kind: VectorType, *, nontemporal: bool = False) -> Callable[..., Any]:
     """Make ``store(address, vector)``; a non-temporal one needs an address that is a multiple of 64."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store(typingctx: Any, address: Any, vector: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(args[0], kind.ir.as_pointer())
-            stored = builder.store(args[1], pointer, align=LINE if nontemporal else 1)
-            if nontemporal:
-                mark_nontemporal(builder, stored)
-            return context.get_dummy_value()
+    @instruction(types.void, types.int64, kind)
+    def store(builder: Any, address: Any, vector: Any) -> None:
+        pointer = builder.inttoptr(address, kind.ir.as_pointer())
+        stored = builder.store(vector, pointer, align=LINE if nontemporal else 1)
+        if nontemporal:
+            mark_nontemporal(builder, stored)
 
-        return types.void(types.int64, kind), codegen
-
-    return store  # type: ignore[no-any-return]
+    return store
 
 
 def vector_part_storer(kind: VectorType) -> Callable[..., Any]:
     """Make ``store(address, vector, count)``: only lanes below ``count`` are written."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store(typingctx: Any, address: Any, vector: Any, count: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address, vector, count = args
-            staging = cgutils.alloca_once_value(builder, vector)
-            target = builder.inttoptr(address, cgutils.voidptr_t)
-            _copy_lanes(builder, target, builder.bitcast(staging, cgutils.voidptr_t), count, kind)
-            return context.get_dummy_value()
+    @instruction(types.void, types.int64, kind, types.int64)
+    def store(builder: Any, address: Any, vector: Any, count: Any) -> None:
+        staging = cgutils.alloca_once_value(builder, vector)
+        target = builder.inttoptr(address, cgutils.voidptr_t)
+        _copy_lanes(builder, target, builder.bitcast(staging, cgutils.voidptr_t), count, kind)
 
-        return types.void(types.int64, kind, types.int64), codegen
-
-    return store  # type: ignore[no-any-return]
+    return store
 
 
 def _copy_lanes(builder: Any, destination: Any, source: Any, count: Any, kind: VectorType) -> None:
@@ -225,37 +194,17 @@ def _copy_lanes(builder: Any, destination: Any, source: Any, count: Any, kind: V
     cgutils.raw_memcpy(builder, destination, source, num_bytes, 1)
 
 
-def _broadcaster(kind: VectorType, scalar: types.Type) -> Callable[..., Any]:
-    """Make ``broadcast(number)``: the number in every lane."""
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def broadcast(typingctx: Any, number: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _splat(builder, args[0], kind)
-
-        return kind(scalar), codegen
-
-    return broadcast  # type: ignore[no-any-return]
-
-
-def _splat(builder: Any, number: Any, kind: VectorType) -> Any:
-    undefined = ir.Constant(kind.ir, ir.Undefined)
+@instruction(F32, types.float32)
+def broadcast(builder: Any, number: Any) -> Any:
+    """Return the number in every lane."""
+    undefined = ir.Constant(F32.ir, ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-    return builder.shuffle_vector(first, undefined, zeros)
+    return builder.shuffle_vector(first, undefined, ir.Constant(I32.ir, None))
 
 
-broadcast_f32 = _broadcaster(F32, types.float32)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def largest(typingctx: Any, vector: Any) -> Any:
-    """Return the largest lane of an I32 vector of non-negative numbers, as int64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [I32.ir])
-        name = f"llvm.vector.reduce.smax.v{LANES}i32"
-        reduced = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-        return builder.sext(reduced, ir.IntType(64))
-
-    return types.int64(I32), codegen
+@instruction(types.int64, I32)
+def largest(builder: Any, vector: Any) -> Any:
+    """Return the largest lane of non-negative integers."""
+    kind = ir.FunctionType(ir.IntType(32), [I32.ir])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
+    return builder.sext(builder.call(function, [vector]), ir.IntType(64))

@@ -2,8 +2,8 @@
 
 Legend: T tokens of a rank, H hidden, K top-k, E experts, R ranks, N received rows.
 
-Nothing here is shared with the code it judges, but for rounding and FP8 (:mod:`anyep.numerics`), which have their own tests.
-Rows are asked for by number (:data:`RowSource`), so that large exchanges can be judged piece by piece.
+Nothing here is shared with the code it judges, but for rounding and FP8 (:mod:`anyep.numerics`), which have their own
+tests. Rows are asked for by number (:data:`RowSource`), so that large exchanges can be judged piece by piece.
 
 >>> exchange = Exchange(
 ...     routing=[Routing(topk_idx=torch.tensor([[0, 3], [1, 0], [-1, 2]])), Routing(topk_idx=torch.tensor([[3, 3]]))],
@@ -191,9 +191,7 @@ class Term:
     def of_tokens(self, first: int, last: int) -> Term:
         """Return the part that belongs to tokens [first, last)."""
         inside = (self.token >= first) & (self.token < last)
-        return Term(
-            destination=self.destination, column=self.column, token=self.token[inside], row=self.row[inside]
-        )
+        return Term(destination=self.destination, column=self.column, token=self.token[inside], row=self.row[inside])
 
 
 def expected_rows(arrivals: Arrivals, sent: RowSource, *, wire: str, scales: str = "fp32", rows: slice) -> Rows:

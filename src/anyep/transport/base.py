@@ -43,9 +43,14 @@ class Place:
 class Block(Protocol):
     """A piece of this rank's arena. It returns to the heap when the block and the last tensor cut from it are gone."""
 
-    place: Place
-    address: int
-    num_bytes: int
+    @property
+    def place(self) -> Place: ...
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     @property
     def memory(self) -> memoryview:

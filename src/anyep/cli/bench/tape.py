@@ -1,7 +1,7 @@
 """Rows that everybody can make again: windows of one random tape.
 
-Row n of rank r begins where a hash of (kind, r, n) says. So every row is another, a byte at a wrong place is a wrong byte,
-and any rank can make any other rank's rows without having seen them.
+Row n of rank r begins where a hash of (kind, r, n) says. So every row is another, a byte at a wrong place is a wrong
+byte, and any rank can make any other rank's rows without having seen them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
@@ -149,6 +147,3 @@ def _sum_differs(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *
 
 def _pieces(num_rows: int) -> list[tuple[int, int]]:
     return [(first, min(first + _ROWS, num_rows)) for first in range(0, num_rows, _ROWS)]
-
-
-Check = Callable[[], "str | None"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from anyep.kernels.spec import Element
 from anyep.machine.compiler import inlined
+from anyep.machine.intrinsics import LINE, prefetch
 from anyep.machine.vectors import (
     F32,
     I8,
@@ -25,7 +26,8 @@ from anyep.machine.vectors import (
 
 BF16, FP16, FP32 = (int(element) for element in Element)
 
-_SIGN = 0x80000000
+_AHEAD = 1024
+"""Bytes between a load and its prefetch; 512 to 4096 are within 3 % of each other."""
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
 _F32_BIAS = 127
@@ -100,20 +102,32 @@ def larger(x: Lanes, y: Lanes) -> Lanes:
     return x.at_least(y)
 
 
+@lane_function(I16, I16)
+def magnitude_16(x: Lanes) -> Lanes:
+    """|x| of bf16 or fp16 as bits."""
+    return x & 0x7FFF
+
+
+@lane_function(I16, I16, I16)
+def larger_16(x: Lanes, y: Lanes) -> Lanes:
+    return x.at_least(y)
+
+
 @lane_function(I8, F32, F32)
 def encode_e4m3(x: Lanes, factor: Lanes) -> Lanes:
     """FP8 of ``x * factor``, which must be at most 464 (what rounds to 448): no clamping here.
 
-    Adding M = 2 ** (e + 20) to a number of exponent e >= -6 rounds it to a multiple of E4M3's ulp there, 2 ** (e - 3), and the low
-    bits of the sum count the ulps: 8 to 16, or 0 to 8 at e = -6, subnormals included. The code is 8 * (e + 6) + count.
-    Only its low 8 bits are kept, so that M's own exponent serves as 8 * e: (M >> 20) is 8 * e + 1176, which is 104 too
-    much modulo 256, and M carries 152 = -104 more ulps to make up for it (an even number: ties stay ties to even).
+    Adding M = 2 ** (e + 20) to a number of exponent e >= -6 rounds it to a multiple of E4M3's ulp there, 2 ** (e - 3),
+    and the low bits of the sum count the ulps: 8 to 16, or 0 to 8 at e = -6, subnormals included. The code is
+    8 * (e + 6) + count. Only its low 8 bits are kept, so that M's own exponent serves as 8 * e: (M >> 20) is
+    8 * e + 1176, which is 104 too much modulo 256, and M carries 152 = -104 more ulps to make up for it (an even
+    number: ties stay ties to even).
     """
     y = (x * factor).bits()
     size = y & _MAGNITUDE
     m = (size.at_least(_exponent(-6)) & _INF) + ((20 << 23) + 152)
     code = (size.as_float() + m.as_float()).bits() + (m >> 20)
-    return ((code & 0x7F) | ((y >> 24) & 0x80)).narrow(I8)
+    return (code | ((y >> 24) & 0x80)).narrow(I8)
 
 
 @lane_function(I8, F32)
@@ -134,23 +148,37 @@ def decode_e4m3(codes: Lanes) -> Lanes:
     return ((magnitude > (0x7E << 20)).choose(0x7FC00000, finite) | ((bits & 0x80) << 24)).as_float()
 
 
-load_i8, load_part_i8 = vector_loader(I8), vector_part_loader(I8)
-load_i16, load_part_i16 = vector_loader(I16), vector_part_loader(I16)
-load_i32, load_part_i32 = vector_loader(I32), vector_part_loader(I32)
-store_i8, store_part_i8 = vector_storer(I8), vector_part_storer(I8)
-store_i16, store_part_i16 = vector_storer(I16), vector_part_storer(I16)
-store_i32, store_part_i32 = vector_storer(I32), vector_part_storer(I32)
-stream_i16, stream_i32 = vector_storer(I16, nontemporal=True), vector_storer(I32, nontemporal=True)
+load_lanes_i8, load_part_i8 = vector_loader(I8), vector_part_loader(I8)
+load_lanes_i16, load_part_i16 = vector_loader(I16), vector_part_loader(I16)
+load_lanes_i32, load_part_i32 = vector_loader(I32), vector_part_loader(I32)
+store_lanes_i8, store_part_i8 = vector_storer(I8), vector_part_storer(I8)
+store_lanes_i16, store_part_i16 = vector_storer(I16), vector_part_storer(I16)
+store_lanes_i32, store_part_i32 = vector_storer(I32), vector_part_storer(I32)
+stream_lanes_i16 = vector_storer(I16, nontemporal=True)
+stream_lanes_i32 = vector_storer(I32, nontemporal=True)
+
+
+@inlined
+def bytes_of(element: int) -> int:
+    return 4 if element == FP32 else 2
+
+
+@inlined
+def prefetch_ahead(element: int, address: int) -> None:
+    """Ask for what 32 numbers further on by 1 KiB will need: the processor's own prefetcher stops at each page."""
+    prefetch(address + _AHEAD)
+    if element == FP32:
+        prefetch(address + _AHEAD + LINE)
 
 
 @inlined
 def load(element: int, address: int) -> Any:
     """Return 32 numbers as fp32."""
     if element == BF16:
-        return widen_bf16(load_i16(address))
+        return widen_bf16(load_lanes_i16(address))
     if element == FP16:
-        return widen_fp16(load_i16(address))
-    return widen_fp32(load_i32(address))
+        return widen_fp16(load_lanes_i16(address))
+    return widen_fp32(load_lanes_i32(address))
 
 
 @inlined
@@ -168,19 +196,20 @@ def store(element: int, address: int, x: Any, past_caches: int) -> None:
     """Round 32 numbers and write them; past the caches only where the address is a multiple of 64."""
     if element == FP32:
         if past_caches:
-            stream_i32(address, round_fp32(x))
+            stream_lanes_i32(address, round_fp32(x))
         else:
-            store_i32(address, round_fp32(x))
+            store_lanes_i32(address, round_fp32(x))
         return
     rounded = round_bf16(x) if element == BF16 else round_fp16(x)
     if past_caches:
-        stream_i16(address, rounded)
+        stream_lanes_i16(address, rounded)
     else:
-        store_i16(address, rounded)
+        store_lanes_i16(address, rounded)
 
 
 @inlined
 def store_part(element: int, address: int, x: Any, count: int) -> None:
+    """Round and write the first ``count`` < 32 numbers."""
     if element == FP32:
         store_part_i32(address, round_fp32(x), count)
     elif element == BF16:

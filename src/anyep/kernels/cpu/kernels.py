@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyep.kernels.cpu import routing, rows, scaled, sums
+from anyep.kernels.cpu import decode, encode, routing, rows, sums
 
 
 class CpuKernels:
@@ -14,8 +14,8 @@ class CpuKernels:
     place = staticmethod(routing.place)
     scatter = staticmethod(rows.scatter)
     scatter_routing = staticmethod(routing.scatter_routing)
-    quantise_scatter = staticmethod(scaled.quantise_scatter)
-    dequantise = staticmethod(scaled.dequantise)
+    quantise_scatter = staticmethod(encode.quantise_scatter)
+    dequantise = staticmethod(decode.dequantise)
     reduce = staticmethod(sums.reduce)
     reduce_weights = staticmethod(sums.reduce_weights)
     copy = staticmethod(rows.copy)

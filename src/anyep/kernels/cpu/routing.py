@@ -19,6 +19,14 @@ def load_index(base: int, index_bytes: int, index: int) -> int:
 
 
 @inlined
+def store_index(base: int, index_bytes: int, index: int, value: int) -> None:
+    if index_bytes == 8:
+        store_i64(base, index, value)
+    else:
+        store_i32(base, index, value)
+
+
+@inlined
 def increment(base: int, index: int) -> int:
     """Add 1 to int32 base[index] and return what it was."""
     value = load_i32(base, index)
@@ -138,9 +146,7 @@ def place(
             store_i32(entry_addr, entry, load_i32(entry_addr, entry) + load_i32(start_addr, origin))
 
 
-@compiled(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)"
-)
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def scatter_routing(
     topk_idx_addr: int,
     idx_bytes: int,
@@ -162,22 +168,14 @@ def scatter_routing(
             rank = load_i32(entry_rank_addr, token * width + column)
             if rank < 0:
                 continue
-            row = load_i32(entry_row_addr, token * width + column)
+            first = load_i32(entry_row_addr, token * width + column) * num_topk
+            peer_idx = load_i64(peer_idx_addr, rank)
+            peer_weights = load_i64(peer_weights_addr, rank) if topk_weights_addr != 0 else 0
             for k in range(num_topk):
                 flat = token * num_topk + k
                 expert = load_index(topk_idx_addr, idx_bytes, flat)
-                if by_expert:
-                    serves = k == column
-                else:
-                    serves = expert >= 0 and load_i32(expert_rank_addr, expert) == rank
-                local, weight = -1, 0
-                if serves:
-                    local = load_i32(expert_local_addr, expert)
-                    if topk_weights_addr != 0:
-                        weight = load_i32(topk_weights_addr, flat)
-                if idx_bytes == 8:
-                    store_i64(load_i64(peer_idx_addr, rank), row * num_topk + k, local)
-                else:
-                    store_i32(load_i64(peer_idx_addr, rank), row * num_topk + k, local)
+                serves = k == column if by_expert else expert >= 0 and load_i32(expert_rank_addr, expert) == rank
+                local = load_i32(expert_local_addr, expert) if serves else -1
+                store_index(peer_idx, idx_bytes, first + k, local)
                 if topk_weights_addr != 0:
-                    store_i32(load_i64(peer_weights_addr, rank), row * num_topk + k, weight)
+                    store_i32(peer_weights, first + k, load_i32(topk_weights_addr, flat) if serves else 0)

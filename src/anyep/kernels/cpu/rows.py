@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from anyep.machine.compiler import compiled, inlined
-from anyep.machine.intrinsics import LINE, copy_bytes, fill_bytes, load_i32, load_i64, store_fence, stream_line
+from anyep.machine.intrinsics import (
+    LINE,
+    copy_bytes,
+    fill_bytes,
+    load_i32,
+    load_i64,
+    store_fence,
+    store_i64,
+    stream_line,
+)
 
 _STREAM_FROM = 1024
 """Bytes from which a copy bypasses the caches: shorter rows share their lines with their neighbours."""
@@ -33,6 +42,37 @@ def place_of(peer_addr: int, entry_rank_addr: int, entry_row_addr: int, entry: i
     return load_i64(peer_addr, rank) + load_i32(entry_row_addr, entry) * row_bytes
 
 
+@inlined
+def collect(
+    first_entry: int,
+    width: int,
+    entry_rank_addr: int,
+    entry_row_addr: int,
+    peer_addr: int,
+    row_bytes: int,
+    places_addr: int,
+) -> int:
+    """Write the addresses of a token's rows to ``places`` int64 [width], in column order; return how many there are."""
+    num_places = 0
+    for entry in range(first_entry, first_entry + width):
+        place = place_of(peer_addr, entry_rank_addr, entry_row_addr, entry, row_bytes)
+        if place != 0:
+            store_i64(places_addr, num_places, place)
+            num_places += 1
+    return num_places
+
+
+@inlined
+def stream_lines(destination: int, source: int, num_bytes: int) -> None:
+    """Copy whole lines past the caches where the destination is aligned; anything else through them."""
+    num_lines = num_bytes // LINE if destination % LINE == 0 else 0
+    for line in range(num_lines):
+        stream_line(destination, source, line)
+    done = num_lines * LINE
+    if done < num_bytes:
+        copy_bytes(destination + done, source + done, num_bytes - done)
+
+
 @compiled("void(int64, int64, int64)")
 def copy(source_addr: int, destination_addr: int, num_bytes: int) -> None:
     stream(destination_addr, source_addr, num_bytes)
@@ -58,9 +98,7 @@ def scatter(
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64)")
-def fill_rows(
-    base_addr: int, row_bytes: int, num_gaps: int, gap_begin_addr: int, gap_end_addr: int, byte: int
-) -> None:
+def fill_rows(base_addr: int, row_bytes: int, num_gaps: int, gap_begin_addr: int, gap_end_addr: int, byte: int) -> None:
     for gap in range(num_gaps):
         begin = load_i32(gap_begin_addr, gap)
         num_rows = load_i32(gap_end_addr, gap) - begin

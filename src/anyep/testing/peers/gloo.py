@@ -1,7 +1,7 @@
 """gloo's ``all_to_all_single``, used as Megatron-core's alltoall token dispatcher does.
 
-One copy a (token, expert) pair: permute by expert, exchange counts, ``all_to_all_single``, sort by local expert; on the way
-back unsort, ``all_to_all_single``, and unpermute: weigh and sum over k at the token's origin.
+One copy a (token, expert) pair: permute by expert, exchange counts, ``all_to_all_single``, sort by local expert; on the
+way back unsort, ``all_to_all_single``, and unpermute: weigh and sum over k at the token's origin.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class GlooMegatron:
         torch.index_select(self._batch.x, 0, self._order // self._batch.topk_idx.shape[1], out=permuted)
         arrived = self._second[: sum(received)]
         self._all_to_all(arrived, permuted, received, sent)
-        return _reorder(arrived, self._chunks_SL(), self._first)
+        return _reorder(arrived, self._chunks(), self._first)
 
     def received_routing(self) -> None:
         """None: a row serves exactly the expert in whose group it lies."""
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
         sent, received = self._rows_sent(), self._rows_received()
-        unsorted = _reorder(y, self._chunks_SL().T, self._second)
+        unsorted = _reorder(y, self._chunks().T, self._second)
         returned = self._first[: sum(sent)]
         self._all_to_all(returned, unsorted, sent, received)
         self._unpermute(returned)
@@ -62,16 +62,16 @@ class GlooMegatron:
 
     def _exchange_counts(self, counts_E: torch.Tensor) -> None:
         gathered = torch.empty(self._size * len(counts_E), dtype=torch.int64)
-        dist.all_gather(list(gathered.split(len(counts_E))), counts_E, group=self._group)
+        dist.all_gather(list(gathered.view(self._size, -1).unbind()), counts_E, group=self._group)
         self._counts_RRL = gathered.view(self._size, self._size, -1)
 
     def _rows_sent(self) -> list[int]:
         return self._counts_RRL[self._rank].sum(dim=1).tolist()
 
     def _rows_received(self) -> list[int]:
-        return self._chunks_SL().sum(dim=1).tolist()
+        return self._chunks().sum(dim=1).tolist()
 
-    def _chunks_SL(self) -> torch.Tensor:
+    def _chunks(self) -> torch.Tensor:
         """Rows from each source for each local expert, in the order in which they arrive."""
         return self._counts_RRL[:, self._rank]
 

@@ -1,7 +1,7 @@
 """MPI's ``Alltoallv`` with one copy a destination rank: what a careful engineer writes for it.
 
-Pack with ``index_select``, exchange counts, ``Alltoallv`` of routing and of BF16 rows; on the way back ``Alltoallv`` into the
-place where the rows were packed, and a sum in fp32, in ascending order of the destination rank.
+Pack with ``index_select``, exchange counts, ``Alltoallv`` of routing and of BF16 rows; on the way back ``Alltoallv``
+into the place where the rows were packed, and a sum in fp32, in ascending order of the destination rank.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MpichAlltoallv:
         self._routing_row.Free()
 
     def _pack(self, owner_TK: torch.Tensor) -> int:
-        """Rows by destination rank, then token; beside each its local experts and weights, -1 and 0 where not served."""
+        """Pack rows by destination rank, then token; beside each its local experts and weights, else -1 and 0."""
         rank, token = self._goes_TR.T.nonzero(as_tuple=True)
         num_sent = len(token)
         torch.index_select(self._batch.x, 0, token, out=self._packed[:num_sent])

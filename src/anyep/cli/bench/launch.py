@@ -1,0 +1,188 @@
+"""Starts the ranks: as processes, under mpiexec, as threads, or inside a job that torchrun has started."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from anyep.cli.bench.peers import find_mpiexec
+from anyep.cli.bench.plan import Plan
+from anyep.cli.bench.rank import RankResult, Report, Step, run_rank
+from anyep.cli.machine_facts import available_cores
+from anyep.errors import AnyEPError
+
+_POLL_S = 0.2
+_GRACE_S = 3.0
+"""How long other ranks may take to report after the first failure: the culprit's own message may come last."""
+_CONSEQUENCES = ("PeerLost", "PeerTimeout", "ClosedError", "DistBackendError", "RuntimeError")
+"""What ranks report when another one has failed first."""
+
+
+class BenchmarkError(AnyEPError):
+    """A rank ended with an error; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A rank's last word when all went well."""
+
+    rank: int
+    results: list[RankResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A rank's last word otherwise."""
+
+    rank: int
+    kind: str
+    text: str
+
+
+def inside_job() -> bool:
+    """Return whether torchrun, or something like it, has started this process as one rank of a job."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_threads(plan: Plan, report: Report) -> list[list[RankResult]]:
+    """Run ranks as threads of this process."""
+    from anyep.transport.inprocess import local_group
+
+    def body(member: object) -> list[RankResult]:
+        return run_rank(member, plan, report if getattr(member, "rank", 0) == 0 else _silent)
+
+    return list(local_group(plan.ranks).run(body))
+
+
+def run_in_job(plan: Plan, report: Report) -> list[list[RankResult]]:
+    """Run as one rank of the job of torch.distributed's default group; every rank gets all results."""
+    import torch.distributed as dist
+
+    limit_threads(plan.ranks)
+    results = run_rank(dist.group.WORLD, plan, report if dist.get_rank() == 0 else _silent)
+    gathered: list[list[RankResult]] = [[] for _ in range(plan.ranks)]
+    dist.all_gather_object(gathered, results)
+    return gathered
+
+
+def run_processes(plan: Plan, report: Report) -> list[list[RankResult]]:
+    """Start a process a rank, wait for their results, and leave none behind. BenchmarkError names the culprit."""
+    with tempfile.TemporaryDirectory(prefix="anyep-bench-") as name, _listening(Path(name)) as server:
+        directory = Path(name)
+        (directory / "plan").write_bytes(pickle.dumps(plan))
+        processes = _start(plan, directory)
+        try:
+            return _collect(plan, server, processes, directory, report)
+        finally:
+            _end(processes)
+
+
+def limit_threads(num_ranks: int) -> None:
+    """Give torch's own loops this rank's share of the cores."""
+    torch.set_num_threads(max(1, available_cores() // num_ranks))
+
+
+@contextmanager
+def _listening(directory: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(directory / "socket"))
+        server.listen(1024)
+        yield server
+
+
+def _start(plan: Plan, directory: Path) -> list[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "anyep.cli.bench.rank_main", str(directory)]
+    if "mpich" in plan.peers:
+        launcher = [str(find_mpiexec()), "-launcher", "fork", "-n", str(plan.ranks)]
+        return [_spawn([*launcher, *command, "mpi"], directory / "stderr")]
+    return [_spawn([*command, str(rank)], directory / "stderr") for rank in range(plan.ranks)]
+
+
+def _spawn(command: list[str], stderr: Path) -> subprocess.Popen[bytes]:
+    with stderr.open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its starter is gone, however that ended."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _collect(
+    plan: Plan, server: socket.socket, processes: list[subprocess.Popen[bytes]], directory: Path, report: Report
+) -> list[list[RankResult]]:
+    connections: list[Connection] = []
+    finished: dict[int, list[RankResult]] = {}
+    failures: list[Failed] = []
+    deadline = float("inf")
+    while len(finished) < plan.ranks:
+        for ready in wait([server, *connections], _POLL_S):
+            if ready is server:
+                connections.append(Connection(server.accept()[0].detach()))
+                continue
+            assert isinstance(ready, Connection)
+            word = _receive(ready, connections)
+            if isinstance(word, Step):
+                report(word)
+            elif isinstance(word, Finished):
+                finished[word.rank] = word.results
+            elif isinstance(word, Failed):
+                failures.append(word)
+        ended = [process for process in processes if process.poll() not in (None, 0)]
+        if (failures or ended) and deadline == float("inf"):
+            deadline = time.monotonic() + _GRACE_S
+        if time.monotonic() > deadline or len(failures) == plan.ranks:
+            raise BenchmarkError(_why(failures, ended, directory))
+    return [finished[rank] for rank in range(plan.ranks)]
+
+
+def _receive(connection: Connection, connections: list[Connection]) -> object:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        connections.remove(connection)
+        connection.close()
+        return None
+
+
+def _why(failures: list[Failed], ended: list[subprocess.Popen[bytes]], directory: Path) -> str:
+    if failures:
+        first = min(failures, key=lambda failure: failure.kind in _CONSEQUENCES)
+        return f"rank {first.rank}: {first.kind}: {first.text}"
+    codes = ", ".join(str(process.returncode) for process in ended)
+    tail = (directory / "stderr").read_text(errors="replace").strip().splitlines()[-5:]
+    return f"a rank process ended with exit code {codes} and no word; its last lines: " + " | ".join(tail)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _silent(step: Step) -> None:
+    """Only rank 0 reports."""

@@ -1,0 +1,65 @@
+"""Opens a comparison for a workload: which there are, what they need, how their rows are judged."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyep.cli.bench.plan import Workload
+from anyep.cli.bench.tape import SENT, Tape
+from anyep.errors import Unavailable
+from anyep.testing.oracle import Exchange
+from anyep.testing.peers.base import Batch, Peer
+
+
+def open_peer(
+    name: str, communicator: Any, workload: Workload, exchange: Exchange, rank: int, tape: Tape
+) -> tuple[Peer, Exchange]:
+    """Return a peer with its memory touched, and the exchange in its layout. Collective."""
+    routing = exchange.routing[rank]
+    assert routing.topk_weights is not None
+    batch = Batch(
+        x=tape.rows(SENT, rank, torch.arange(workload.tokens)),
+        topk_idx=routing.topk_idx,
+        topk_weights=routing.topk_weights,
+        num_experts=workload.experts,
+    )
+    if name == "gloo":
+        import torch.distributed as dist
+
+        from anyep.testing.peers.gloo import GlooMegatron
+
+        by_expert = replace(exchange, layout="expert")
+        most = max(by_expert.arrivals[rank].num_rows, workload.tokens * workload.topk)
+        world = dist.group.WORLD
+        assert world is not None
+        return GlooMegatron(world, batch, max_rows=most), by_expert
+    from anyep.testing.peers.mpich import MpichAlltoallv
+
+    sent = sum(int((arrivals.source == rank).sum()) for arrivals in exchange.arrivals)
+    received = exchange.arrivals[rank].num_rows
+    return MpichAlltoallv(communicator, batch, max_sent=sent, max_received=received), exchange
+
+
+def find_mpiexec() -> Path:
+    """Return MPICH's launcher. Unavailable, with what to install, where it or mpi4py is missing."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise Unavailable(
+            "the MPICH comparison needs mpi4py, which is not installed: install the extra anyep[bench], "
+            "or leave mpich out of --compare"
+        )
+    beside = shutil.which("mpiexec", path=f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}")
+    found = beside or shutil.which("mpiexec")
+    if found is None:
+        raise Unavailable(
+            "the MPICH comparison needs mpiexec, which is not on the path: install the extra anyep[bench], "
+            "or leave mpich out of --compare"
+        )
+    return Path(found)

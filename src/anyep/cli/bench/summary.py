@@ -1,0 +1,217 @@
+"""From spans of all ranks to rows of a table, and to JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyep.cli.bench.copy_speed import COPY, COPY_BYTES
+from anyep.cli.bench.ours import DTYPES
+from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.rank import OURS, RankResult
+from anyep.cli.bench.rounds import durations_us
+from anyep.numerics.formats import num_scale_groups
+
+_IDX_BYTES, _WEIGHT_BYTES, _SCALE_BYTES = 8, 4, 4
+_WIRE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+
+Durations = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationRow:
+    """One operation of one workload, all ranks together."""
+
+    workload: Workload
+    op: str
+    rows: int
+    """that travelled, those to the own rank included"""
+    logical_bytes: int
+    """of one row for every (token, expert) pair, without scales and routing"""
+    moved_bytes: int
+    """that were written to, or read from, other ranks' and the own arena"""
+    us: Durations
+    copy_gb_s: float
+    verified: bool
+
+    @property
+    def gb_s(self) -> float:
+        return self.moved_bytes / float(np.median(self.us)) / 1e3
+
+    @property
+    def copy_fraction(self) -> float:
+        return self.gb_s / self.copy_gb_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """A comparison, round by round, with one of our operations."""
+
+    peer: str
+    workload: Workload
+    op: str
+    ours_us: Durations
+    theirs_us: Durations
+    verified: bool
+
+    @property
+    def ratios(self) -> Durations:
+        return self.theirs_us / self.ours_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Everything the tables and the JSON show."""
+
+    plan: Plan
+    machine: dict[str, object]
+    notes: list[str]
+    copy_gb_s: float
+    rows: list[OperationRow]
+    pairs: list[Pairing]
+    mismatches: list[str]
+
+
+def summarise(plan: Plan, machine: dict[str, object], notes: list[str], results: list[list[RankResult]]) -> Summary:
+    """Put the ranks' results together; ``results`` holds every rank's list, in rank order."""
+    contests = list(zip(*results, strict=True))
+    own = [ranks for ranks in contests if ranks[0].contest == OURS]
+    copies = [_copy_speeds(ranks) for ranks in own]
+    return Summary(
+        plan=plan,
+        machine=machine,
+        notes=notes,
+        copy_gb_s=median(speed for speeds in copies for speed in speeds),
+        rows=[row for ranks, speeds in zip(own, copies, strict=True) for row in _rows(plan, ranks, median(speeds))],
+        pairs=[pair for ranks in contests if ranks[0].contest != OURS for pair in _pairs(ranks)],
+        mismatches=[
+            f"{result.workload.name} {result.workload.wire}, {op}: {text}"
+            for ranks in contests
+            for result in ranks
+            for op, text in result.mismatches.items()
+        ],
+    )
+
+
+def _copy_speeds(ranks: tuple[RankResult, ...]) -> list[float]:
+    us = durations_us([rank.spans for rank in ranks])[:, ranks[0].names.index(COPY)]
+    return [len(ranks) * COPY_BYTES / duration / 1e3 for duration in us.tolist()]
+
+
+def _rows(plan: Plan, ranks: tuple[RankResult, ...], copy_gb_s: float) -> list[OperationRow]:
+    workload = ranks[0].workload
+    us = durations_us([rank.spans for rank in ranks])
+    num_rows = sum(rank.rows for rank in ranks)
+    return [
+        OperationRow(
+            workload=workload,
+            op=op,
+            rows=num_rows * _trips(op),
+            logical_bytes=plan.ranks * workload.tokens * workload.topk * _row_bytes(workload, op, logical=True),
+            moved_bytes=num_rows * _row_bytes(workload, op, logical=False),
+            us=us[:, position],
+            copy_gb_s=copy_gb_s,
+            verified=all(op not in rank.mismatches for rank in ranks),
+        )
+        for position, op in enumerate(ranks[0].names)
+        if op != COPY
+    ]
+
+
+def _pairs(ranks: tuple[RankResult, ...]) -> list[Pairing]:
+    peer, names = ranks[0].contest, ranks[0].names
+    us = durations_us([rank.spans for rank in ranks])
+    theirs = us[:, names.index(peer)]
+    return [
+        Pairing(
+            peer=peer,
+            workload=ranks[0].workload,
+            op=op,
+            ours_us=us[:, position],
+            theirs_us=theirs,
+            verified=all(peer not in rank.mismatches for rank in ranks),
+        )
+        for position, op in enumerate(names)
+        if op != peer
+    ]
+
+
+def _trips(op: str) -> int:
+    return int(op.startswith("dispatch")) + int("combine" in op)
+
+
+def _row_bytes(workload: Workload, op: str, *, logical: bool) -> int:
+    """Bytes of a row on its trips; on the way there scales and routing lie beside it."""
+    there = workload.hidden * _WIRE_BYTES[workload.wire]
+    if not logical:
+        there += workload.topk * (_IDX_BYTES + _WEIGHT_BYTES)
+        there += _SCALE_BYTES * num_scale_groups(workload.hidden) if workload.wire == "fp8" else 0
+    back = workload.hidden * DTYPES[workload.wire].itemsize
+    return (there if op.startswith("dispatch") else 0) + (back if "combine" in op else 0)
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """Return the result as documented in docs/benchmark.md."""
+    return {
+        "machine": summary.machine,
+        "copy_gb_s": round(summary.copy_gb_s, 3),
+        "notes": summary.notes,
+        "rows": [_row_json(summary.plan, row) for row in summary.rows],
+        "paired": [_pair_json(summary.plan, pair) for pair in summary.pairs],
+        "mismatches": summary.mismatches,
+    }
+
+
+def _sizes(plan: Plan, workload: Workload) -> dict[str, Any]:
+    return {
+        "ranks": plan.ranks,
+        "tokens": workload.tokens,
+        "hidden": workload.hidden,
+        "topk": workload.topk,
+        "experts": workload.experts,
+        "wire": workload.wire,
+        "routing": workload.routing,
+        "transport": plan.transport,
+    }
+
+
+def _spread(name: str, values: Durations, digits: int) -> dict[str, float]:
+    return {
+        f"{name}_median": round(float(np.median(values)), digits),
+        f"{name}_min": round(float(values.min()), digits),
+        f"{name}_max": round(float(values.max()), digits),
+    }
+
+
+def _row_json(plan: Plan, row: OperationRow) -> dict[str, Any]:
+    return {
+        "workload": row.workload.name,
+        "op": row.op,
+        **_sizes(plan, row.workload),
+        **_spread("us", row.us, 1),
+        "gb_s": round(row.gb_s, 3),
+        "copy_fraction": round(row.copy_fraction, 4),
+        "verified": row.verified,
+        "rows": row.rows,
+        "logical_bytes": row.logical_bytes,
+        "moved_bytes": row.moved_bytes,
+        "rounds": len(row.us),
+    }
+
+
+def _pair_json(plan: Plan, pair: Pairing) -> dict[str, Any]:
+    return {
+        "peer": pair.peer,
+        "workload": pair.workload.name,
+        "op": pair.op,
+        **_sizes(plan, pair.workload),
+        **_spread("ratio", pair.ratios, 3),
+        "ours_us_median": round(float(np.median(pair.ours_us)), 1),
+        "theirs_us_median": round(float(np.median(pair.theirs_us)), 1),
+        "verified": pair.verified,
+        "rounds": len(pair.ratios),
+    }

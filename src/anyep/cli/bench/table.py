@@ -1,0 +1,122 @@
+"""The tables, for people."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.summary import Durations, OperationRow, Pairing, Summary
+
+_OPERATIONS = {
+    "dispatch": "dispatch",
+    "dispatch_cached": "dispatch, cached handle",
+    "combine": "combine",
+    "combine_copied_in": "combine, output copied in",
+    "dispatch_combine": "dispatch + combine",
+    "dispatch_combine_copied_in": "dispatch + combine, copied in",
+}
+_PEERS = {"gloo": "gloo all_to_all_single, as Megatron", "mpich": "MPICH Alltoallv"}
+_NOTES = (
+    "moved: bytes written into, or read from, the ranks' arenas (rows, scales, routing), the own rank's included. "
+    "logical: one row for every (token, expert) pair.",
+    "GB/s is moved bytes over the median time, from the first rank's begin to the last rank's end; "
+    "% of copy is its share of a copy by all ranks at once, past the caches, in the same rounds.",
+    "copied in: the experts' output lay outside the arena and was copied first.",
+)
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print everything; nothing is rounded to look better."""
+    console.print()
+    console.print(_machine_line(summary))
+    for workload in dict.fromkeys(row.workload for row in summary.rows):
+        console.print()
+        console.print(_operations(summary, workload))
+    if summary.pairs:
+        console.print()
+        console.print(_pairings(summary))
+    for note in (*_NOTES, *summary.notes):
+        console.print(f"[dim]{note}[/dim]", highlight=False)
+    for mismatch in summary.mismatches:
+        console.print(f"[bold red]MISMATCH[/bold red] {mismatch}", highlight=False)
+
+
+def _machine_line(summary: Summary) -> str:
+    machine = summary.machine
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {machine['torch']}, "
+        f"numba {machine['numba']}, anyep {machine['anyep']}; all ranks copy {summary.copy_gb_s:.2f} GB/s"
+    )
+
+
+def _headline(plan: Plan, workload: Workload) -> str:
+    return (
+        f"{workload.name}: {plan.ranks} ranks x {workload.tokens} tokens x {workload.hidden}, top-{workload.topk} of "
+        f"{workload.experts}, {workload.wire} wire, routing {workload.routing}, {plan.transport}"
+    )
+
+
+def _operations(summary: Summary, workload: Workload) -> Table:
+    table = _table(_headline(summary.plan, workload))
+    table.add_column("operation")
+    for name in ("rows", "logical MB", "moved MB", "median ms", "min - max", "GB/s", "% of copy"):
+        table.add_column(name, justify="right")
+    table.add_column("every byte")
+    for row in summary.rows:
+        if row.workload == workload:
+            table.add_row(*_operation_cells(row))
+    return table
+
+
+def _operation_cells(row: OperationRow) -> tuple[str, ...]:
+    return (
+        _OPERATIONS[row.op],
+        f"{row.rows:,}",
+        f"{row.logical_bytes / 1e6:,.0f}",
+        f"{row.moved_bytes / 1e6:,.0f}",
+        f"{np.median(row.us) / 1e3:.2f}",
+        _range(row.us / 1e3, 2),
+        f"{row.gb_s:.2f}",
+        f"{100 * row.copy_fraction:.0f}",
+        _verdict(row.verified),
+    )
+
+
+def _pairings(summary: Summary) -> Table:
+    table = _table("the same exchange, paired round by round in this run")
+    for name in ("against", "workload", "anyep"):
+        table.add_column(name)
+    for name in ("anyep ms", "theirs ms", "times faster", "min - max"):
+        table.add_column(name, justify="right")
+    table.add_column("theirs checked")
+    for pair in summary.pairs:
+        table.add_row(*_pairing_cells(pair))
+    return table
+
+
+def _pairing_cells(pair: Pairing) -> tuple[str, ...]:
+    return (
+        _PEERS[pair.peer],
+        pair.workload.name,
+        f"{pair.workload.wire}, {'copied in' if pair.op.endswith('copied_in') else 'in the arena'}",
+        f"{np.median(pair.ours_us) / 1e3:.2f}",
+        f"{np.median(pair.theirs_us) / 1e3:.2f}",
+        f"{np.median(pair.ratios):.2f}",
+        _range(pair.ratios, 2),
+        _verdict(pair.verified),
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _range(values: Durations, digits: int) -> str:
+    return f"{values.min():.{digits}f} - {values.max():.{digits}f}"
+
+
+def _verdict(verified: bool) -> str:
+    return "[green]verified[/green]" if verified else "[bold red]WRONG[/bold red]"

@@ -1,0 +1,182 @@
+"""``anyep doctor``: what this machine has, what is possible on it, and what is not, with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from anyep.cli import machine_facts as facts
+from anyep.errors import AnyEPError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH = 120
+_BASIC_BYTES = 1 << 30
+"""Two small ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report. ``possible`` None: a plain fact."""
+
+    topic: str
+    text: str
+    possible: bool | None = None
+    needed: bool = False
+    """without it the basic job is impossible"""
+
+
+@click.command()
+def doctor() -> None:
+    """Say what is possible on this machine, what is not, and why.
+
+    Exit code 0 when the basic job is possible: two ranks that exchange tokens.
+    """
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    findings = [*_machine(), *_calls(), *_transports(), *_comparisons()]
+    _print(findings, console)
+    missing = [finding for finding in findings if finding.needed and not finding.possible]
+    if missing:
+        console.print(f"\nThe basic job is impossible here: {', '.join(finding.topic for finding in missing)}.")
+        raise click.exceptions.Exit(1)
+    console.print("\nThe basic job is possible here; try: anyep bench --ranks 2 --tokens 128")
+
+
+def _print(findings: list[Finding], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    marks = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
+    for finding in findings:
+        table.add_row(finding.topic, marks[finding.possible], finding.text)
+    console.print(table, highlight=False)
+
+
+def _machine() -> list[Finding]:
+    limit = facts.memory_limit_bytes()
+    available = facts.available_memory_bytes()
+    described = facts.describe_machine()
+    packages = [f"{name} {described[name]}" for name in ("anyep", "torch", "numba", "numpy") if name in described]
+    return [
+        Finding(topic="processor", text=f"{described['cpu']}, {described['cores']} cores usable"),
+        Finding(topic="system", text=f"{described['system']}, Python {described['python']}"),
+        Finding(topic="packages", text=", ".join(packages)),
+        Finding(
+            topic="memory",
+            text=f"{_gib(facts.total_memory_bytes())}, available {_gib(available)}, "
+            + (f"limited to {_gib(limit)} by a cgroup" if limit else "no cgroup limit"),
+            possible=available >= _BASIC_BYTES,
+            needed=True,
+        ),
+        _shared_memory(),
+        _cache(),
+    ]
+
+
+def _shared_memory() -> Finding:
+    text = "arenas are unnamed and lie in ordinary memory; /dev/shm is only used by MPI"
+    if os.path.isdir("/dev/shm"):
+        return Finding(
+            topic="shared memory", text=f"/dev/shm has {_gib(shutil.disk_usage('/dev/shm').free)} free; {text}"
+        )
+    return Finding(topic="shared memory", text=f"no /dev/shm; {text}")
+
+
+def _cache() -> Finding:
+    try:
+        from anyep.machine.compiler import cache_directory
+
+        directory = cache_directory()
+    except (OSError, ImportError) as error:
+        return Finding(topic="kernel cache", text=str(error), possible=False, needed=True)
+    kernels = len(list(directory.glob("*.nbi")))
+    state = f"{kernels} functions compiled" if kernels else "empty: the first buffer compiles, some ten seconds"
+    return Finding(topic="kernel cache", text=f"{directory}, {state}", possible=True, needed=True)
+
+
+def _calls() -> list[Finding]:
+    return [
+        Finding(topic="memfd", text="memory that ranks share and nobody names", possible=_works(_try_memfd)),
+        Finding(topic="pidfd", text="a dead peer is noticed at once", possible=_works(_try_pidfd)),
+        Finding(topic="futex", text="waiting ranks sleep", possible=_works(_try_futex)),
+    ]
+
+
+def _works(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except (OSError, AttributeError, ImportError):
+        return False
+    return True
+
+
+def _try_memfd() -> None:
+    os.close(os.memfd_create("anyep-doctor"))
+
+
+def _try_pidfd() -> None:
+    os.close(os.pidfd_open(os.getpid()))
+
+
+def _try_futex() -> None:
+    """Wake nobody: the call itself is what may be missing or forbidden."""
+    import ctypes
+    import platform
+
+    numbers = {"x86_64": 202, "aarch64": 98}
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in numbers:
+        raise OSError("no futex call known here")
+    wake_private, word = 129, ctypes.c_int(0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(numbers[machine], ctypes.byref(word), wake_private, 1, None, None, 0) < 0:
+        raise OSError(ctypes.get_errno(), "futex")
+
+
+def _transports() -> list[Finding]:
+    linux = sys.platform == "linux" and _works(_try_memfd)
+    return [
+        Finding(topic="transport inprocess", text="ranks as threads of one process", possible=True, needed=True),
+        Finding(
+            topic="transport shm",
+            text="rank processes of one host" if linux else "needs Linux and memfd_create",
+            possible=linux,
+        ),
+    ]
+
+
+def _comparisons() -> list[Finding]:
+    return [_gloo(), _mpich()]
+
+
+def _gloo() -> Finding:
+    import torch.distributed as dist
+
+    possible = dist.is_available() and dist.is_gloo_available()
+    text = "all_to_all_single, as Megatron uses it" if possible else "this build of torch has no gloo"
+    return Finding(topic="comparison gloo", text=text, possible=possible)
+
+
+def _mpich() -> Finding:
+    from anyep.cli.bench.peers import find_mpiexec
+
+    try:
+        launcher = find_mpiexec()
+    except AnyEPError as error:
+        return Finding(topic="comparison mpich", text=str(error), possible=False)
+    missing = [name for name in ("mpi4py",) if importlib.util.find_spec(name) is None]
+    return Finding(topic="comparison mpich", text=f"Alltoallv, started by {launcher}", possible=not missing)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,260 @@
+"""The commands as users run them, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from anyep.cli.main import run
+
+SMALL = ["--tokens", "7", "--hidden", "200", "--topk", "3", "--experts", "8", "--routing", "balanced", "--rounds", "2"]
+
+
+def bench(*options):
+    return run(["bench", *options])
+
+
+def anyep(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "anyep", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ranks", "0"], "--ranks"),
+        (["--tokens", "none"], "'none' is not a valid integer"),
+        (["--wire", "bf17"], "'bf17' is not one of bf16, fp16, fp32, fp8"),
+        (["--compare", "gloo,nccl"], "'nccl' is not one of gloo, mpich"),
+        (["--transport", "rdma"], "'rdma' is not one of"),
+        (["--routing", "no-such-file.npz"], "no-such-file.npz"),
+        (["--routing", "balanced", "--topk", "9", "--experts", "8"], "--topk 9 is more than --experts 8"),
+        (["--experts", "77"], "77"),
+        (["--transport", "inprocess", "--compare", "gloo"], "--compare needs rank processes"),
+        (["--routing", "balanced", "--experts", "9", "--ranks", "2", "--compare", "gloo"], "--ranks divides"),
+        (["--hidden", "0"], "--hidden"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(capsys, options, said):
+    assert bench(*options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("anyep bench: ")
+    assert said in line
+
+
+def test_an_unknown_command(capsys):
+    assert run(["conquer"]) == 2
+    assert "conquer" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert run(["--help"]) == 0
+    assert "doctor" in capsys.readouterr().out
+    assert run(["bench", "--help"]) == 0
+    assert "--routing" in capsys.readouterr().out
+    assert run(["--version"]) == 0
+
+
+def test_threads_are_measured_and_verified(capsys, tmp_path):
+    file = tmp_path / "result.json"
+    code = bench("--transport", "inprocess", "--ranks", "2", "--wire", "fp8,bf16", "--json", str(file), *SMALL)
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "verified" in out
+    assert "WRONG" not in out
+    data = json.loads(file.read_text())
+    assert {row["wire"] for row in data["rows"]} == {"fp8", "bf16"}
+    assert {row["op"] for row in data["rows"]} == {
+        "dispatch",
+        "dispatch_cached",
+        "combine",
+        "combine_copied_in",
+        "dispatch_combine",
+        "dispatch_combine_copied_in",
+    }
+    assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_max"] for row in data["rows"])
+    assert data["paired"] == []
+    assert data["machine"]["cores"] >= 1
+
+
+class Spoiled:
+    """A kernel set whose one function does its work and then flips a bit."""
+
+    def __init__(self, kernels, function, address):
+        self._kernels = kernels
+        setattr(self, function, self._spoil(getattr(kernels, function), address))
+
+    def __getattr__(self, name):
+        return getattr(self._kernels, name)
+
+    def _spoil(self, function, address):
+        def spoiled(*arguments):
+            result = function(*arguments)
+            address(arguments)
+            return result
+
+        return spoiled
+
+
+def flip_first_byte_of_table(position):
+    """Flip a bit of the first array that a peer table names."""
+    import ctypes
+
+    def flip(arguments):
+        table = ctypes.c_int64.from_address(arguments[position])
+        if table.value:
+            ctypes.c_uint8.from_address(table.value).value ^= 1
+
+    return flip
+
+
+def flip_out(arguments):
+    import ctypes
+
+    ctypes.c_uint8.from_address(arguments[-1]).value ^= 1
+
+
+@pytest.mark.parametrize(
+    ("wire", "function", "address", "operation"),
+    [
+        ("bf16", "scatter", flip_first_byte_of_table(7), "dispatch"),
+        ("fp8", "quantise_scatter", flip_first_byte_of_table(9), "dispatch"),
+        ("fp8", "quantise_scatter", flip_first_byte_of_table(10), "dispatch"),
+        ("bf16", "scatter_routing", flip_first_byte_of_table(12), "dispatch"),
+        ("bf16", "reduce", flip_out, "combine"),
+    ],
+)
+def test_one_wrong_bit_makes_the_command_fail(capsys, monkeypatch, tmp_path, wire, function, address, operation):
+    import anyep.exchange.setup as setup
+
+    load = setup.load
+    monkeypatch.setattr(setup, "load", lambda name: Spoiled(load(name), function, address))
+    file = tmp_path / "result.json"
+    code = bench("--transport", "inprocess", "--ranks", "2", "--wire", wire, "--json", str(file), *SMALL)
+    assert code == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert f"MISMATCH 7-tokens {wire}, {operation}: " in out
+    wrong = [row["op"] for row in json.loads(file.read_text())["rows"] if not row["verified"]]
+    assert operation in wrong
+
+
+def test_processes_meet_gloo_and_mpich(tmp_path):
+    pytest.importorskip("mpi4py")
+    file = tmp_path / "result.json"
+    done = anyep("bench", "--ranks", "2", "--compare", "gloo,mpich", "--json", str(file), *SMALL, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    data = json.loads(file.read_text())
+    assert [(pair["peer"], pair["op"]) for pair in data["paired"]] == [
+        ("gloo", "dispatch_combine"),
+        ("gloo", "dispatch_combine_copied_in"),
+        ("mpich", "dispatch_combine"),
+        ("mpich", "dispatch_combine_copied_in"),
+    ]
+    assert all(pair["verified"] and pair["ratio_median"] > 0 for pair in data["paired"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json"]
+
+
+def test_the_shipped_trace_is_the_default():
+    done = anyep("bench", "--ranks", "2", "--tokens", "5", "--hidden", "64", "--rounds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "top-8 of 256" in done.stdout
+    assert "routing trace" in done.stdout
+
+
+def test_it_works_inside_a_torchrun_job(tmp_path):
+    file = tmp_path / "result.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "-m",
+            "anyep",
+            "bench",
+            "--compare",
+            "gloo",
+            "--json",
+            str(file),
+            *SMALL,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(file.read_text())
+    assert {row["ranks"] for row in data["rows"]} == {2}
+    assert done.stdout.count("7-tokens: 2 ranks") == 1
+    assert len(data["paired"]) == 2
+
+
+def test_mpich_without_its_packages_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    assert bench("--ranks", "2", "--compare", "mpich", *SMALL) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("anyep: Unavailable: ")
+    assert "anyep[bench]" in line
+
+
+def test_too_little_memory_makes_it_smaller(capsys, monkeypatch):
+    monkeypatch.setattr("anyep.cli.bench.command.available_memory_bytes", lambda: 3 << 29)
+    options = ["--transport", "inprocess", "--ranks", "1", "--rounds", "1", "--routing", "balanced", "--hidden", "2048"]
+    assert bench(*options, "--tokens", "1000000") == 0
+    out = capsys.readouterr().out
+    assert "smaller, to fit this machine's memory" in out
+    assert "instead of 1000000" in out
+
+
+def test_no_memory_at_all(capsys, monkeypatch):
+    monkeypatch.setattr("anyep.cli.bench.command.available_memory_bytes", lambda: 1 << 20)
+    assert bench("--ranks", "2", *SMALL) == 1
+    assert "CapacityError" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_possible(capsys):
+    code = run(["doctor"])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    for topic in ("processor", "memory", "kernel cache", "futex", "memfd", "pidfd", "transport shm", "comparison gloo"):
+        assert topic in out
+    assert "The basic job is possible here" in out
+
+
+def test_doctor_says_what_is_impossible(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ANYEP_CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("anyep.cli.machine_facts.available_memory_bytes", lambda: 1 << 20)
+    from anyep.machine import compiler
+
+    compiler.cache_directory.cache_clear()
+    try:
+        assert run(["doctor"]) == 1
+    finally:
+        compiler.cache_directory.cache_clear()
+    out = capsys.readouterr().out
+    assert "The basic job is impossible here: memory, kernel cache." in out
+    assert "ANYEP_CACHE_DIR" in out

@@ -1,0 +1,95 @@
+"""Contests and what is made of their spans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.rank import RankResult
+from anyep.cli.bench.rounds import Operation, contest, durations_us
+from anyep.cli.bench.summary import summarise, to_json
+
+WORKLOAD = Workload(name="prefill", tokens=10, hidden=256, topk=2, experts=4, wire="fp8", routing="balanced")
+PLAN = Plan(ranks=2, workloads=(WORKLOAD,), peers=("gloo",), transport="shm", rounds=2, timeout_s=30)
+
+
+def test_every_operation_runs_once_a_round_behind_a_barrier():
+    calls = []
+    operations = [Operation(name=name, run=lambda name=name: calls.append(name)) for name in "ab"]
+    spans = contest(
+        operations,
+        rounds=2,
+        warm_up=1,
+        barrier=lambda: calls.append("|"),
+        after_round=lambda: calls.append("."),
+    )
+    assert "".join(calls) == "|a|b." * 3
+    assert spans.shape == (2, 2, 2)
+    assert (spans[..., 1] >= spans[..., 0]).all()
+
+
+def test_a_round_lasts_from_the_first_begin_to_the_last_end():
+    first = np.array([[[1_000, 5_000]], [[0, 10_000]]])
+    second = np.array([[[2_000, 9_000]], [[3_000, 4_000]]])
+    assert durations_us([first, second]).tolist() == [[8.0], [10.0]]
+
+
+def result(contest_name, names, us, rows, mismatches=()):
+    """Spans of two rounds, the second twice as long."""
+    spans = np.array([[[0, factor * 1000 * one] for one in us] for factor in (1, 2)])
+    return RankResult(
+        workload=WORKLOAD, contest=contest_name, names=names, spans=spans, rows=rows, mismatches=dict(mismatches)
+    )
+
+
+def results(mismatch=()):
+    own = ["copy", "dispatch", "combine", "dispatch_combine"]
+    return [
+        [
+            result("anyep", own, [1000, 100, 200, 300], rows, mismatch if rows == 12 else ()),
+            result("gloo", ["dispatch_combine", "dispatch_combine_copied_in", "gloo"], [300, 400, 1200], rows),
+        ]
+        for rows in (12, 18)
+    ]
+
+
+def test_rows_count_bytes_and_shares():
+    summary = summarise(PLAN, {}, [], results())
+    assert [row.op for row in summary.rows] == ["dispatch", "combine", "dispatch_combine"]
+    dispatch, combine, both = summary.rows
+    assert (dispatch.rows, combine.rows, both.rows) == (30, 30, 60)
+    assert dispatch.moved_bytes == 30 * (256 + 2 * 4 + 2 * 12)  # fp8 row, two scales, index and weight for each column
+    assert combine.moved_bytes == 30 * 512
+    assert both.moved_bytes == dispatch.moved_bytes + combine.moved_bytes
+    assert dispatch.logical_bytes == 2 * 10 * 2 * 256
+    assert combine.us.tolist() == [200.0, 400.0]
+    assert combine.gb_s == pytest.approx(30 * 512 / 300e-6 / 1e9)
+    copies = [2 * (64 << 20) / us / 1e3 for us in (1000, 2000)]
+    assert summary.copy_gb_s == pytest.approx(sum(copies) / 2)
+    assert combine.copy_fraction == pytest.approx(combine.gb_s / summary.copy_gb_s)
+
+
+def test_pairs_are_ratios_of_the_same_round():
+    inside, copied = summarise(PLAN, {}, [], results()).pairs
+    assert (inside.peer, inside.op) == ("gloo", "dispatch_combine")
+    assert inside.ratios.tolist() == [4.0, 4.0]
+    assert copied.ratios.tolist() == [3.0, 3.0]
+
+
+def test_one_wrong_byte_on_one_rank_marks_the_row():
+    summary = summarise(PLAN, {}, [], results({"dispatch": "row 3, byte 4"}.items()))
+    assert [row.verified for row in summary.rows] == [False, True, True]
+    assert summary.mismatches == ["prefill fp8, dispatch: row 3, byte 4"]
+
+
+def test_json_has_the_documented_keys():
+    data = to_json(summarise(PLAN, {"cpu": "some"}, ["a note"], results()))
+    assert set(data) >= {"machine", "copy_gb_s", "rows", "paired"}
+    row_keys = "workload op ranks tokens hidden topk experts wire us_median us_min us_max gb_s copy_fraction verified"
+    for row in data["rows"]:
+        assert set(row) >= set(row_keys.split())
+    for pair in data["paired"]:
+        assert set(pair) >= {"peer", "workload", "ratio_median", "ratio_min", "ratio_max"}
+    assert data["rows"][1]["us_median"] == 300.0
+    assert (data["rows"][1]["us_min"], data["rows"][1]["us_max"]) == (200.0, 400.0)

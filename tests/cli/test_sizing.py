@@ -1,0 +1,49 @@
+"""Sizes follow the memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from anyep.cli.bench.plan import Plan, Workload, name_of
+from anyep.cli.bench.sizing import fit, required_bytes
+from anyep.errors import CapacityError
+
+GIB = 1 << 30
+
+
+def plan(tokens=4096, peers=(), ranks=8):
+    workload = Workload(
+        name=name_of(tokens), tokens=tokens, hidden=7168, topk=8, experts=256, wire="fp8", routing="balanced"
+    )
+    return Plan(ranks=ranks, workloads=(workload,), peers=peers, transport="shm", rounds=None, timeout_s=30)
+
+
+def test_what_fits_stays_as_it_is():
+    assert fit(plan(), 1000 * GIB) == (plan(), [])
+
+
+def test_what_does_not_fit_is_halved_and_said():
+    fitted, notes = fit(plan(peers=("gloo",)), 12 * GIB)
+    tokens = fitted.workloads[0].tokens
+    assert tokens in (2048, 1024, 512)
+    assert required_bytes(fitted, fitted.workloads[0]) <= 12 * GIB
+    assert fitted.workloads[0].name == "prefill"
+    (note,) = notes
+    assert f"{tokens} tokens a rank instead of 4096" in note
+    assert "12.0 GiB available" in note
+
+
+def test_a_comparison_needs_more():
+    alone, beside_gloo = (required_bytes(plan(peers=peers), plan().workloads[0]) for peers in ((), ("gloo",)))
+    pairs_of_all_ranks = 8 * 4096 * 8 * 7168 * 2
+    assert beside_gloo - alone >= 2 * pairs_of_all_ranks
+
+
+def test_the_estimate_covers_the_batches_themselves():
+    rows = 5.2 * 4096 * 8
+    assert required_bytes(plan(), plan().workloads[0]) > rows * 7168 * (1 + 2 + 2)
+
+
+def test_nothing_fits():
+    with pytest.raises(CapacityError, match=r"8 ranks with one token each need about .* fewer --ranks"):
+        fit(plan(), GIB // 4)
