@@ -188,7 +188,7 @@ def make_deterministic(seed: int) -> None:
 @click.option("--steps", type=click.IntRange(min=1), default=1500, show_default=True, help="Training steps.")
 @click.option("--minutes", type=float, help="Stop training after so long; the result then depends on the machine.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens to record, at least."
+    "--tokens", type=click.IntRange(min=1), default=49152, show_default=True, help="Tokens to record, at least."
 )
 @click.option("--experts", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--topk", type=click.IntRange(min=1), default=8, show_default=True)

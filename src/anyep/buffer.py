@@ -24,7 +24,6 @@ from anyep.exchange.queue import OperationQueue
 from anyep.exchange.setup import BufferOptions, open_endpoint
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS
-from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Blame
 
 LAYOUTS = ("compact", "expert")
@@ -97,16 +96,15 @@ class Buffer:
             num_threads=num_threads,
             arena_bytes=arena_bytes,
             timeout_s=timeout_s,
+            record=record,
         )
         opened = open_endpoint(group, options)
         self._end = opened.endpoint
+        self._recorder = options.recorder(self._end.rank)
         self._explanation = opened.explanation
         self._static_rows = static_rows
         self._identity = object()
         self._queue = OperationQueue(self._leave, self._count_refusal)
-        self._recorder = None
-        if record is not None:
-            self._recorder = TraceRecorder(record, num_experts=num_experts, num_topk=num_topk, rank=self._end.rank)
         self._closed = False
 
     @property
@@ -296,11 +294,13 @@ class Buffer:
         if self._closed:
             return
         self._closed = True
-        self._queue.close()
-        self._end.workers.close()
-        self._end.transport.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        try:
+            self._queue.close()
+            self._end.workers.close()
+            self._end.transport.close()
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
 
     def __enter__(self) -> Buffer:
         return self

@@ -24,7 +24,9 @@ def test_every_operation_runs_once_a_round_behind_a_barrier():
         barrier=lambda: calls.append("|"),
         after_round=lambda: calls.append("."),
     )
-    assert "".join(calls) == "|a|b." * 3
+    rounds = "".join(calls).split(".")[:-1]
+    assert len(rounds) == 3
+    assert set(rounds) == {"|a|b", "|b|a"}
     assert spans.shape == (2, 2, 2)
     assert (spans[..., 1] >= spans[..., 0]).all()
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from hypothesis import strategies as st
 
+from anyep.layout.placement import even_placement
+from anyep.testing.oracle import Exchange, Routing
+
+LAYOUTS = ("compact", "expert")
+WIRES = ("bf16", "fp16", "fp32", "fp8")
 INPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
@@ -36,8 +43,34 @@ class Case:
     def num_ranks(self) -> int:
         return len(self.num_tokens)
 
-    def inputs(self, rank: int) -> Batch:
-        """Return one rank's batch."""
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Every rank's batch."""
+        return [self._batch(rank) for rank in range(self.num_ranks)]
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """The oracle's view of the case."""
+        return self._exchange(self.static_rows)
+
+    @cached_property
+    def static_rows(self) -> int | None:
+        """A number of rows that just fits, and the spare ones."""
+        if self.spare_rows is None:
+            return None
+        return max(there.num_rows for there in self._exchange(None).arrivals) + self.spare_rows
+
+    def _exchange(self, static_rows: int | None) -> Exchange:
+        placement = self.placement or even_placement(self.num_experts, self.num_ranks).expert_rank_E.tolist()
+        return Exchange(
+            routing=[Routing(topk_idx=batch.topk_idx, topk_weights=batch.topk_weights) for batch in self.batches],
+            expert_rank=placement,
+            layout=self.layout,
+            expert_alignment=self.alignment,
+            static_rows=static_rows,
+        )
+
+    def _batch(self, rank: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1009 + rank)
         tokens = self.num_tokens[rank]
         x = torch.randn(tokens, self.hidden, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
@@ -45,11 +78,12 @@ class Case:
         idx = (draw * (self.num_experts + 1)).long().clamp(max=self.num_experts) - 1
         weights = torch.rand(tokens, self.num_topk, generator=generator)
         dtype = INPUT_DTYPES[self.wire]
-        bias = tuple(
-            torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias)
-        )
+        bias = tuple(torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias))
         return Batch(
-            x=x.to(dtype), topk_idx=idx.to(self.idx_dtype), topk_weights=weights if self.with_weights else None, bias=bias
+            x=x.to(dtype),
+            topk_idx=idx.to(self.idx_dtype),
+            topk_weights=weights if self.with_weights else None,
+            bias=bias,
         )
 
 
@@ -62,11 +96,12 @@ class Batch:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str] = WIRES) -> Case:
+    """Draw a case; R 1 to 9, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128."""
     num_ranks = draw(st.integers(1, 9))
     num_experts = draw(st.integers(1, 128))
-    layout = draw(st.sampled_from(["compact", "expert"]))
-    wire = draw(st.sampled_from(["bf16", "fp16", "fp32", "fp8", "fp8"]))
+    layout = draw(st.sampled_from(layouts))
+    wire = draw(st.sampled_from(wires))
     mapped = st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts).map(tuple)
     largest = draw(st.sampled_from([0, 3, 20, 300]))
     return Case(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import anyep
-from anyep.layout.placement import even_placement
-from anyep.testing.oracle import Exchange, Routing, as_bytes, expected_rows, expected_sum
+from anyep.testing.oracle import as_bytes, expected_rows, expected_sum
 from tests.exchange.cases import Case
 
 
@@ -23,26 +22,6 @@ class Outcome:
     weights: torch.Tensor | None
 
 
-def exchange_of(case: Case, *, static: bool = True) -> Exchange:
-    """Return the oracle's view of a case."""
-    batches = [case.inputs(rank) for rank in range(case.num_ranks)]
-    placement = case.placement or even_placement(case.num_experts, case.num_ranks).expert_rank_E.tolist()
-    return Exchange(
-        routing=[Routing(topk_idx=batch.topk_idx, topk_weights=batch.topk_weights) for batch in batches],
-        expert_rank=placement,
-        layout=case.layout,
-        expert_alignment=case.alignment,
-        static_rows=static_rows(case) if static else None,
-    )
-
-
-def static_rows(case: Case) -> int | None:
-    """Return a number of rows that just fits, and the spare ones."""
-    if case.spare_rows is None:
-        return None
-    return max(there.num_rows for there in exchange_of(case, static=False).arrivals) + case.spare_rows
-
-
 def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
     return anyep.Buffer(
         group,
@@ -53,7 +32,7 @@ def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
         wire=case.wire,
         scales=case.scales,
         expert_alignment=case.alignment,
-        static_rows=static_rows(case),
+        static_rows=case.static_rows,
         placement=case.placement,
         num_threads=case.num_threads,
         timeout_s=60.0,
@@ -63,7 +42,7 @@ def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
 
 def play(case: Case, ep: anyep.Buffer) -> Outcome:
     """Dispatch, compute something on every row, combine, and dispatch once more the same way."""
-    batch = case.inputs(ep.rank)
+    batch = case.batches[ep.rank]
     received = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights, layout=case.layout)
     y = expert_output(case, received, ep)
     weights = received.topk_weights
@@ -90,22 +69,21 @@ def expert_output(case: Case, received: anyep.Received, ep: anyep.Buffer) -> tor
 
 def check(case: Case, outcomes: list[Outcome]) -> None:
     """Compare every rank's outcome with the oracle, bit for bit."""
-    exchange = exchange_of(case)
     for rank, outcome in enumerate(outcomes):
-        check_received(case, exchange, rank, outcome.received)
-        check_received(case, exchange, rank, outcome.again)
+        check_received(case, rank, outcome.received)
+        check_received(case, rank, outcome.again)
         expected = expected_sum(
-            exchange,
+            case.exchange,
             rank,
             lambda owner, rows: outcomes[owner].y[rows],
             dtype=outcome.y.dtype,
             reduce=case.reduce,
-            bias=case.inputs(rank).bias,
+            bias=case.batches[rank].bias,
         )
         assert_same("combined", outcome.combined, expected)
         if outcome.weights is not None:
             back = expected_sum(
-                exchange,
+                case.exchange,
                 rank,
                 lambda owner, rows: outcomes[owner].received.topk_weights[rows],
                 dtype=torch.float32,
@@ -114,11 +92,10 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
             assert_same("returned weights", outcome.weights, back)
 
 
-def check_received(case: Case, exchange: Exchange, rank: int, received: anyep.Received) -> None:
-    there = exchange.arrivals[rank]
-    batches = [case.inputs(source) for source in range(case.num_ranks)]
+def check_received(case: Case, rank: int, received: anyep.Received) -> None:
+    there = case.exchange.arrivals[rank]
     rows = expected_rows(
-        there, lambda source, token: batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)
+        there, lambda source, token: case.batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)
     )
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
     assert_same("x", received.x, x)

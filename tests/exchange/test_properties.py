@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyep
-from tests.exchange.cases import Case, cases
+from tests.exchange.cases import LAYOUTS, WIRES, Case, cases
 from tests.exchange.rounds import check, open_buffer, play
 
 PATIENT = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -21,10 +21,18 @@ def run(case: Case, kernels: str = "cpu") -> None:
     check(case, anyep.local_group(case.num_ranks).run(rank_main))
 
 
-@settings(max_examples=2000, **PATIENT)
-@given(cases())
-def test_exchange_is_exact(case):
-    run(case)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("wires", [WIRES[:3], WIRES[3:]], ids=["plain", "fp8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exchange_is_exact(layout, wires):
+    """4 x 500 cases."""
+
+    @settings(max_examples=500, **PATIENT)
+    @given(cases(layouts=[layout], wires=wires))
+    def property_holds(case):
+        run(case)
+
+    property_holds()
 
 
 @settings(max_examples=50, **PATIENT)
@@ -34,6 +42,7 @@ def test_the_reference_kernels_run_the_same_protocol(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @settings(max_examples=10_000, **{**PATIENT, "derandomize": False})
 @given(cases())
 def test_exchange_is_exact_at_length(case):

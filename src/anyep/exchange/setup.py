@@ -16,8 +16,9 @@ from anyep.exchange.wire import Wire, make_wire
 from anyep.kernels.registry import load
 from anyep.layout.placement import Placement, even_placement, mapped_placement
 from anyep.layout.regions import MemoryAccount, RowBytes, memory_account
+from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.control import ControlLayout
-from anyep.transport.registry import open_transport
+from anyep.transport.registry import check_name, open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 
 RING = 2
@@ -44,6 +45,13 @@ class BufferOptions:
     num_threads: int | None
     arena_bytes: int | None
     timeout_s: float
+    record: str | None
+
+    def recorder(self, rank: int) -> TraceRecorder | None:
+        """Return what records this rank's routing, if that was asked for; errors of its path as TraceRecorder's."""
+        if self.record is None:
+            return None
+        return TraceRecorder(self.record, num_experts=self.num_experts, num_topk=self.num_topk, rank=rank)
 
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the argument."""
@@ -68,6 +76,8 @@ class BufferOptions:
                 f"got {len(self.placement)}"
             )
         make_wire(self.wire, self.scales, self.hidden)
+        check_name(self.transport)
+        self.recorder(0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +88,7 @@ class Opened:
     explanation: Explanation
 
 
-_PRIVATE = ("num_threads", "arena_bytes", "timeout_s")
+_PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record")
 
 
 def open_endpoint(group: object, options: BufferOptions) -> Opened:
@@ -124,7 +134,7 @@ def _agree(rendezvous: Rendezvous, options: BufferOptions) -> None:
     try:
         options.check()
         _placement(options, rendezvous.size)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         failure = error
     shared = {name: value for name, value in asdict(options).items() if name not in _PRIVATE} if failure is None else {}
     item = {

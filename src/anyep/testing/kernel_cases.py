@@ -32,14 +32,12 @@ class Stretch:
         self._undefined: list[tuple[int, int]] = []
 
     def cut(self, name: str, num_bytes: int, alignment: int = 1) -> int:
-        """Return the address of ``num_bytes`` random bytes, a multiple of ``alignment`` and of nothing more on purpose."""
+        """Return the address of ``num_bytes`` random bytes: a multiple of ``alignment``, and of more only by chance."""
         base = self.memory.ctypes.data
         offset = self._used + int(self.rng.integers(0, 64))
         offset += -(base + offset) % alignment
         end = offset + num_bytes
-        if end + _GUARD > self.memory.size:
-            grown = self.rng.integers(0, 256, self.memory.size, dtype=np.uint8)
-            raise MemoryError(f"the exam's stretch of {grown.size} bytes is too small for {name}")
+        assert end + _GUARD <= self.memory.size, f"a stretch of {self.memory.size} bytes is too small for {name}"
         self._used = end + _GUARD
         self.names.append((offset, end, name))
         return base + offset
@@ -102,6 +100,11 @@ def draw_entries(rng: np.random.Generator, num_tokens: int, width: int, num_rank
     else:
         rank_TW = rng.integers(-1, num_ranks, (num_tokens, width), dtype=np.int32)
         rank_TW[rng.random((num_tokens, width)) < rng.choice([0.0, 0.3, 1.0], p=[0.5, 0.4, 0.1])] = -1
+    return draw_rows(rng, rank_TW, num_ranks)
+
+
+def draw_rows(rng: np.random.Generator, rank_TW: NDArray[np.int32], num_ranks: int) -> Entries:
+    """Give every entry a row of its own, in any order, and leave up to three rows of each rank unnamed."""
     row_TW = np.full_like(rank_TW, -1)
     num_rows_R = []
     for rank in range(num_ranks):

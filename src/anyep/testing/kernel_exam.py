@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anyep.kernels.reference import ReferenceKernels
 from anyep.kernels.spec import Element, KernelSet, ScaleFormat
@@ -19,6 +20,7 @@ from anyep.testing.kernel_cases import (
     draw_entries,
     draw_numbers,
     draw_range,
+    draw_rows,
     put_entries,
     put_peers,
 )
@@ -45,7 +47,7 @@ class _Case:
         expected = getattr(ReferenceKernels(), function)(*arguments)
         expected_memory = self.stretch.memory.copy()
         self.stretch.memory[:] = before
-        result = getattr(self.kernels, function)(*arguments)
+        result: int | None = getattr(self.kernels, function)(*arguments)
         self.kernels.fence()
         name = f"{self.kernels.name}.{function}{arguments}"
         if result != expected:
@@ -72,11 +74,11 @@ def check_kernels(kernels: KernelSet, *, seed: int = 0, rounds: int = 60) -> Non
                 _all_inputs(_Case(kernels, np.random.default_rng(seed), 16 << 20), element, scale_format)
 
 
-def _draw_experts(rng: np.random.Generator, T: int, K: int, E: int) -> np.ndarray:
+def _draw_experts(rng: np.random.Generator, T: int, K: int, E: int) -> NDArray[np.signedinteger]:
     idx_TK = rng.integers(-1, E, (T, K))
     if rng.random() < 0.3:
         idx_TK[:] = rng.integers(0, E) if rng.random() < 0.5 else -1
-    return idx_TK.astype(rng.choice([np.int32, np.int64]))
+    return idx_TK.astype(np.int32 if rng.random() < 0.5 else np.int64)
 
 
 def _exam_route(case: _Case) -> None:
@@ -106,7 +108,7 @@ def _exam_place(case: _Case) -> None:
     by_expert = int(rng.integers(0, 2))
     rank_TW = rng.integers(-1, R, (T, W), dtype=np.int32)
     slot_TW = np.where(rank_TW < 0, -1, rng.integers(0, 1000, (T, W))).astype(np.int32)
-    idx_TK = np.where(rank_TW < 0, -1, rng.integers(0, E, (T, W))).astype(rng.choice([np.int32, np.int64]))
+    idx_TK = np.where(rank_TW < 0, -1, rng.integers(0, E, (T, W))).astype(np.int32 if rng.random() < 0.5 else np.int64)
     case.run(
         "place",
         stretch.put("entry_rank", rank_TW),
@@ -146,7 +148,7 @@ def _exam_scatter_routing(case: _Case) -> None:
     if not by_expert:
         rows = [sorted(set(ranks) - {-1})[: min(K, R)] for ranks in rank_TK.tolist()]
         rank_TK = np.array([ranks + [-1] * (min(K, R) - len(ranks)) for ranks in rows], np.int32).reshape(T, min(K, R))
-    entries = _entries_of(rng, rank_TK, R)
+    entries = draw_rows(rng, rank_TK, R)
     first, last = draw_range(rng, T)
     weights = stretch.cut("topk_weights", 4 * T * K, 4) if rng.random() < 0.7 else 0
     idx = stretch.put("topk_idx", idx_TK)
@@ -159,16 +161,6 @@ def _exam_scatter_routing(case: _Case) -> None:
         *(idx, idx_TK.itemsize, weights, first, last, K, entries.width, by_expert),
         *(*tables, *addresses, peer_idx, peer_weights),
     )
-
-
-def _entries_of(rng: np.random.Generator, rank_TW: np.ndarray, num_ranks: int) -> Entries:
-    row_TW = np.full_like(rank_TW, -1)
-    num_rows_R = []
-    for rank in range(num_ranks):
-        named = np.argwhere(rank_TW == rank)
-        row_TW[named[:, 0], named[:, 1]] = rng.permutation(len(named))
-        num_rows_R.append(len(named))
-    return Entries(rank_TW=rank_TW, row_TW=row_TW, num_rows_R=num_rows_R)
 
 
 def _exam_quantise_scatter(case: _Case) -> None:

@@ -9,7 +9,9 @@ DECODE_TOKENS = 128
 TRACE = "trace"
 """The routing trace that ships with the package."""
 PEERS = ("gloo", "mpich")
-WIRES = ("bf16", "fp16", "fp32", "fp8")
+WIRE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+"""Of one channel on its way."""
+WIRES = tuple(WIRE_BYTES)
 _LARGE_TOKENS = 1024
 _LARGE_ROUNDS, _SMALL_ROUNDS = 11, 41
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,17 @@ def contest(
     barrier: Callable[[], None],
     after_round: Callable[[], None],
 ) -> Spans:
-    """Run every operation in each round, behind a barrier; return one rank's spans of the rounds after ``warm_up``."""
+    """Run every operation in each round, behind a barrier; return one rank's spans of the rounds after ``warm_up``.
+
+    Each round has another order, the same on all ranks: what ran before decides what lies in the caches.
+    """
     spans = np.zeros((warm_up + rounds, len(operations), 2), np.int64)
+    shuffler = random.Random(0)
     for number in range(warm_up + rounds):
-        for position, operation in enumerate(operations):
+        for position in shuffler.sample(range(len(operations)), len(operations)):
             barrier()
             begin = time.perf_counter_ns()
-            result = operation.run()
+            result = operations[position].run()
             spans[number, position] = begin, time.perf_counter_ns()
             del result
         after_round()

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 from anyep.cli.bench.copy_speed import COPY_BYTES
 from anyep.cli.bench.ours import DTYPES
-from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.plan import WIRE_BYTES, Plan, Workload
 from anyep.errors import CapacityError
 from anyep.layout.regions import hit_probability
 
-_PROCESS_BYTES = 350 << 20
-"""An interpreter with torch, kernels and one piece of the oracle's work."""
+_PROCESS_BYTES = 300 << 20
+"""An interpreter with torch and kernels, and one piece of the oracle's work."""
 _USABLE = 0.85
 """Of the available memory: the rest stays with the machine's other work."""
-_SKEW = 1.25
-"""Rows that a rank may receive above the average; also the arena's head room."""
+_SKEW = 1.05
+"""Rows of all ranks above what uniform routing gives."""
+_HEAD_ROOM = 1.25
+"""Of an arena over a balanced step (layout/regions.py)."""
 _PEER_BUFFERS = 2
 _BF16_BYTES = 2
 
@@ -49,8 +51,10 @@ def required_bytes(plan: Plan, workload: Workload) -> int:
     rows = int(_SKEW * hit * workload.tokens * plan.ranks)
     pairs = int(_SKEW * workload.tokens * workload.topk)
     output = workload.hidden * DTYPES[workload.wire].itemsize
-    # input and result; the judged batch and the next one; output in the arena and outside it
-    ours = 2 * workload.tokens * output + rows * 2 * output + rows * 2 * output
+    wire = workload.hidden * WIRE_BYTES[workload.wire]
+    # in the arena the judged batch, the next one and an output; outside of it another output, the input and the result
+    arena = rows * max(2 * wire + output, int(_HEAD_ROOM * (wire + output)))
+    ours = arena + rows * output + 2 * workload.tokens * output
     row = workload.hidden * _BF16_BYTES
     peers = {"gloo": _PEER_BUFFERS * pairs * row, "mpich": _PEER_BUFFERS * rows * row}
     peer = max((peers[name] for name in plan.peers), default=0)

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from anyep.cli.bench.copy_speed import COPY, COPY_BYTES
 from anyep.cli.bench.ours import DTYPES
-from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.plan import WIRE_BYTES, Plan, Workload
 from anyep.cli.bench.rank import OURS, RankResult
 from anyep.cli.bench.rounds import durations_us
 from anyep.numerics.formats import num_scale_groups
 
 _IDX_BYTES, _WEIGHT_BYTES, _SCALE_BYTES = 8, 4, 4
-_WIRE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 
 Durations = NDArray[np.float64]
 
@@ -146,7 +145,7 @@ def _trips(op: str) -> int:
 
 def _row_bytes(workload: Workload, op: str, *, logical: bool) -> int:
     """Bytes of a row on its trips; on the way there scales and routing lie beside it."""
-    there = workload.hidden * _WIRE_BYTES[workload.wire]
+    there = workload.hidden * WIRE_BYTES[workload.wire]
     if not logical:
         there += workload.topk * (_IDX_BYTES + _WEIGHT_BYTES)
         there += _SCALE_BYTES * num_scale_groups(workload.hidden) if workload.wire == "fp8" else 0

@@ -1,0 +1,99 @@
+"""The exam: both sets pass, and a set with one fault of each kind does not."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from anyep.kernels.reference import ReferenceKernels
+from anyep.kernels.registry import NAMES, load
+from anyep.testing.kernel_exam import KernelExamError, check_kernels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_set_passes(name):
+    check_kernels(load(name), rounds=60 if name == "cpu" else 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_the_cpu_set_passes_at_length(seed):
+    check_kernels(load("cpu"), seed=seed, rounds=1000)
+
+
+def test_an_unknown_name_is_told_the_names():
+    with pytest.raises(ValueError, match="kernels must be one of cpu, reference, got 'gpu'"):
+        load("gpu")
+
+
+class _Faulty(ReferenceKernels):
+    name = "faulty"
+
+
+class _MissesARow(_Faulty):
+    def scatter(self, x, row_bytes, first, last, *rest):
+        super().scatter(x, row_bytes, first, max(first, last - 1), *rest)
+
+
+class _WritesOneByteTooMany(_Faulty):
+    def copy(self, source, destination, num_bytes):
+        super().copy(source, destination, num_bytes)
+        after = ctypes.c_uint8.from_address(destination + num_bytes)
+        after.value ^= 0xFF
+
+
+class _TouchesItsInput(_Faulty):
+    def dequantise(self, q, *rest):
+        super().dequantise(q, *rest)
+        if rest[2] * rest[3]:
+            ctypes.c_uint8.from_address(q).value ^= 1
+
+
+class _IgnoresTheOrder(_Faulty):
+    def reduce(self, element, hidden, first, last, width, by_rank, *rest):
+        super().reduce(element, hidden, first, last, width, 0, *rest)
+
+
+class _ForgetsTheSecondBias(_Faulty):
+    def reduce(self, *arguments):
+        super().reduce(*arguments[:-2], 0, arguments[-1])
+
+
+class _AcceptsAnyExpert(_Faulty):
+    def route(self, *arguments):
+        super().route(*arguments)
+        return -1
+
+
+class _CountsFromTheWrongBin(_Faulty):
+    def place(self, entry_rank, entry, T, W, idx, idx_bytes, by_expert, start):
+        super().place(entry_rank, entry, T, W, idx, idx_bytes, 0, start)
+
+
+class _LeavesWeightsBesideMinusOne(_Faulty):
+    def scatter_routing(self, *arguments):
+        by_expert = 7
+        super().scatter_routing(*arguments[:by_expert], 0, *arguments[by_expert + 1 :])
+
+
+class _FillsWithZeroOnly(_Faulty):
+    def fill_rows(self, *arguments):
+        super().fill_rows(*arguments[:-1], 0)
+
+
+class _KnowsOneScaleFormat(_Faulty):
+    def quantise_scatter(self, x, element, hidden, scale_format, *rest):
+        super().quantise_scatter(x, element, hidden, min(scale_format, 1), *rest)
+
+
+class _SumsTooManyWeights(_Faulty):
+    def reduce_weights(self, num_topk, first, last, *rest):
+        super().reduce_weights(num_topk, 0, last, *rest)
+
+
+@pytest.mark.parametrize("faulty", _Faulty.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_a_fault_is_found_and_named(faulty):
+    overridden = next(name for name in vars(faulty) if not name.startswith("__"))
+    with pytest.raises(KernelExamError, match=rf"faulty\.{overridden}\("):
+        check_kernels(faulty(), rounds=40)

@@ -1,0 +1,132 @@
+"""The worked examples of the spec's docstrings, number by number, for every set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anyep.kernels.registry import NAMES, load
+from anyep.kernels.spec import Element, ScaleFormat
+from tests.kernels.memory import i32, poisoned, table
+
+TOPK_IDX = [[0, 3], [1, 0], [-1, 2]]
+EXPERT_RANK = [0, 0, 1, 1]
+
+
+@pytest.fixture(params=NAMES)
+def kernels(request):
+    return load(request.param)
+
+
+@pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("by_expert", "ranks", "slots", "rank_rows"),
+    [
+        (0, [[0, 1], [0, -1], [1, -1]], [[0, 0], [1, -1], [1, -1]], [2, 2]),
+        (1, [[0, 1], [0, 0], [-1, 1]], [[0, 0], [0, 1], [-1, 0]], [3, 2]),
+    ],
+)
+def test_route(kernels, idx_dtype, by_expert, ranks, slots, rank_rows):
+    idx, expert_rank = torch.tensor(TOPK_IDX, dtype=idx_dtype), i32(EXPERT_RANK)
+    outputs = [poisoned(*shape, dtype=torch.int32) for shape in ((3, 2), (3, 2), (2,), (4,))]
+    scratch = poisoned(6, dtype=torch.int32)
+    head = (idx.data_ptr(), idx.itemsize, 3, 2, 4, 2, expert_rank.data_ptr(), by_expert)
+    assert kernels.route(*head, *(one.data_ptr() for one in outputs), scratch.data_ptr()) == -1
+    assert [one.tolist() for one in outputs] == [ranks, slots, rank_rows, [2, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**40])
+def test_route_names_the_first_expert_outside(kernels, bad):
+    idx, expert_rank = torch.tensor(TOPK_IDX), i32(EXPERT_RANK)
+    idx[1, 1] = bad
+    idx[2, 0] = -5
+    outputs = [poisoned(*shape, dtype=torch.int32) for shape in ((3, 2), (3, 2), (2,), (4,), (6,))]
+    head = (idx.data_ptr(), 8, 3, 2, 4, 2, expert_rank.data_ptr(), 0)
+    assert kernels.route(*head, *(one.data_ptr() for one in outputs)) == 3
+
+
+def test_place(kernels):
+    ranks, entry, start = i32([[0, 1], [0, -1], [1, -1]]), i32([[0, 0], [1, -1], [1, -1]]), i32([10, 20])
+    kernels.place(ranks.data_ptr(), entry.data_ptr(), 3, 2, 0, 8, 0, start.data_ptr())
+    assert entry.tolist() == [[10, 20], [11, -1], [21, -1]]
+
+
+def test_scatter(kernels):
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
+    rank0, rank1 = poisoned(1, 3, dtype=torch.uint8), poisoned(2, 3, dtype=torch.uint8)
+    ranks, rows, peers = i32([[0, 1], [1, -1]]), i32([[0, 1], [0, -1]]), table(rank0, rank1)
+    kernels.scatter(x.data_ptr(), 3, 0, 2, 2, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr())
+    kernels.fence()
+    assert rank0.tolist() == [[1, 2, 3]]
+    assert rank1.tolist() == [[4, 5, 6], [1, 2, 3]]
+
+
+def test_scatter_routing(kernels):
+    idx, weights = torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.25]])
+    expert_rank, expert_local = i32(EXPERT_RANK), i32([0, 1, 0, 1])
+    ranks, rows = i32([[0, 1]]), i32([[0, 0]])
+    there_idx = [poisoned(1, 2, dtype=torch.int64) for _ in range(2)]
+    there_weights = [poisoned(1, 2, dtype=torch.float32) for _ in range(2)]
+    idx_table, weights_table = table(*there_idx), table(*there_weights)
+    head = (idx.data_ptr(), 8, weights.data_ptr(), 0, 1, 2, 2, 0, expert_rank.data_ptr(), expert_local.data_ptr())
+    kernels.scatter_routing(*head, ranks.data_ptr(), rows.data_ptr(), idx_table.data_ptr(), weights_table.data_ptr())
+    assert [one.tolist() for one in there_idx] == [[[0, -1]], [[-1, 1]]]
+    assert [one.tolist() for one in there_weights] == [[[0.5, 0.0]], [[0.0, 0.25]]]
+
+
+@pytest.mark.parametrize(
+    ("scale_format", "expected"), [(ScaleFormat.FP32, 2.0), (ScaleFormat.POWER_OF_TWO, 2.0), (ScaleFormat.UE8M0, 0x80)]
+)
+@pytest.mark.parametrize("element", list(Element))
+def test_quantise_scatter(kernels, element, scale_format, expected):
+    x = torch.tensor([[1.0, -2.0, 896.0]]).to(element.dtype)
+    q, scales = poisoned(1, 3, dtype=torch.uint8), poisoned(1, 1, dtype=scale_format.dtype)
+    ranks, rows, q_table, scales_table = i32([[0]]), i32([[0]]), table(q), table(scales)
+    head = (x.data_ptr(), int(element), 3, int(scale_format), 0, 1, 1)
+    kernels.quantise_scatter(*head, ranks.data_ptr(), rows.data_ptr(), q_table.data_ptr(), scales_table.data_ptr())
+    kernels.fence()
+    assert q.tolist() == [[0x30, 0xB8, 0x7E]]
+    assert scales.tolist() == [[expected]]
+
+
+@pytest.mark.parametrize("element", list(Element))
+def test_dequantise(kernels, element):
+    q, scales = torch.tensor([[0x38, 0xC0, 0x7E]], dtype=torch.uint8), torch.tensor([[0.5]])
+    out = poisoned(1, 3, dtype=element.dtype)
+    kernels.dequantise(q.data_ptr(), scales.data_ptr(), 0, 1, 3, out.data_ptr(), int(element))
+    kernels.fence()
+    assert out.tolist() == [[0.5, -1.0, 224.0]]
+
+
+def test_reduce(kernels):
+    rank0 = torch.tensor([[9, 9], [1, 2]], dtype=torch.bfloat16)
+    rank1 = torch.tensor([[0.5, 2**-8]], dtype=torch.bfloat16)
+    bias = torch.tensor([[10, 0]], dtype=torch.bfloat16)
+    out = poisoned(1, 2, dtype=torch.bfloat16)
+    ranks, rows, peers = i32([[0, 1]]), i32([[1, 0]]), table(rank0, rank1)
+    head = (int(Element.BF16), 2, 0, 1, 2, 1, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr())
+    kernels.reduce(*head, bias.data_ptr(), 0, out.data_ptr())
+    kernels.fence()
+    assert out.tolist() == [[11.5, 2.0]]
+
+
+def test_reduce_weights(kernels):
+    rank0, rank1 = torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 0.25]])
+    out = poisoned(1, 2, dtype=torch.float32)
+    ranks, rows, peers = i32([[0, 1]]), i32([[0, 0]]), table(rank0, rank1)
+    kernels.reduce_weights(2, 0, 1, 2, 1, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr(), out.data_ptr())
+    kernels.fence()
+    assert out.tolist() == [[0.5, 0.25]]
+
+
+def test_copy(kernels):
+    source, target = torch.arange(200, dtype=torch.uint8), poisoned(202, dtype=torch.uint8)
+    kernels.copy(source.data_ptr(), target.data_ptr() + 1, 200)
+    kernels.fence()
+    assert target.tolist() == [255, *range(200), 255]
+
+
+def test_fill_rows(kernels):
+    rows, begin, end = torch.full((4, 2), 7, dtype=torch.uint8), i32([1]), i32([3])
+    kernels.fill_rows(rows.data_ptr(), 2, 1, begin.data_ptr(), end.data_ptr(), 0xFF)
+    assert rows.tolist() == [[7, 7], [255, 255], [255, 255], [7, 7]]
