@@ -94,12 +94,12 @@ def _shared_memory() -> Finding:
 
 def _cache() -> Finding:
     try:
-        from anyep.machine.compiler import cache_directory
+        from anyep.machine.compiler import cache_directory, cached_functions
 
         directory = cache_directory()
-    except (OSError, ImportError) as error:
+    except (AnyEPError, ImportError) as error:
         return Finding(topic="kernel cache", text=str(error), possible=False, needed=True)
-    kernels = len(list(directory.glob("*.nbi")))
+    kernels = len(cached_functions())
     state = f"{kernels} functions compiled" if kernels else "empty: the first buffer compiles, some ten seconds"
     return Finding(topic="kernel cache", text=f"{directory}, {state}", possible=True, needed=True)
 

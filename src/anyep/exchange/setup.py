@@ -99,7 +99,8 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
     wire = make_wire(options.wire, options.scales, options.hidden)
     row = _row_bytes(wire, options)
     lanes = lanes_for(placement)
-    account = _account(options, placement, rendezvous, row, ControlLayout.of(lanes.all(), RING, rendezvous.size).num_bytes)
+    control = ControlLayout.of(lanes.all(), RING, rendezvous.size).num_bytes
+    account = _account(options, placement, rendezvous, row, control)
     kernels = load(options.kernels)
     opened = open_transport(
         rendezvous,

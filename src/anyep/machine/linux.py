@@ -1,100 +1,265 @@
-"""The calls only Linux has, each with a portable fallback or a clear refusal."""
+"""The calls that only Linux has: memory without a name, page tables filled ahead, processes watched by descriptor.
+
+What the in-process transport needs has a portable fallback here; the rest raises Unavailable elsewhere.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import errno
 import mmap
 import os
 import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from anyep.errors import CapacityError, Unavailable
+import numpy as np
 
-HAS_MEMFD = hasattr(os, "memfd_create")
-HAS_PIDFD = hasattr(os, "pidfd_open")
-_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; the mmap module does not name them
-_PAGE = mmap.PAGESIZE
-_UNLIMITED = 1 << 60
+from anyep.errors import Unavailable
+
+IS_LINUX = sys.platform == "linux"
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_PR_SET_PDEATHSIG = 1
 
 
-def shared_memory_file(num_bytes: int) -> int:
-    """Return a descriptor of fresh memory without a name: only this user can open it, and it goes with its last user.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memory:
+    """Bytes mapped into this process. They stay mapped while anything refers to ``bytes`` or to a view of it.
 
-    Raises CapacityError when the machine cannot back it, Unavailable where there is no memfd.
+    ``fd`` and ``inode`` name shared memory for :func:`map_peer_memory`; both are -1 where nobody else can map it.
     """
-    if not HAS_MEMFD:
-        raise Unavailable("shared memory between processes needs Linux (memfd_create); use transport='inprocess'")
-    descriptor = os.memfd_create("anyep", os.MFD_CLOEXEC)
-    try:
-        os.fchmod(descriptor, 0o600)
-        os.posix_fallocate(descriptor, 0, num_bytes)  # an error now, not a SIGBUS at the first write
-    except OSError as error:
-        os.close(descriptor)
-        raise CapacityError(
-            f"the machine cannot back {num_bytes / 2**20:.1f} MiB of shared memory ({error.strerror}); "
-            f"{available_bytes() / 2**20:.0f} MiB are available"
-        ) from error
-    return descriptor
+
+    bytes: mmap.mmap
+    address: int
+    size: int
+    fd: int = -1
+    inode: int = -1
+
+    def close_fd(self) -> None:
+        """Let nobody map it any more. Call once."""
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
-def open_peer_memory(pid: int, descriptor: int) -> int:
-    """Open the shared memory that another process holds as ``descriptor``."""
-    try:
-        return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError as error:
+def _mapped(bytes_: mmap.mmap, size: int, *, fd: int = -1, inode: int = -1) -> Memory:
+    address = np.frombuffer(bytes_, np.uint8).ctypes.data
+    return Memory(bytes=bytes_, address=address, size=size, fd=fd, inode=inode)
+
+
+def private_memory(num_bytes: int) -> Memory:
+    """Return zeroed memory of this process, in huge pages where the machine gives them. Works everywhere.
+
+    Raises OSError (ENOMEM) when the machine has none left.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return _mapped(mmap.mmap(-1, num_bytes), num_bytes)
+    memory = _mapped(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON), num_bytes)
+    prefault(memory, fresh=True)
+    return memory
+
+
+def shared_memory(num_bytes: int) -> Memory:
+    """Return zeroed memory that this user's other processes can map by (pid, fd), and that has no name anywhere.
+
+    All pages are there when this returns: a machine without memory is an OSError here (ENOMEM, ENOSPC), not
+    a SIGBUS later. The caller closes ``fd``; the memory is gone with its last mapping.
+    """
+    if not hasattr(os, "memfd_create"):
         raise Unavailable(
-            f"process {pid} does not let this one open its memory ({error.strerror}); ranks of one host must run as the "
-            "same user and see each other in /proc"
-        ) from error
-
-
-def populate(memory: mmap.mmap, *, write: bool) -> None:
-    """Fault all pages in now: a page fault inside the first collective costs more. ``write`` False: page tables only."""
-    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+            "shared memory between processes needs memfd_create (Linux 3.17); here ranks can be threads "
+            "of one process: anyep.local_group"
+        )
+    fd = os.memfd_create("anyep", os.MFD_CLOEXEC)
     try:
-        memory.madvise(advice)
-    except (OSError, ValueError, AttributeError):
-        if write:
-            for offset in range(0, len(memory), _PAGE):
-                memory[offset] = 0
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, num_bytes)
+        os.posix_fallocate(fd, 0, num_bytes)
+        memory = _mapped(mmap.mmap(fd, num_bytes), num_bytes, fd=fd, inode=os.fstat(fd).st_ino)
+        prefault(memory, fresh=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return memory
 
 
-def watch_process(pid: int) -> int | None:
-    """Return a descriptor that becomes readable when the process ends; None where there is no pidfd."""
-    if not HAS_PIDFD:
-        return None
-    with contextlib.suppress(OSError):
-        return os.pidfd_open(pid)
-    return None
+def map_peer_memory(pid: int, fd: int, inode: int, num_bytes: int) -> Memory:
+    """Map what :func:`shared_memory` made in another process, page tables filled.
+
+    Raises ProcessLookupError when the process is gone or has closed it (its number may name another file by now),
+    PermissionError when it belongs to another user, OSError otherwise.
+    """
+    try:
+        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} is gone or has closed its memory") from error
+    try:
+        found = os.fstat(own)
+        if found.st_ino != inode or found.st_size != num_bytes:
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} has closed its memory")
+        memory = _mapped(mmap.mmap(own, num_bytes), num_bytes)
+    finally:
+        os.close(own)
+    prefault(memory, fresh=False)
+    return memory
 
 
-def ended(descriptors: dict[int, int]) -> list[int]:
-    """Return the keys of ``descriptors`` (key -> pidfd) whose process has ended."""
-    poll = select.poll()
-    for descriptor in descriptors.values():
-        poll.register(descriptor, select.POLLIN)
-    ready = {descriptor for descriptor, _ in poll.poll(0)}
-    return [key for key, descriptor in descriptors.items() if descriptor in ready]
+def prefault(memory: Memory, *, fresh: bool) -> None:
+    """Fill the page tables now: page faults inside the first collective cost more. ``fresh``: nobody else has written yet."""
+    if IS_LINUX:
+        if fresh:
+            _advise(memory, _MADV_HUGEPAGE)
+        code = _advise(memory, _MADV_POPULATE_WRITE)
+        if code == 0:
+            return
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, f"could not commit {memory.size} bytes: {os.strerror(code)}")
+    pages = np.frombuffer(memory.bytes, np.uint8)[:: mmap.PAGESIZE]
+    if fresh:
+        pages[:] = 0
+    else:
+        pages.max()
 
 
-def available_bytes() -> int:
-    """Return the memory that can still be committed: the machine's, and the control group's where it has a limit."""
-    return min(_meminfo_available(), _cgroup_available())
+def _advise(memory: Memory, advice: int) -> int:
+    """madvise through libc, which unlike ``mmap.madvise`` does not hold the GIL; return 0 or the errno."""
+    if _libc().madvise(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.size), advice) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
-def _meminfo_available() -> int:
-    with contextlib.suppress(OSError):
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def available_bytes() -> int | None:
+    """Return how much memory can still be committed: the machine's and the control group's; None where unknown."""
+    limits = [_memory_available(), *_cgroup_rooms()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _memory_available() -> int | None:
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return _UNLIMITED
+    return None
 
 
-def _cgroup_available() -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        group = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[1].lstrip("/")
-        folder = Path("/sys/fs/cgroup") / group
-        limit = (folder / "memory.max").read_text().strip()
-        if limit != "max":
-            return max(0, int(limit) - int((folder / "memory.current").read_text()))
-    return _UNLIMITED
+def _cgroup_rooms() -> Iterable[int]:
+    """Yield the room under each memory limit on the way from this process's control group to the root."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                yield from _rooms(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                yield from _rooms(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _rooms(root: Path, path: str, limit_name: str, used_name: str) -> Iterable[int]:
+    group = root / path.lstrip("/")
+    for directory in (group, *group.parents):
+        with suppress(OSError, ValueError):
+            limit = int((directory / limit_name).read_text())  # "max" is no number: no limit here
+            yield limit - int((directory / used_name).read_text()) + _reclaimable(directory)
+        if directory == root:
+            return
+
+
+def _reclaimable(directory: Path) -> int:
+    """Page cache counts as used and can be dropped."""
+    for line in (directory / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0
+
+
+def host_identity() -> str:
+    """Return a name that ranks share when they run on one host: hostname, boot and network namespace.
+
+    Not "can I see the memory": emulated hosts on one machine see each other's.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else "", _namespace("net")]
+    return "/".join(part for part in parts if part)
+
+
+def process_namespace() -> str:
+    """Return the namespace that process numbers belong to: a peer's number means nothing in another one."""
+    return _namespace("pid")
+
+
+def _namespace(kind: str) -> str:
+    try:
+        return f"{kind}:{os.stat(f'/proc/self/ns/{kind}').st_ino}"
+    except OSError:
+        return ""
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however it ends. Does nothing elsewhere."""
+    if IS_LINUX:
+        _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class ProcessWatch:
+    """Says which of some processes have died. Made while they are known to be alive, so that no number is mistaken.
+
+    By pidfd; where the kernel has none (before 5.3, or a sandbox that forbids it), by number and start time.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._poll = select.poll()
+        self._turn = threading.Lock()  # one poll object serves one thread at a time
+        self._pidfds: dict[int, int] = {}
+        self._started: dict[int, str] = {}
+        try:
+            for pid in dict.fromkeys(pids):
+                self._add(pid)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, pid: int) -> None:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+            self._started[pid] = _start_time(pid)
+            return
+        self._pidfds[fd] = pid
+        self._poll.register(fd, select.POLLIN)
+
+    def dead(self) -> set[int]:
+        """Return the processes that have ended; zombies count."""
+        with self._turn:
+            dead = {self._pidfds[fd] for fd, _ in self._poll.poll(0)}
+        return dead | {pid for pid, started in list(self._started.items()) if _start_time(pid) != started}
+
+    def close(self) -> None:
+        """Idempotent; nobody is dead afterwards."""
+        with self._turn:
+            self._started.clear()
+            while self._pidfds:
+                fd, _ = self._pidfds.popitem()
+                self._poll.unregister(fd)
+                os.close(fd)
+
+
+def _start_time(pid: int) -> str:
+    """Return when the process started, in clock ticks since boot; '' when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -1,140 +1,209 @@
-"""A rank's memory: segments that are only ever added, and blocks that come back when their last tensor dies."""
+"""A rank's arena: segments of memory, who uses which bytes of them, and blocks that come back by themselves."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import threading
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
-from anyep.errors import CapacityError
+import numpy as np
+
+from anyep.errors import CapacityError, ClosedError
 from anyep.layout.regions import aligned
-from anyep.machine import linux
+from anyep.machine.linux import Memory
 from anyep.transport.base import Place
-from anyep.transport.heap import Heap
+from anyep.transport.control import MAX_SEGMENTS
 
-_SEGMENT_UNIT = 2 << 20
-_GROWTH = 4
-"""A new segment is at least a quarter of the arena, so that an arena of any size grows in few steps."""
+SEGMENT_UNIT_BYTES = 2 << 20
+"""Segments are whole huge pages."""
 _POISON = 0xFF
-"""0xff is NaN in every float format, and -1 in every integer one."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Segment:
-    """Memory mapped here; unmapped when nothing refers to it any more."""
-
-    memory: mmap.mmap
-    address: int
-    descriptor: int
-    """of the memory file; -1 where the memory is this process's own"""
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.memory)
+def rounded_to_segments(num_bytes: int) -> int:
+    """Return the size of the segment that holds ``num_bytes``."""
+    return -(-num_bytes // SEGMENT_UNIT_BYTES) * SEGMENT_UNIT_BYTES
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ArenaBlock:
-    """See transport/base.py."""
+class Heap:
+    """Which bytes of which segments are free: best fit, neighbours merge. Integers only.
 
-    place: Place
-    address: int
-    num_bytes: int
-    memory: memoryview
+    >>> heap = Heap()
+    >>> heap.add_segment(1024, reserved_bytes=128)
+    >>> heap.take(200), heap.take(1000)
+    (Place(segment=0, offset=128), None)
+    """
 
+    def __init__(self) -> None:
+        self._free: list[tuple[int, int, int]] = []  # (segment, begin, end), ascending, never touching
+        self._num_segments = 0
 
-def private_segment(num_bytes: int) -> Segment:
-    """Map memory that only this process sees."""
-    try:
-        memory = mmap.mmap(-1, num_bytes)
-    except (OSError, OverflowError) as error:
-        raise CapacityError(f"cannot map {num_bytes / 2**20:.1f} MiB: {error}") from error
-    linux.populate(memory, write=True)
-    return Segment(memory=memory, address=address_of(memory), descriptor=-1)
+    def add_segment(self, num_bytes: int, *, reserved_bytes: int = 0) -> None:
+        """Add the next segment; its first ``reserved_bytes`` are never given out."""
+        begin = aligned(reserved_bytes)
+        if begin < num_bytes:
+            self._free.append((self._num_segments, begin, num_bytes))
+        self._num_segments += 1
 
+    def take(self, num_bytes: int) -> Place | None:
+        """Cut ``num_bytes`` (more than 0) from the smallest free range that holds them; None when none does."""
+        need = aligned(num_bytes)
+        fits = [(end - begin, index) for index, (_, begin, end) in enumerate(self._free) if end - begin >= need]
+        if not fits:
+            return None
+        _, index = min(fits)
+        segment, begin, end = self._free[index]
+        if begin + need == end:
+            del self._free[index]
+        else:
+            self._free[index] = (segment, begin + need, end)
+        return Place(segment=segment, offset=begin)
 
-def shared_segment(num_bytes: int) -> Segment:
-    """Map memory that peers of this host can map too."""
-    descriptor = linux.shared_memory_file(num_bytes)
-    memory = mmap.mmap(descriptor, num_bytes)
-    linux.populate(memory, write=True)
-    return Segment(memory=memory, address=address_of(memory), descriptor=descriptor)
-
-
-def address_of(memory: mmap.mmap) -> int:
-    """Return where a writable mapping lies."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-class Arena:
-    """Segments, the heap on them, and the blocks that are out."""
-
-    def __init__(self, new_segment: Callable[[int], Segment], *, poison: bool) -> None:
-        self._new_segment = new_segment
-        self._poison = poison
-        self._heap = Heap()
-        self._out: dict[int, tuple[weakref.ref[memoryview], Place, int]] = {}
-        self._returned: deque[int] = deque()
-        self._next_key = 0
-        self.segments: list[Segment] = []
-
-    def grow(self, num_bytes: int) -> None:
-        """Add a segment of at least ``num_bytes``; CapacityError when the machine lacks the memory."""
-        size = -(-num_bytes // _SEGMENT_UNIT) * _SEGMENT_UNIT
-        available = linux.available_bytes()
-        if size > available:
-            raise CapacityError(
-                f"the arena ({self.committed_bytes / 2**20:.1f} MiB) needs {size / 2**20:.1f} MiB more and "
-                f"{available / 2**20:.1f} MiB are available; release received tensors, send fewer tokens a step, "
-                "or run fewer ranks on this machine"
-            )
-        self.segments.append(self._new_segment(size))
-        self._heap.add_segment(size)
-
-    def allocate(self, num_bytes: int) -> ArenaBlock:
-        """Cut a block; grow where nothing fits."""
-        self._take_back()
-        place = self._heap.take(num_bytes) if num_bytes else Place(segment=0, offset=0)
-        if place is None:
-            self.grow(max(aligned(num_bytes), self.committed_bytes // _GROWTH))
-            place = self._heap.take(num_bytes)
-            assert place is not None, "a fresh segment of this size has room"
-        segment = self.segments[place.segment]
-        memory = memoryview(segment.memory)[place.offset : place.offset + num_bytes]
-        if self._poison:
-            ctypes.memset(segment.address + place.offset, _POISON, num_bytes)
-        if num_bytes:
-            self._watch(memory, place, num_bytes)
-        return ArenaBlock(place=place, address=segment.address + place.offset, num_bytes=num_bytes, memory=memory)
-
-    def locate(self, address: int, num_bytes: int) -> Place | None:
-        """Return the place of an address range of this arena."""
-        for index, segment in enumerate(self.segments):
-            offset = address - segment.address
-            if 0 <= offset and offset + num_bytes <= segment.num_bytes:
-                return Place(segment=index, offset=offset)
-        return None
-
-    @property
-    def committed_bytes(self) -> int:
-        return sum(self._heap.sizes)
+    def give(self, place: Place, num_bytes: int) -> None:
+        """Take back what :meth:`take` cut."""
+        segment, begin, end = place.segment, place.offset, place.offset + aligned(num_bytes)
+        index = bisect_left(self._free, (segment, begin, end))
+        if index < len(self._free) and self._free[index][:2] == (segment, end):
+            end = self._free.pop(index)[2]
+        if index > 0 and self._free[index - 1][0] == segment and self._free[index - 1][2] == begin:
+            index -= 1
+            begin = self._free.pop(index)[1]
+        self._free.insert(index, (segment, begin, end))
 
     @property
     def free_bytes(self) -> int:
-        self._take_back()
-        return self._heap.free_bytes
+        return sum(end - begin for _, begin, end in self._free)
 
-    def _watch(self, memory: memoryview, place: Place, num_bytes: int) -> None:
-        """Note when the block's last user dies. The note is one append: finalizers run anywhere, and take no lock."""
-        key = self._next_key
-        self._next_key += 1
-        returned = self._returned
-        self._out[key] = (weakref.ref(memory, lambda _: returned.append(key)), place, num_bytes)
+
+class ArenaBlock:
+    """A piece of an arena (``transport/base.py``: Block). 0 bytes are a block too, at the arena's beginning."""
+
+    __slots__ = ("address", "memory", "num_bytes", "place")
+
+    def __init__(self, place: Place, address: int, num_bytes: int, memory: memoryview) -> None:
+        self.place = place
+        self.address = address
+        self.num_bytes = num_bytes
+        self.memory = memory
+
+    def __repr__(self) -> str:
+        return f"<block of {self.num_bytes} bytes at segment {self.place.segment}, offset {self.place.offset}>"
+
+
+class _Claim(weakref.ref):  # type: ignore[type-arg]
+    """Watches the array under a block's memoryview, which every view of the block keeps alive: tensors, slices, arrays.
+
+    (A memoryview itself is not enough: a slice of it, or a NumPy array on it, does not keep it.)
+    """
+
+    __slots__ = ("num_bytes", "place")
+    place: Place
+    num_bytes: int
+
+    def __new__(cls, array: Any, callback: Callable[[Any], object], place: Place, num_bytes: int) -> _Claim:
+        claim = super().__new__(cls, array, callback)
+        claim.place = place
+        claim.num_bytes = num_bytes
+        return claim
+
+    def __init__(self, array: Any, callback: Callable[[Any], object], place: Place, num_bytes: int) -> None:
+        super().__init__(array, callback)
+
+
+class Arena:
+    """Cuts blocks from segments and grows.
+
+    ``commit(num_bytes)`` makes a segment or raises CapacityError. The first ``reserved_bytes`` of segment 0 stay outside
+    the heap. ``poison``: fill each block with 0xFF before it is given out (tests).
+
+    Memory stays mapped while a tensor lies on it, whatever happens to the arena.
+    """
+
+    def __init__(
+        self, commit: Callable[[int], Memory], *, reserved_bytes: int, heap_bytes: int, poison: bool = False
+    ) -> None:
+        self._commit = commit
+        self._reserved_bytes = aligned(reserved_bytes)
+        self._poison = poison
+        self._turn = threading.Lock()
+        self._heap = Heap()
+        self._claims: dict[Place, _Claim] = {}
+        self._returned: deque[_Claim] = deque()  # appended to by finalizers, on any thread, without a lock
+        self._closed = False
+        self.segments: list[Memory] = []
+        self._add_segment(self._reserved_bytes + heap_bytes, reserved_bytes=self._reserved_bytes)
+
+    @property
+    def committed_bytes(self) -> int:
+        return sum(memory.size for memory in self.segments)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of blocks that somebody still holds."""
+        with self._turn:
+            self._take_back()
+            return sum(aligned(claim.num_bytes) for claim in self._claims.values())
+
+    def allocate(self, num_bytes: int) -> ArenaBlock:
+        """Cut a block, 128-byte aligned; grow when none is free. Raises CapacityError, ValueError, ClosedError."""
+        if num_bytes < 0:
+            raise ValueError(f"num_bytes must be at least 0, got {num_bytes}")
+        with self._turn:
+            if self._closed:
+                raise ClosedError("this arena is closed; open a new transport")
+            if num_bytes == 0:
+                return ArenaBlock(Place(segment=0, offset=0), self.segments[0].address, 0, memoryview(bytearray()))
+            self._take_back()
+            return self._cut(self._heap.take(num_bytes) or self._grow(num_bytes), num_bytes)
+
+    def locate(self, address: int, num_bytes: int) -> Place | None:
+        """Return where [address, address + num_bytes) lies in the heap, or None."""
+        for index, memory in enumerate(self.segments):
+            offset = address - memory.address
+            begin = self._reserved_bytes if index == 0 else 0
+            if begin <= offset and offset + num_bytes <= memory.size:
+                return Place(segment=index, offset=offset)
+        return None
+
+    def close(self) -> None:
+        """Give out nothing any more. Peers can map no further segments; what is mapped stays valid. Idempotent."""
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                for memory in self.segments:
+                    memory.close_fd()
+
+    def _cut(self, place: Place, num_bytes: int) -> ArenaBlock:
+        memory = self.segments[place.segment]
+        array = np.ndarray((num_bytes,), np.uint8, buffer=memory.bytes, offset=place.offset)
+        self._claims[place] = _Claim(array, self._returned.append, place, num_bytes)
+        if self._poison:
+            array.fill(_POISON)
+        return ArenaBlock(place, memory.address + place.offset, num_bytes, memoryview(array))
 
     def _take_back(self) -> None:
         while self._returned:
-            _, place, num_bytes = self._out.pop(self._returned.popleft())
-            self._heap.give_back(place, num_bytes)
+            claim = self._returned.popleft()
+            del self._claims[claim.place]
+            self._heap.give(claim.place, claim.num_bytes)
+
+    def _grow(self, num_bytes: int) -> Place:
+        try:
+            self._add_segment(max(num_bytes, self.committed_bytes // 2))
+        except CapacityError:
+            self._add_segment(num_bytes)  # as little as serves
+        place = self._heap.take(num_bytes)
+        assert place is not None
+        return place
+
+    def _add_segment(self, num_bytes: int, *, reserved_bytes: int = 0) -> None:
+        if len(self.segments) == MAX_SEGMENTS:
+            raise CapacityError(
+                f"the arena has {MAX_SEGMENTS} segments of {self.committed_bytes} bytes together and no room for "
+                f"{num_bytes} more; begin with more memory (arena_bytes)"
+            )
+        size = rounded_to_segments(num_bytes)
+        self.segments.append(self._commit(size))
+        self._heap.add_segment(size, reserved_bytes=reserved_bytes)

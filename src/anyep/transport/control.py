@@ -1,33 +1,40 @@
-"""How a control segment is laid out, and what a rank's state word says. Pure integers, the same on every rank."""
+"""What lies where in the memory that a rank keeps for messages to it. Pure integers, the same on every rank.
+
+First a header of int64 words, by index::
+
+    0 token      names this transport; a peer that mapped something else finds out
+    1 state      open, closed, or failed and how
+    2 growing    bytes this rank is about to commit
+    3 segments   how many stand in the table
+    8 doorbell   two words on a cache line of their own (transport/signals.py)
+    16 table     64 x (fd, inode, bytes)
+    208 blamed   one word a rank
+
+then each lane's mailboxes [ring, R], in whole cache lines: a signal word, then the lane's words.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 from anyep.transport.base import Lane
 
-_LINE = 64
-_BLAMED_AT = 192  # signals.BLAMED_AT, without importing compiled code
-MAX_SEGMENTS = 512
-"""Entries of the directory; an arena that grows by quarters has fewer than 100 at any size."""
+TOKEN, STATE, GROWING, SEGMENTS, TABLE = 0, 1, 2, 3, 16
+MAX_SEGMENTS = 64
+"""A new segment is at least half of all before it, so no machine has memory for more."""
+BLAMED = TABLE + 3 * MAX_SEGMENTS
+DOORBELL_OFFSET = 64
+_LINE_BYTES = 64
 
 
-class State(IntEnum):
-    """A rank's state word."""
-
-    OPEN = 0
-    CLOSED = 1
-    LOST = 2
-    """it left because ranks that it names were lost"""
-    TIMED_OUT = 3
-    """it left because ranks that it names were silent"""
+def _lines(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlLayout:
-    """Doorbell, state, blamed ranks, the directory of the arena's segments, then each lane's mailboxes [ring, R]."""
+    """Offsets in bytes. Lanes are numbered from 0."""
 
     num_ranks: int
     ring: int
@@ -35,29 +42,30 @@ class ControlLayout:
 
     @classmethod
     def of(cls, lanes: Sequence[Lane], ring: int, num_ranks: int) -> ControlLayout:
-        assert [lane.index for lane in lanes] == list(range(len(lanes))), "lanes are numbered from 0"
+        """Raises ValueError for lanes or a ring that make no sense."""
+        if [lane.index for lane in lanes] != list(range(len(lanes))):
+            raise ValueError(f"lanes must be numbered from 0 in order, got {[lane.index for lane in lanes]}")
+        if any(lane.words < 0 for lane in lanes):
+            raise ValueError(f"lanes must have at least 0 words, got {[lane.words for lane in lanes]}")
+        if ring < 1:
+            raise ValueError(f"ring must be at least 1, got {ring}")
         return cls(num_ranks=num_ranks, ring=ring, lane_words=tuple(lane.words for lane in lanes))
 
-    def stride(self, lane: Lane) -> int:
-        """Bytes from one source's mailbox to the next: the signal word and the payload, in whole lines."""
-        return _lines(8 + 8 * lane.words)
+    def mailbox_bytes(self, lane: int) -> int:
+        """Return what one mailbox takes, and so how far the next source's is."""
+        return _lines(8 + 8 * self.lane_words[lane])
 
-    def mailbox_offset(self, lane: Lane, epoch: int, source: int) -> int:
-        """Offset of the mailbox of ``source`` for ``epoch``."""
-        return self._lane_offset(lane.index) + (epoch % self.ring * self.num_ranks + source) * self.stride(lane)
+    def mailbox_offset(self, lane: int, slot: int, source: int) -> int:
+        """Return where the mailbox of ``source`` in a ring slot begins."""
+        before = sum(self.mailbox_bytes(other) for other in range(lane)) * self.ring * self.num_ranks
+        return self._header_bytes + before + (slot * self.num_ranks + source) * self.mailbox_bytes(lane)
 
     @property
     def num_bytes(self) -> int:
-        return self._lane_offset(len(self.lane_words))
+        """Everything together."""
+        boxes = sum(self.mailbox_bytes(lane) for lane in range(len(self.lane_words)))
+        return self._header_bytes + boxes * self.ring * self.num_ranks
 
-    def directory_offset(self, segment: int) -> int:
-        """Offset of the int64 that says which descriptor of its owner a segment is."""
-        return _lines(_BLAMED_AT + self.num_ranks) + 8 * segment
-
-    def _lane_offset(self, index: int) -> int:
-        before = sum(_lines(8 + 8 * words) for words in self.lane_words[:index])
-        return _lines(self.directory_offset(MAX_SEGMENTS)) + before * self.ring * self.num_ranks
-
-
-def _lines(num_bytes: int) -> int:
-    return -(-num_bytes // _LINE) * _LINE
+    @property
+    def _header_bytes(self) -> int:
+        return _lines(8 * (BLAMED + self.num_ranks))

@@ -1,117 +1,234 @@
-"""Ranks as threads of one process: the public fake, with the real protocol, arenas and signals."""
+"""Ranks as threads of one process: the smallest group there is, on any platform, and the fake for tests of users' code."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 from anyep.errors import PeerError, PeerLost, PeerTimeout
+from anyep.machine import linux
+from anyep.transport.arena import Arena
+from anyep.transport.base import Blame, Lane
+from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.opening import agree_on_sizes, load_signals, together
+from anyep.transport.segments import SegmentMaker
+from anyep.transport.shared import SharedTransport
 
 Result = TypeVar("Result")
-_MEETING_TIMEOUT_S = 120.0
 
 
-class LocalMember:
-    """One rank of a local group; pass it to Buffer as its group, in a thread of its own."""
+def local_group(num_ranks: int, *, timeout_s: float = 60.0) -> LocalGroup:
+    """Return a group of ``num_ranks`` ranks for the threads of this process.
+
+    ``timeout_s`` bounds how long a rank that makes a buffer waits for the others to make theirs.
+
+    >>> local_group(3).run(lambda member: member.rank * 10)
+    [0, 10, 20]
+    """
+    if isinstance(num_ranks, bool) or not isinstance(num_ranks, int):
+        raise TypeError(f"num_ranks must be an int, got {num_ranks!r}")
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    return LocalGroup(num_ranks, timeout_s)
+
+
+class Member:
+    """One rank of a local group; pass it as ``group``."""
 
     def __init__(self, group: LocalGroup, rank: int) -> None:
         self.group = group
         self.rank = rank
-        self._meetings = 0
+        self.size = len(group)
 
-    @property
-    def size(self) -> int:
-        return self.group.size
+    def allgather(self, item: bytes) -> list[bytes]:
+        """Return every rank's item. Collective; PeerLost when a rank has ended, PeerTimeout after the group's time."""
+        return self.group._exchange(self.rank, item)
 
-    def allgather(self, item: Any) -> list[Any]:
-        """Return every member's item, in rank order; items are not copied."""
-        self._meetings += 1
-        return self.group.meet(self._meetings, self.rank, item)
+    def exchange(self, item: Any) -> list[Any]:
+        """The same for any object of this process."""
+        return self.group._exchange(self.rank, item)
 
     def __repr__(self) -> str:
-        return f"<member {self.rank} of a local group of {self.size}>"
+        return f"<rank {self.rank} of a local group of {self.size}>"
 
 
-class LocalGroup:
-    """R ranks of this process. Index or iterate for the members, or let :meth:`run` start a thread for each."""
+class LocalGroup(Sequence[Member]):
+    """The members of a group, by rank."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.members = tuple(LocalMember(self, rank) for rank in range(size))
+    def __init__(self, num_ranks: int, timeout_s: float) -> None:
+        self._size = num_ranks
+        self._timeout_s = timeout_s
         self._changed = threading.Condition()
-        self._items: dict[int, dict[int, Any]] = {}
-        self._failed: dict[int, BaseException] = {}
-
-    def __getitem__(self, rank: int) -> LocalMember:
-        return self.members[rank]
-
-    def __iter__(self) -> Iterator[LocalMember]:
-        return iter(self.members)
+        self._calls = [0] * num_ranks
+        self._rounds: dict[int, dict[int, Any]] = {}
+        self._readers: dict[int, int] = {}
+        self._ended: dict[int, BaseException | None] = {}
+        self._running = False
+        self._members = [Member(self, rank) for rank in range(num_ranks)]
 
     def __len__(self) -> int:
-        return self.size
+        return self._size
 
-    def run(self, rank_main: Callable[[LocalMember], Result]) -> list[Result]:
-        """Call ``rank_main(member)`` in a thread for each rank; return the results in rank order.
+    @overload
+    def __getitem__(self, index: int) -> Member: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Member]: ...
+    def __getitem__(self, index: int | slice) -> Member | Sequence[Member]:
+        return self._members[index]
 
-        If ranks fail, raises the error that came first of its own accord, not a PeerLost that followed from it.
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members)
+
+    def failed(self) -> dict[int, BaseException]:
+        """Return the ranks whose function raised in the run that is under way."""
+        return {rank: error for rank, error in self._ended.items() if error is not None}
+
+    def run(self, function: Callable[[Member], Result]) -> list[Result]:
+        """Call ``function(member)`` in a thread for each rank; return the results in rank order.
+
+        If ranks raise, raises the first error: the root cause, not a PeerError that followed from it elsewhere.
         """
-        results: dict[int, Result] = {}
-        self._failed = {}
-
-        def thread_main(member: LocalMember) -> None:
-            try:
-                results[member.rank] = rank_main(member)
-            except BaseException as error:
-                with self._changed:
-                    self._failed[member.rank] = error
-                    self._changed.notify_all()
-
-        threads = [
-            threading.Thread(target=thread_main, args=(member,), name=f"anyep-rank-{member.rank}", daemon=True)
-            for member in self.members
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._failed:
-            raise _root_cause(list(self._failed.values()))
-        return [results[rank] for rank in range(self.size)]
-
-    def meet(self, meeting: int, rank: int, item: Any) -> list[Any]:
-        """Exchange items between all members; used by constructors."""
         with self._changed:
-            items = self._items.setdefault(meeting, {})
+            if self._running:
+                raise ValueError("this group is already running a function; make another group, or wait for its end")
+            self._running = True
+            self._ended = {}
+        results: list[Any] = [None] * self._size
+        threads = [
+            threading.Thread(target=self._run_rank, args=(function, member, results), name=f"anyep-rank-{member.rank}")
+            for member in self
+        ]
+        try:
+            self._finish(threads)
+        finally:
+            self._running = False
+        errors = list(self.failed().values())
+        if errors:
+            raise next((error for error in errors if not _follows(error)), errors[0])
+        return results
+
+    def _finish(self, threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as interruption:  # Ctrl-C: ranks that wait find everybody gone
+            for rank in range(self._size):
+                self._end(rank, interruption)
+            deadline = time.monotonic() + 5.0
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            raise
+
+    def _run_rank(self, function: Callable[[Member], Result], member: Member, results: list[Any]) -> None:
+        try:
+            results[member.rank] = function(member)
+        except BaseException as error:
+            self._end(member.rank, error)
+        else:
+            self._end(member.rank, None)
+
+    def _end(self, rank: int, error: BaseException | None) -> None:
+        with self._changed:
+            self._ended.setdefault(rank, error)
+            self._changed.notify_all()
+
+    def _exchange(self, rank: int, item: Any) -> list[Any]:
+        with self._changed:
+            number = self._calls[rank]
+            self._calls[rank] += 1
+            items = self._rounds.setdefault(number, {})
             items[rank] = item
             self._changed.notify_all()
-            complete = self._changed.wait_for(lambda: len(items) == self.size or self._failed, _MEETING_TIMEOUT_S)
-            if len(items) < self.size:
-                self._raise_absent(items, timed_out=not complete)
-            self._items.pop(meeting, None)
-        return [items[other] for other in range(self.size)]
+            if not self._changed.wait_for(lambda: len(items) == self._size or self._stuck(items), self._timeout_s):
+                raise self._absent(items, PeerTimeout, f"did not come within {self._timeout_s:g} s")
+            if len(items) < self._size:
+                raise self._absent(items, PeerLost, "ended before it came")
+            self._readers[number] = self._readers.get(number, 0) + 1
+            if self._readers[number] == self._size:
+                del self._readers[number], self._rounds[number]
+            return [items[source] for source in range(self._size)]
 
-    def _raise_absent(self, items: dict[int, Any], *, timed_out: bool) -> None:
-        absent = [rank for rank in range(self.size) if rank not in items]
-        if timed_out:
-            raise PeerTimeout(
-                f"making a buffer: ranks {absent} of the local group did not come within {_MEETING_TIMEOUT_S:g} s; "
-                "every member must make its buffer, each in a thread of its own",
-                ranks=absent,
-                step="making a buffer",
-            )
-        culprits = sorted(self._failed)
-        raise PeerLost(f"making a buffer: ranks {culprits} failed", ranks=culprits, step="making a buffer")
+    def _stuck(self, items: Mapping[int, Any]) -> bool:
+        return any(rank not in items for rank in self._ended)
+
+    def _absent(self, items: Mapping[int, Any], kind: type[PeerError], how: str) -> PeerError:
+        missing = [rank for rank in range(self._size) if rank not in items]
+        if kind is PeerLost:
+            missing = [rank for rank in missing if rank in self._ended]
+        text = (
+            f"rank {spell_ranks(missing)} {how} to the making of a buffer or transport, which takes all "
+            f"{self._size} ranks of the local group; let every rank make it"
+        )
+        return kind(text, ranks=missing, step="opening")
 
 
-def _root_cause(errors: Sequence[BaseException]) -> BaseException:
-    own = [error for error in errors if not isinstance(error, PeerError)]
-    return (own or errors)[0]
+def _follows(error: BaseException | None) -> bool:
+    """Whether an error is, or came from, another rank's."""
+    while error is not None:
+        if isinstance(error, PeerError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def local_group(size: int) -> LocalGroup:
-    """Return a group of ``size`` ranks in this process. ValueError for a size below 1."""
-    if size < 1:
-        raise ValueError(f"a group has at least 1 rank, got {size}")
-    return LocalGroup(size)
+def _blame(error: BaseException) -> Blame | None:
+    return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
+
+
+class _Threads:
+    """Neighbours in the same process: their addresses are ours. Keeps every rank's memory while this rank is open."""
+
+    def __init__(self, group: LocalGroup, arenas: Sequence[Arena]) -> None:
+        self._group = group
+        self._arenas = arenas
+
+    def segment_address(self, rank: int, index: int) -> int:
+        return self._arenas[rank].segments[index].address
+
+    def departures(self) -> Mapping[int, Departure]:
+        return {rank: Departure(how="failed", blame=_blame(error)) for rank, error in self._group.failed().items()}
+
+    def names(self) -> Mapping[int, str]:
+        return {rank: f"{type(error).__name__}: {error}" for rank, error in self._group.failed().items()}
+
+    def close(self) -> None:
+        """Nothing to give back: memory goes with its last reader."""
+
+
+class InProcessTransport(SharedTransport):
+    """Ranks are threads of this process. Made by all members of a local group, collectively."""
+
+    name = "inprocess"
+
+    def __init__(
+        self,
+        member: Member,
+        *,
+        lanes: Sequence[Lane],
+        ring: int,
+        heap_bytes: int,
+        timeout_s: float,
+        poison: bool = False,
+    ) -> None:
+        layout, _ = agree_on_sizes(member, lanes=lanes, ring=ring, heap_bytes=heap_bytes, timeout_s=timeout_s)
+        maker = SegmentMaker(linux.private_memory, load_signals(), member.size)
+        reserved = layout.num_bytes
+        arena, _ = together(
+            member, lambda: (Arena(maker, reserved_bytes=reserved, heap_bytes=heap_bytes, poison=poison), None)
+        )
+        arenas: list[Arena] = member.exchange(arena)
+        super().__init__(
+            member,
+            layout=layout,
+            timeout_s=timeout_s,
+            arena=arena,
+            maker=maker,
+            neighbours=_Threads(member.group, arenas),
+            controls=[other.segments[0].address for other in arenas],
+        )
+        member.exchange(None)  # nobody posts before everybody listens, nobody leaves before everybody is in

@@ -1,19 +1,20 @@
-"""Transports by name, and which one serves a group when nobody asks."""
+"""Transports by name, and the choice between them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from anyep.errors import Unavailable
 from anyep.transport.base import Lane, Transport
-from anyep.transport.inprocess import LocalMember
-from anyep.transport.rendezvous import Rendezvous
+from anyep.transport.inprocess import InProcessTransport, Member
+from anyep.transport.rendezvous import find_rendezvous
 
 NAMES = ("auto", "inprocess", "shm")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
     """A transport, and why it is this one."""
 
@@ -22,7 +23,7 @@ class Opened:
 
 
 def open_transport(
-    rendezvous: Rendezvous,
+    group: object,
     *,
     transport: str,
     lanes: Sequence[Lane],
@@ -31,30 +32,33 @@ def open_transport(
     timeout_s: float,
     poison: bool = False,
 ) -> Opened:
-    """Open the transport asked for, or the one that serves the group. Collective.
+    """Open the transport of this name between the ranks of ``group``. Collective.
 
-    Raises ValueError for an unknown name, Unavailable for one that cannot serve this group, CapacityError.
+    ``"auto"``: in-process for members of a local group, shared memory for processes of one host. Raises ValueError for an
+    unknown name, TypeError for what is no group, Unavailable with what is possible where it cannot work here,
+    CapacityError when memory is too small. ``poison``: fill fresh blocks with 0xFF (tests).
     """
     check_name(transport)
-    local = isinstance(rendezvous, LocalMember)
-    possible = "inprocess" if local else "shm"
-    if transport not in ("auto", possible):
+    rendezvous = find_rendezvous(group)
+    options: dict[str, Any] = {
+        "lanes": lanes,
+        "ring": ring,
+        "heap_bytes": heap_bytes,
+        "timeout_s": timeout_s,
+        "poison": poison,
+    }
+    asked = "" if transport == "auto" else "asked for; "
+    if isinstance(rendezvous, Member) and transport != "shm":
+        reason = f"{asked}ranks are threads of this process"
+        return Opened(transport=InProcessTransport(rendezvous, **options), reason=reason)
+    if transport == "inprocess":
         raise Unavailable(
-            f"transport={transport!r} cannot serve {'threads of a local group' if local else 'rank processes'}; "
-            f"possible here: 'auto', {possible!r}"
+            f"transport 'inprocess' needs a member of anyep.local_group(R), got {type(group).__name__}; "
+            "between processes of one host 'shm' is possible"
         )
-    reason = "the ranks are threads of one process" if local else "the ranks are processes of one host"
-    if transport != "auto":
-        reason = "asked for"
-    from anyep.machine import compiler
+    from anyep.transport.shm import ShmTransport
 
-    with compiler.compiling():
-        from anyep.transport.shm import ShmTransport
-        from anyep.transport.threads import InProcessTransport
-    sizes = {"lanes": lanes, "ring": ring, "heap_bytes": heap_bytes, "timeout_s": timeout_s, "poison": poison}
-    if isinstance(rendezvous, LocalMember):
-        return Opened(transport=InProcessTransport(rendezvous, **sizes), reason=reason)
-    return Opened(transport=ShmTransport(rendezvous, **sizes), reason=reason)
+    return Opened(transport=ShmTransport(rendezvous, **options), reason=f"{asked}all ranks are processes of one host")
 
 
 def check_name(transport: str) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol, runtime_checkable
+import sys
+from datetime import timedelta
+from typing import Any, Protocol
 
-import torch.distributed as dist
+from anyep.errors import Unavailable
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STORE_TIMEOUT = timedelta(minutes=5)
 
 
-@runtime_checkable
 class Rendezvous(Protocol):
-    """Only the constructor of a buffer talks through this; nothing afterwards does.
-
-    An mpi4py communicator is one as it is: it has ``rank``, ``size`` and a pickling ``allgather``.
-    """
+    """Only the constructor of a buffer talks through this; nothing afterwards does."""
 
     rank: int
     size: int
@@ -26,56 +24,109 @@ class Rendezvous(Protocol):
 
 
 class TorchRendezvous:
-    """Ranks of a torch.distributed process group."""
+    """A torch.distributed process group (or None: the default one)."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+    def __init__(self, group: Any = None) -> None:
+        import torch.distributed as dist
+
+        self._group = dist.group.WORLD if group is None else group
+        self.rank = dist.get_rank(self._group)
+        self.size = dist.get_world_size(self._group)
+        if self.rank < 0:
+            raise ValueError(
+                "this process is not a member of the process group; only its members may make a buffer on it"
+            )
 
     def allgather(self, item: bytes) -> list[bytes]:
-        items: list[bytes] = [b""] * self.size
+        import torch.distributed as dist
+
+        items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, group=self._group)
         return items
 
 
 class StoreRendezvous:
-    """Ranks that share a torch store, for example torchrun's. The store counts instances, so a job may make many."""
+    """A torch.distributed store that all ranks reach, for example torchrun's.
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    ``name`` keeps users of one store apart. Several rendezvous of one name in one job are matched by order: the store itself
+    counts each rank's.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, size: int, *, name: str = "anyep", timeout: timedelta = _STORE_TIMEOUT
+    ) -> None:
+        from torch.distributed import PrefixStore
+
         self.rank = rank
         self.size = size
-        instance = store.add(f"anyep/instances/{rank}", 1)
-        self._store = dist.PrefixStore(f"anyep/{instance}", store)
-        self._round = 0
+        self._timeout = timeout
+        own = PrefixStore(name, store)
+        self._store = PrefixStore(str(own.add(f"opened/{rank}", 1)), own)
+        self._calls = 0
 
     def allgather(self, item: bytes) -> list[bytes]:
-        self._round += 1
-        self._store.set(f"{self._round}/{self.rank}", item)
-        return [self._store.get(f"{self._round}/{rank}") for rank in range(self.size)]
+        self._calls += 1
+        keys = [f"{self._calls}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], item)
+        self._store.wait(keys, self._timeout)
+        items = [bytes(self._store.get(key)) for key in keys]
+        if self._store.add(f"{self._calls}/read", 1) == self.size:
+            for key in (*keys, f"{self._calls}/read"):
+                self._store.delete_key(key)
+        return items
 
 
-def torchrun_rendezvous() -> StoreRendezvous:
-    """Meet the ranks of the torchrun job that this process belongs to; ValueError outside of one."""
-    absent = [name for name in _TORCHRUN if name not in os.environ]
-    if absent:
-        raise ValueError(
-            f"group is None, which means the ranks of a torchrun job, but {', '.join(absent)} is not set: "
-            "start with torchrun, or pass a group"
-        )
-    store, rank, size = next(dist.rendezvous("env://"))
-    return StoreRendezvous(store, rank, size)
+class MpiRendezvous:
+    """An mpi4py communicator. MPI has no timeout: a rank that never comes is waited for."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank = int(comm.Get_rank())
+        self.size = int(comm.Get_size())
+
+    def allgather(self, item: bytes) -> list[bytes]:
+        return list(self._comm.allgather(item))
+
+
+_POSSIBLE = (
+    "group must be a torch.distributed process group, an mpi4py communicator, a member of anyep.local_group(R), "
+    "an object with rank, size and allgather(bytes), or None inside a torchrun job"
+)
 
 
 def find_rendezvous(group: object) -> Rendezvous:
-    """Return how the ranks of ``group`` meet. TypeError lists what a group can be."""
+    """Return how to reach the ranks of ``group``. Raises TypeError with the list of what it can be."""
     if group is None:
-        return torchrun_rendezvous()
-    if isinstance(group, dist.ProcessGroup):
+        return _from_environment()
+    if _is_process_group(group):
         return TorchRendezvous(group)
-    if isinstance(group, Rendezvous):
-        return group
-    raise TypeError(
-        "group must be a torch.distributed process group, an mpi4py communicator, a member of anyep.local_group(R), "
-        f"or None inside a torchrun job; got {group!r} ({type(group).__name__})"
-    )
+    if _is_communicator(group):
+        return MpiRendezvous(group)
+    if isinstance(getattr(group, "rank", None), int) and isinstance(getattr(group, "size", None), int):
+        if callable(getattr(group, "allgather", None)):
+            return group  # type: ignore[return-value]
+    raise TypeError(f"{_POSSIBLE}; got {type(group).__name__}")
+
+
+def _is_process_group(group: object) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
+def _is_communicator(group: object) -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")  # whoever has a communicator has imported it
+    return mpi is not None and isinstance(group, mpi.Comm)
+
+
+def _from_environment() -> Rendezvous:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return TorchRendezvous()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise TypeError(f"{_POSSIBLE}; got None, and this process was not started by torchrun")
+    if not dist.is_available():
+        raise Unavailable("this torch was built without torch.distributed; pass an mpi4py communicator as group")
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_STORE_TIMEOUT)))
+    return StoreRendezvous(store, rank, size)

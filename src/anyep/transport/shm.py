@@ -1,57 +1,73 @@
-"""Rank processes of one host: memory files that every peer maps, and goes with the last process that does."""
+"""Ranks as processes of one host: memory without a name that peers map, and ends that the kernel tells.
+
+Nothing is left behind however a rank ends: memory files have no name in any file system and go with their last user.
+"""
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import platform
-import struct
-from collections.abc import Sequence
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from types import ModuleType
 
 from anyep import config
 from anyep.errors import CapacityError, Unavailable
 from anyep.machine import linux
-from anyep.transport.arena import Arena, Segment, address_of, shared_segment
-from anyep.transport.base import Lane, Place
-from anyep.transport.control import ControlLayout
-from anyep.transport.memory import MemoryTransport
+from anyep.transport.arena import Arena
+from anyep.transport.base import Lane
+from anyep.transport.board import Board
+from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.opening import agree_on_sizes, load_signals, together
 from anyep.transport.rendezvous import Rendezvous
-
-
-def host_identity() -> str:
-    """Return what ranks that share memory have in common: ANYEP_HOST_ID, or hostname, boot and network namespace.
-
-    Never "can I see its memory": across network namespaces of one machine that is possible, and they are
-    the hosts of a test.
-    """
-    given = config.host_id()
-    if given is not None:
-        return given
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    network = Path("/proc/self/ns/net")
-    parts = [platform.node(), boot.read_text().strip() if boot.exists() else "", str(network.stat().st_ino)]
-    return "/".join(parts)
+from anyep.transport.segments import SegmentMaker
+from anyep.transport.shared import SharedTransport
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a rank tells the others about itself."""
+class Identity:
+    """Where a rank runs."""
 
-    pid: int
     host: str
-    control: int
-    """descriptor of the control segment in that process"""
-    error: str
+    process_namespace: str
+    pid: int
+
+    @classmethod
+    def own(cls) -> Identity:
+        return cls(
+            host=config.host_id() or linux.host_identity(),
+            process_namespace=linux.process_namespace(),
+            pid=os.getpid(),
+        )
 
 
-class ShmTransport(MemoryTransport):
-    """Ranks are processes of one host that map each other's arenas."""
+def check_one_host(identities: Sequence[Identity]) -> None:
+    """Raise Unavailable unless all ranks run on one host and can name each other's processes."""
+    by_host: dict[str, list[int]] = {}
+    for rank, identity in enumerate(identities):
+        by_host.setdefault(identity.host, []).append(rank)
+    if len(by_host) > 1:
+        where = "; ".join(f"ranks {spell_ranks(ranks)} on {host!r}" for host, ranks in by_host.items())
+        raise Unavailable(
+            f"transport 'shm' needs all ranks on one host, and there are {len(by_host)}: {where}. Start all ranks on one; "
+            "if these are one host, give it one name (ANYEP_HOST_ID)"
+        )
+    namespaces = {identity.process_namespace for identity in identities}
+    if len(namespaces) > 1:
+        raise Unavailable(
+            "transport 'shm' needs ranks that can see each other's processes, and these run in "
+            f"{len(namespaces)} PID namespaces: let the containers share one"
+        )
+
+
+class ShmTransport(SharedTransport):
+    """Ranks are processes of one host. Made by all of them, collectively.
+
+    Raises Unavailable (with the ranks and their hosts), CapacityError, ValueError: on every rank if on one.
+    """
 
     name = "shm"
-    _num_made = 0
 
     def __init__(
         self,
@@ -63,120 +79,114 @@ class ShmTransport(MemoryTransport):
         timeout_s: float,
         poison: bool = False,
     ) -> None:
-        layout = ControlLayout.of(lanes, ring, rendezvous.size)
-        self._segments: dict[tuple[int, int], Segment] = {}
-        self._pidfds: dict[int, int] = {}
-        self._peer_controls: list[Segment] = []
-        failure: Exception | None = None
-        try:
-            super().__init__(rendezvous.rank, lanes, layout, shared_segment(layout.num_bytes), timeout_s)
-            self._arena = Arena(self._new_segment, poison=poison)
-            self._arena.grow(max(heap_bytes, 1))
-        except (CapacityError, Unavailable, OSError) as error:
-            failure = error
-        self._cards = _exchange_cards(rendezvous, -1 if failure is not None else self._control.descriptor, failure)
-        failure = self._meet_peers()
-        _agree(rendezvous, failure)
-
-    def address(self, rank: int, place: Place) -> int:
-        known = self._segments.get((rank, place.segment))
-        if known is None:
-            known = self._map_segment(rank, place.segment)
-        return known.address + place.offset
-
-    def _new_segment(self, num_bytes: int) -> Segment:
-        segment = shared_segment(num_bytes)
-        struct.pack_into("q", self._control.memory, self._layout.directory_offset(self._num_made), segment.descriptor)
-        self._num_made += 1
-        return segment
-
-    def _meet_peers(self) -> Exception | None:
-        try:
-            for rank, card in enumerate(self._cards):
-                self._meet(rank, card)
-            self.connect([peer.address for peer in self._peer_controls])
-        except (Unavailable, OSError) as error:
-            return error
-        return None
-
-    def _meet(self, rank: int, card: Card) -> None:
-        if rank == self.rank:
-            self._peer_controls.append(self._control)
-            return
-        pidfd = linux.watch_process(card.pid)  # while it is known to be alive, so that its number cannot be another's
-        if pidfd is not None:
-            self._pidfds[rank] = pidfd
-        self._peer_controls.append(_map_peer(card.pid, card.control))
-        self._map_segment(rank, 0)
-
-    def _map_segment(self, rank: int, segment: int) -> Segment:
-        if rank == self.rank:
-            known = self._arena.segments[segment]
-        else:
-            directory = self._peer_controls[rank].memory
-            (descriptor,) = struct.unpack_from("q", directory, self._layout.directory_offset(segment))
-            known = _map_peer(self._cards[rank].pid, descriptor)
-        self._segments[rank, segment] = known
-        return known
-
-    def _release(self) -> None:
-        for descriptor in self._pidfds.values():
-            os.close(descriptor)
-        self._pidfds.clear()
-        for segment in (self._control, *self._arena.segments):
-            os.close(segment.descriptor)
-
-    def _arena_of(self) -> Arena:
-        return self._arena
-
-    def _control_memory(self, rank: int) -> Segment:
-        return self._peer_controls[rank]
-
-    def _dead(self, ranks: Sequence[int]) -> dict[int, str]:
-        watched = {rank: self._pidfds[rank] for rank in ranks if rank in self._pidfds}
-        return {rank: f"(process {self._cards[rank].pid}) died" for rank in linux.ended(watched)}
-
-    def _hint(self, ranks: Sequence[int]) -> str:
-        return f"py-spy dump --pid {self._cards[ranks[0]].pid}"
-
-
-def _map_peer(pid: int, descriptor: int) -> Segment:
-    """Map a segment of another process, page tables and all."""
-    opened = linux.open_peer_memory(pid, descriptor)
-    try:
-        memory = mmap.mmap(opened, 0)
-    finally:
-        os.close(opened)
-    linux.populate(memory, write=False)
-    return Segment(memory=memory, address=address_of(memory), descriptor=-1)
-
-
-def _exchange_cards(rendezvous: Rendezvous, control: int, failure: Exception | None) -> list[Card]:
-    card = Card(pid=os.getpid(), host=host_identity(), control=control, error=_text(failure))
-    cards = [Card(**json.loads(raw)) for raw in rendezvous.allgather(json.dumps(asdict(card)).encode())]
-    _raise_first([card.error for card in cards], failure)
-    hosts = {rank: other.host for rank, other in enumerate(cards) if other.host != card.host}
-    if hosts:
-        raise Unavailable(
-            f"transport 'shm' serves the ranks of one host; this is rank {rendezvous.rank} on {card.host!r}, elsewhere are "
-            + ", ".join(f"rank {rank} on {host!r}" for rank, host in hosts.items())
+        layout, told = agree_on_sizes(
+            rendezvous,
+            lanes=lanes,
+            ring=ring,
+            heap_bytes=heap_bytes,
+            timeout_s=timeout_s,
+            identity=asdict(Identity.own()),
         )
-    return cards
+        identities = [Identity(**each) for each in told]
+        check_one_host(identities)
+        signals = load_signals()
+        maker = SegmentMaker(linux.shared_memory, signals, rendezvous.size)
+
+        def make_arena() -> tuple[Arena, dict[str, int]]:
+            arena = Arena(maker, reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes, poison=poison)
+            first = arena.segments[0]
+            board = Board(signals, first.address, rendezvous.size)
+            board.token = secrets.randbits(62)
+            return arena, {"fd": first.fd, "inode": first.inode, "size": first.size, "token": board.token}
+
+        arena: Arena | None = None
+        neighbours: _Processes | None = None
+        try:
+            arena, cards = together(rendezvous, make_arena)
+            neighbours = _Processes(signals, rendezvous.rank, identities, arena)
+            together(rendezvous, lambda: (neighbours.meet(cards), None))
+        except BaseException:
+            for opened in (neighbours, arena):
+                if opened is not None:
+                    opened.close()
+            raise
+        super().__init__(
+            rendezvous,
+            layout=layout,
+            timeout_s=timeout_s,
+            arena=arena,
+            maker=maker,
+            neighbours=neighbours,
+            controls=[neighbours.segment_address(rank, 0) for rank in range(rendezvous.size)],
+        )
 
 
-def _agree(rendezvous: Rendezvous, failure: Exception | None) -> None:
-    """Raise on every rank if one could not map its peers; nobody posts before everybody has."""
-    _raise_first([raw.decode() for raw in rendezvous.allgather(_text(failure).encode())], failure)
+class _Processes:
+    """Neighbours in other processes: their segments as mapped here, and a watch on their ends."""
 
+    def __init__(self, signals: ModuleType, rank: int, identities: Sequence[Identity], arena: Arena) -> None:
+        self._signals = signals
+        self._rank = rank
+        self._size = len(identities)
+        self._pids = [identity.pid for identity in identities]
+        self._mapped: dict[tuple[int, int], linux.Memory] = {}
+        self._mapping = threading.Lock()
+        self._own = arena
+        self._watch: linux.ProcessWatch | None = None
 
-def _raise_first(errors: Sequence[str], own: Exception | None) -> None:
-    if own is not None:
-        raise own
-    for rank, error in enumerate(errors):
-        if error:
-            kind, _, text = error.partition(": ")
-            raise (CapacityError if kind == "CapacityError" else Unavailable)(f"rank {rank}: {text}")
+    def meet(self, cards: Sequence[dict[str, int]]) -> None:
+        """Map every rank's first segment and watch its process, while all wait for each other and so are alive.
 
+        Raises Unavailable where this process may not, CapacityError for lack of descriptors or memory.
+        """
+        try:
+            self._watch = linux.ProcessWatch(pid for pid in self._pids if pid != os.getpid())
+            for rank, card in enumerate(cards):
+                if rank != self._rank:
+                    self._meet(rank, card)
+        except PermissionError as error:
+            raise Unavailable(
+                f"transport 'shm' needs to map the memory of other ranks through /proc, and may not ({error}): "
+                "run all ranks as one user, in containers that allow it"
+            ) from error
+        except OSError as error:
+            raise CapacityError(
+                f"could not map the memory of {self._size - 1} other ranks ({error}): raise the limits on open files "
+                "(ulimit -n) and address space (ulimit -v)"
+            ) from error
 
-def _text(error: Exception | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {error}"
+    def _meet(self, rank: int, card: dict[str, int]) -> None:
+        memory = linux.map_peer_memory(self._pids[rank], card["fd"], card["inode"], card["size"])
+        if Board(self._signals, memory.address, self._size).token != card["token"]:
+            raise Unavailable(
+                f"what process {self._pids[rank]} shares is not the memory of rank {rank}: its process number means another "
+                "process here; let the ranks' containers share a PID namespace"
+            )
+        self._mapped[rank, 0] = memory
+
+    def segment_address(self, rank: int, index: int) -> int:
+        if rank == self._rank:
+            return self._own.segments[index].address
+        memory = self._mapped.get((rank, index))
+        if memory is None:
+            with self._mapping:
+                memory = self._mapped.get((rank, index)) or self._map(rank, index)
+        return memory.address
+
+    def _map(self, rank: int, index: int) -> linux.Memory:
+        """Map a segment that its owner has added since the start."""
+        fd, inode, size = Board(self._signals, self._mapped[rank, 0].address, self._size).segment(index)
+        memory = self._mapped[rank, index] = linux.map_peer_memory(self._pids[rank], fd, inode, size)
+        return memory
+
+    def departures(self) -> Mapping[int, Departure]:
+        dead = self._watch.dead() if self._watch is not None else set()
+        return {rank: Departure(how="died") for rank, pid in enumerate(self._pids) if pid in dead}
+
+    def names(self) -> Mapping[int, str]:
+        return {rank: f"process {pid}" for rank, pid in enumerate(self._pids)}
+
+    def close(self) -> None:
+        """Stop watching. Mappings go with their last user: another thread may still be in a wait."""
+        if self._watch is not None:
+            self._watch.close()

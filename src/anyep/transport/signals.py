@@ -1,140 +1,176 @@
-"""Publish, await and reuse: the one place where memory order between ranks is decided.
+"""Publish, await and reuse: the only file in which one rank's stores become another rank's loads.
 
-A rank's *control segment* holds a doorbell and its mailboxes. A mailbox is a signal word ``epoch << 32 | count`` and
-``count`` int64 behind it; there is one for each lane, ring slot and source rank.
+*Mailbox.* For each lane, ring slot and source rank, one signal word ``epoch << 32 | count`` and the message behind it, in
+the memory of the rank that receives. ``count`` is the number of words + 1, so that fresh memory is no message. A word is
+never reset: a slot's next message has another epoch. Epochs are compared modulo 2**32, and a slot would have to
+sleep through exactly 2**32 operations to be mistaken.
 
-- **Publish** (:func:`post_words`): a store fence, so that rows written past the caches are visible; the payload; the word
-  with release order; then the doorbell.
-- **Await** (:func:`await_words`): the word with acquire order. What its sender wrote before is visible.
-- **Reuse**: nobody acknowledges. A slot's word is compared with the whole epoch modulo 2**32, and the ring is long enough that it
-  cannot be written again before it was read (transport/base.py has the argument), so epochs may wrap.
+*Publish* (:func:`post_all`): one fence for everything this thread has written, non-temporal stores too; then, for each
+destination, the message, the signal word with **release** order, and one ring of the doorbell.
 
-*Doorbell.* ``events`` counts every message to a rank; ``wake_at`` is the count at which a sleeper wants to be woken, or a
-very large number. A waiter reads ``events``, then scans; each of the m messages it misses will add one, so it asks to be woken at
-``events + m``: once, not once for each message. No wake-up is lost: a sender adds to ``events`` and then reads ``wake_at``, a
-waiter lowers ``wake_at`` and then reads ``events``, all seq-cst, so at least one of them sees the other; and the
-system call itself refuses to sleep if ``events`` has changed. Several threads of a rank may sleep: ``wake_at`` is only ever lowered, and
-whoever wakes rings for all, who look again.
+*Await* (:func:`await_all`): load signal words with **acquire** order until none is missing; from then on the messages, and
+everything their senders wrote before they posted, are visible.
+
+*Reuse*: nobody acknowledges. A slot is written again ``ring`` operations later, and no sender gets that far ahead of
+a receiver that has not finished with it (``transport/base.py`` says why).
+
+*Doorbell*, two words a rank: an event ``counter`` (32 bits) that every message to the rank increments *after* its signal
+word, and ``sleepers << 32 | wake_at``. A sleeper loads the counter, then counts the M missing messages. What it saw missing
+had not rung when it loaded, so the last of them makes the counter at least loaded + M, its target. It publishes
+the target (the lowest of all sleepers' stands), looks at the counter again, and sleeps only while the counter is below
+its target. A sender makes the system call only when somebody sleeps and its increment has reached ``wake_at``: who waits
+for seven peers is woken once.
+
+No wake-up is lost: publishing the target (P), looking again (L), the sender's increment (I) and its look at the sleepers (S)
+are sequentially consistent, P before L, I before S. If S does not see P, then S comes before P, so I comes before L: the
+sleeper sees the target reached and stays awake. If I comes after L, the kernel compares the counter with what L saw
+before it lets the thread sleep, and S sees P and wakes it. Messages of other operations ring too: they wake early, never
+late. Several threads of one rank may sleep: ``wake_at`` only falls while somebody sleeps, everybody is woken, and whoever
+wakes counts anew.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from anyep.machine.atomics import (
-    exchange,
-    fetch_add,
-    fetch_min,
+    HAS_FUTEX,
+    add_ordered_i32,
+    exchange_if_i64,
+    futex_wait,
+    futex_wake,
     give_way,
-    load_acquire,
-    load_ordered,
-    now_ns,
+    load_acquire_i64,
+    load_ordered_i32,
+    load_ordered_i64,
     pause,
-    sleep_while_equal,
-    store_release,
-    wake_sleepers,
+    store_release_i64,
 )
 from anyep.machine.compiler import compiled, inlined
-from anyep.machine.intrinsics import copy_bytes, load_i64, store_fence
+from anyep.machine.intrinsics import copy_bytes, store_fence
 
-EVENTS_AT, WAKE_AT, STATE_AT, BLAMED_AT = 0, 64, 128, 192
-"""Offsets in the control segment: the doorbell's two words, the rank's state, and one byte a rank it blames."""
-NEVER = 1 << 62
-_EPOCH_MASK = 0xFFFFFFFF
+__all__ = ["HAS_FUTEX", "await_all", "post_all", "publish_word", "read_word"]
+
+SLEEPERS_OFFSET = 8
+"""Bytes from a doorbell's counter to its sleepers; both in one cache line."""
+
+_LOW = 0xFFFFFFFF
+_HALF = 1 << 31
 
 
 @inlined
-def ring(control_addr: int) -> None:
-    """Count one event at a rank, and wake its sleepers if that is the one they wait for."""
-    events = fetch_add(control_addr + EVENTS_AT, 1) + 1
-    if events >= load_ordered(control_addr + WAKE_AT):
-        exchange(control_addr + WAKE_AT, NEVER)
-        wake_sleepers(control_addr + EVENTS_AT)
+def _ahead(counter: int, target: int) -> int:
+    """counter - target as a signed 32-bit number: what counts is which came first, also after the counter wrapped."""
+    return ((counter - target + _HALF) & _LOW) - _HALF
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def post_words(
-    peers_addr: int,
-    num_ranks: int,
-    rank: int,
-    mailbox_offset: int,
-    epoch: int,
-    words_addr: int,
-    row_words: int,
-    num_words: int,
-) -> None:
-    """Publish ``num_words`` of row d of ``words`` (``row_words`` apart) to rank d: oneself first, then rank + 1 and on."""
-    store_fence()
-    word = (epoch & _EPOCH_MASK) << 32 | num_words
-    for step in range(num_ranks):
-        destination = (rank + step) % num_ranks
-        control = load_i64(peers_addr, destination)
-        mailbox = control + mailbox_offset
-        copy_bytes(mailbox + 8, words_addr + 8 * destination * row_words, 8 * num_words)
-        store_release(mailbox, word)
-        ring(control)
+@inlined
+def _has_arrived(mailbox: int, epoch: int) -> bool:
+    word = load_acquire_i64(mailbox)
+    return ((word >> 32) & _LOW) == epoch and (word & _LOW) != 0
 
 
-@compiled("int64(int64, int64, int64, int64)")
-def count_missing(mailboxes_addr: int, stride: int, num_ranks: int, epoch: int) -> int:
-    """Return how many of the sources' words do not carry ``epoch`` yet."""
+@inlined
+def _count_missing(mailbox: int, stride: int, first: int, size: int, epoch: int) -> int:
     missing = 0
-    for source in range(num_ranks):
-        if (load_acquire(mailboxes_addr + source * stride) >> 32) & _EPOCH_MASK != epoch & _EPOCH_MASK:
+    for source in range(first, size):
+        if not _has_arrived(mailbox + source * stride, epoch):
             missing += 1
     return missing
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
-def await_words(
-    control_addr: int,
-    mailboxes_addr: int,
-    stride: int,
-    num_ranks: int,
-    epoch: int,
-    num_spins: int,
-    num_yields: int,
-    limit_ns: int,
-) -> int:
-    """Wait until every source's word carries ``epoch``; return how many are missing after ``limit_ns``.
+@inlined
+def _ring(doorbell: int) -> None:
+    counter = add_ordered_i32(doorbell, 1) + 1
+    sleepers = load_ordered_i64(doorbell + SLEEPERS_OFFSET)
+    if sleepers != 0 and _ahead(counter, sleepers & _LOW) >= 0:
+        futex_wake(doorbell)
 
-    Spins, gives way, then sleeps: quick when the others are, and without cost when they are not.
+
+@inlined
+def _join_sleepers(sleepers: int, target: int) -> None:
+    while True:
+        word = load_ordered_i64(sleepers)
+        wake_at = target & _LOW
+        if word != 0 and _ahead(target, word & _LOW) > 0:
+            wake_at = word & _LOW
+        if exchange_if_i64(sleepers, word, (((word >> 32) + 1) << 32) | wake_at) == word:
+            return
+
+
+@inlined
+def _leave_sleepers(sleepers: int) -> None:
+    while True:
+        word = load_ordered_i64(sleepers)
+        others = (word >> 32) - 1
+        rest = (others << 32) | (word & _LOW) if others > 0 else 0
+        if exchange_if_i64(sleepers, word, rest) == word:
+            return
+
+
+@compiled("void(int64[::1], int64, int64, int64, int64[:, ::1], int64)")
+def post_all(controls_R: Any, doorbell_offset: int, mailbox_offset: int, rank: int, words_RN: Any, epoch: int) -> None:
+    """Publish row d of ``words`` to rank d for every d, oneself first.
+
+    ``controls`` int64 [R]: where each rank's control memory lies; the offsets are the same in all of them, and the
+    mailbox is the one this rank fills. ``epoch`` in [0, 2**32).
     """
-    for attempt in range(num_spins + num_yields):
-        if count_missing(mailboxes_addr, stride, num_ranks, epoch) == 0:
+    store_fence()
+    size, count = words_RN.shape
+    source = words_RN.ctypes.data
+    signal = (epoch << 32) | (count + 1)
+    for i in range(size):
+        d = rank + i if rank + i < size else rank + i - size
+        mailbox = controls_R[d] + mailbox_offset
+        copy_bytes(mailbox + 8, source + d * count * 8, count * 8)
+        store_release_i64(mailbox, signal)
+        _ring(controls_R[d] + doorbell_offset)
+
+
+@compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+def await_all(
+    doorbell: int, mailbox: int, stride: int, size: int, epoch: int, spins: int, yields: int, deadline_ns: int
+) -> int:
+    """Await the message of every source; return how many are still missing when time is up, 0 when none is.
+
+    ``mailbox``: that of source 0; source s's lies ``s * stride`` bytes further. First ``spins`` looks with a pause
+    between them, then ``yields`` looks that let others run, then sleep until ``deadline_ns`` of the monotonic clock
+    (0: do not sleep). Returns early when a signal handler has to run.
+    """
+    first = 0
+    for turn in range(spins + yields):
+        while first < size and _has_arrived(mailbox + first * stride, epoch):
+            first += 1
+        if first == size:
             return 0
-        if attempt < num_spins:
+        if turn < spins:
             pause()
         else:
             give_way()
-    deadline = now_ns() + limit_ns
     while True:
-        events = load_acquire(control_addr + EVENTS_AT)
-        missing = count_missing(mailboxes_addr, stride, num_ranks, epoch)
-        if missing == 0:
-            return 0
-        left = deadline - now_ns()
-        if left <= 0:
+        seen = load_ordered_i32(doorbell)
+        missing = _count_missing(mailbox, stride, first, size, epoch)
+        if missing == 0 or deadline_ns == 0:
             return missing
-        fetch_min(control_addr + WAKE_AT, events + missing)
-        seen = load_ordered(control_addr + EVENTS_AT)
-        if seen < events + missing:
-            sleep_while_equal(control_addr + EVENTS_AT, seen, left)
+        target = seen + missing
+        _join_sleepers(doorbell + SLEEPERS_OFFSET, target)
+        counter = load_ordered_i32(doorbell)
+        gave_up = False
+        if _ahead(counter, target) < 0 and futex_wait(doorbell, counter, deadline_ns) != 0:
+            gave_up = load_ordered_i32(doorbell) == counter
+        _leave_sleepers(doorbell + SLEEPERS_OFFSET)
+        if gave_up:
+            return _count_missing(mailbox, stride, first, size, epoch)
 
 
-@compiled("void(int64, int64, int64)")
-def announce_state(control_addr: int, peer_addr: int, state: int) -> None:
-    """Publish this rank's state, and wake a peer that it may concern."""
-    store_release(control_addr + STATE_AT, state)
-    fetch_add(peer_addr + EVENTS_AT, 1)
-    wake_sleepers(peer_addr + EVENTS_AT)
+@compiled("void(int64, int64)")
+def publish_word(address: int, value: int) -> None:
+    """Write one word after everything this thread has written, non-temporal stores too: release."""
+    store_fence()
+    store_release_i64(address, value)
 
 
 @compiled("int64(int64)")
-def state_of(control_addr: int) -> int:
-    """Return a rank's state; whom it blames is visible if it has left."""
-    return load_acquire(control_addr + STATE_AT)
-
-
-@compiled("void(int64)")
-def prepare_control(control_addr: int) -> None:
-    """Make a fresh control segment ready: no event, no sleeper."""
-    store_release(control_addr + WAKE_AT, NEVER)
+def read_word(address: int) -> int:
+    """Read one word; what its writer wrote before it is visible from here on: acquire."""
+    return load_acquire_i64(address)

@@ -1,0 +1,75 @@
+"""What a rank tells its peers beside messages: the header of its control memory (``transport/control.py``)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from anyep.machine.linux import Memory
+from anyep.transport.base import Blame
+from anyep.transport.control import BLAMED, GROWING, SEGMENTS, STATE, TABLE, TOKEN
+from anyep.transport.liveness import Departure
+
+_OPEN, _CLOSED, _LOST, _TIMEOUT = 0, 1, 2, 3
+
+
+class Board:
+    """One rank's words, at ``address``. Its owner writes, everybody reads. ``signals``: transport/signals.py."""
+
+    def __init__(self, signals: ModuleType, address: int, size: int) -> None:
+        self._signals = signals
+        self._address = address
+        self._size = size
+
+    def _read(self, word: int) -> int:
+        return int(self._signals.read_word(self._address + 8 * word))
+
+    def _publish(self, word: int, value: int) -> None:
+        self._signals.publish_word(self._address + 8 * word, value)
+
+    @property
+    def token(self) -> int:
+        return self._read(TOKEN)
+
+    @token.setter
+    def token(self, value: int) -> None:
+        self._publish(TOKEN, value)
+
+    @property
+    def growing_bytes(self) -> int:
+        return self._read(GROWING)
+
+    @growing_bytes.setter
+    def growing_bytes(self, value: int) -> None:
+        self._publish(GROWING, value)
+
+    def add_segment(self, memory: Memory) -> None:
+        """Let peers find a segment."""
+        count = self._read(SEGMENTS)
+        for i, value in enumerate((memory.fd, memory.inode, memory.size)):
+            self._publish(TABLE + 3 * count + i, value)
+        self._publish(SEGMENTS, count + 1)
+
+    def segment(self, index: int) -> tuple[int, int, int]:
+        """Return a segment's (fd, inode, bytes). Raises IndexError when its owner has not that many."""
+        count = self._read(SEGMENTS)
+        if not 0 <= index < count:
+            raise IndexError(f"segment {index} of {count}")
+        first = TABLE + 3 * index
+        return self._read(first), self._read(first + 1), self._read(first + 2)
+
+    def leave(self, blame: Blame | None) -> None:
+        """Say that nothing more will be posted, and why."""
+        if blame is not None:
+            for rank in blame.ranks:
+                self._publish(BLAMED + rank, 1)
+        self._publish(STATE, _CLOSED if blame is None else _TIMEOUT if blame.timeout else _LOST)
+
+    def departure(self) -> Departure | None:
+        """Return why this rank left; None while it is open."""
+        state = self._read(STATE)
+        if state == _OPEN:
+            return None
+        if state == _CLOSED:
+            return Departure(how="closed")
+        ranks = tuple(rank for rank in range(self._size) if self._read(BLAMED + rank))
+        return Departure(how="failed", blame=Blame(ranks=ranks, timeout=state == _TIMEOUT))

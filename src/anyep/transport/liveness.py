@@ -1,0 +1,133 @@
+"""Who is to blame when a message does not come: from what is seen of each rank to one error.
+
+Pure: a transport collects the facts, this file judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from anyep.errors import PeerError, PeerLost, PeerTimeout
+from anyep.transport.base import Blame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """A rank that will post nothing any more. ``how``: "closed", "died" or "failed"; ``blame``: whom it named itself."""
+
+    how: str
+    blame: Blame | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """What is waited for, as error messages tell it. ``names`` says which process or thread a rank is."""
+
+    step: str
+    epoch: int
+    rank: int
+    missing: Sequence[int]
+    arrived: Sequence[int]
+    elapsed_s: float
+    timeout_s: float
+    names: Mapping[int, str]
+
+    def where(self) -> str:
+        return f"{self.step} (epoch {self.epoch}, rank {self.rank})"
+
+    def progress(self) -> str:
+        return f"arrived: {spell_ranks(self.arrived)}; missing: {spell_ranks(self.missing)}"
+
+
+def spell_ranks(ranks: Sequence[int]) -> str:
+    """Write ranks for people.
+
+    >>> spell_ranks([0, 1, 2, 5]), spell_ranks([])
+    ('0-2, 5', 'none')
+    """
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def lost(wait: Wait, departures: Mapping[int, Departure]) -> PeerError | None:
+    """Return the error for missing ranks that have left; None when none of them has.
+
+    A rank that left because of others passes its blame on: the culprit is named, not the messenger. A rank that died or
+    closed outweighs one that was only silent.
+    """
+    gone = {rank: departures[rank] for rank in wait.missing if rank in departures}
+    if not gone:
+        return None
+    culprits = sorted({c for rank, left in gone.items() if _is_lost(left) for c in _culprits(rank, left)})
+    if culprits:
+        return PeerLost(_lost_text(wait, gone, culprits), ranks=culprits, step=wait.step)
+    culprits = sorted({c for rank, left in gone.items() for c in _culprits(rank, left)})
+    return PeerTimeout(_passed_on_text(wait, gone, culprits), ranks=culprits, step=wait.step)
+
+
+def silent(wait: Wait) -> PeerTimeout:
+    """Return the error for missing ranks that are alive, after the time is up."""
+    who = ", ".join(_named(wait, rank) for rank in wait.missing)
+    text = (
+        f"{wait.where()}: no message from {who} within timeout_s={wait.timeout_s:g} (waited {wait.elapsed_s:.2f} s); "
+        f"{wait.progress()}. They are alive: look whether they are stopped, still computing, or in another call "
+        "(all ranks must make the same calls in the same order); raise timeout_s if they only need longer"
+    )
+    return PeerTimeout(text, ranks=list(wait.missing), step=wait.step)
+
+
+def _is_lost(left: Departure) -> bool:
+    return left.blame is None or not left.blame.timeout
+
+
+def _culprits(rank: int, left: Departure) -> tuple[int, ...]:
+    return (rank,) if left.blame is None else left.blame.ranks
+
+
+def _named(wait: Wait, rank: int) -> str:
+    name = wait.names.get(rank, "")
+    return f"rank {rank} ({name})" if name else f"rank {rank}"
+
+
+_HOW = {
+    "closed": "closed its buffer",
+    "died": "died",
+    "failed": "ended with an error",
+}
+
+
+def _lost_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequence[int]) -> str:
+    tales = []
+    for culprit in culprits:
+        direct = gone.get(culprit)
+        if direct is not None and direct.blame is None:
+            tales.append(f"{_named(wait, culprit)} {_HOW[direct.how]} while this rank needed it")
+        else:
+            tales.append(f"{_named(wait, culprit)} was lost, as {_messengers(gone, culprit)}")
+    return (
+        f"{wait.where()}: {'; '.join(tales)}. {wait.progress()}. "
+        "Look at the output of the ranks named; close this buffer and make a new one on the ranks that are left"
+    )
+
+
+def _passed_on_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequence[int]) -> str:
+    tales = [
+        f"{_named(wait, culprit)}{' (this rank)' if culprit == wait.rank else ''} was silent for longer than timeout_s, "
+        f"as {_messengers(gone, culprit)}"
+        for culprit in culprits
+    ]
+    return (
+        f"{wait.where()}: {'; '.join(tales)}. {wait.progress()}. "
+        "Look whether the ranks named are stopped, still computing, or in another call"
+    )
+
+
+def _messengers(gone: Mapping[int, Departure], culprit: int) -> str:
+    ranks = [rank for rank, left in gone.items() if left.blame is not None and culprit in left.blame.ranks]
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {spell_ranks(ranks)} said before leaving"
