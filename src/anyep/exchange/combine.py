@@ -146,8 +146,7 @@ def _loan(end: Endpoint, tensor: torch.Tensor) -> Loan:
 
 def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | None:
     y_segment, y_at, w_segment, w_at = places_RW[:, :_BODY_WORDS].T.tolist()
-    y_table = end.peer_table(y_segment, y_at)
-    w_table = end.peer_table(w_segment, w_at)
+    table = end.peer_tables((y_segment, y_at), (w_segment, w_at))
     send = back.handle.send
     entries = (send.width, int(back.reduce == "rank"), send.entry_rank.data_ptr(), send.entry_row.data_ptr())
     bias = [one.data_ptr() for one in back.bias] + [0, 0]
@@ -160,13 +159,13 @@ def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | No
             first,
             last,
             *entries,
-            y_table.data_ptr(),
+            table[0],
             bias[0],
             bias[1],
             back.out.data_ptr(),
         )
         if weights is not None:
-            end.kernels.reduce_weights(end.num_topk, first, last, *entries, w_table.data_ptr(), weights.data_ptr())
+            end.kernels.reduce_weights(end.num_topk, first, last, *entries, table[1], weights.data_ptr())
         end.kernels.fence()
 
     end.workers.over(send.num_tokens, tokens)

@@ -266,10 +266,8 @@ def _deliver(
 
 def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
     data, x_at, scales_at, routing, idx_at, weights_at = places_RW[:, 2:OFFER_WORDS].T.tolist()
-    x_table = end.peer_table(data, x_at)
-    scales_table = end.peer_table(data, scales_at)
-    idx_table = end.peer_table(routing, idx_at)
-    weights_table = end.peer_table(routing, weights_at)
+    table = end.peer_tables((data, x_at), (data, scales_at), (routing, idx_at), (routing, weights_at))
+    x_table, scales_table, idx_table, weights_table = (table[column] for column in range(4))
     plan, rows, tables = out.plan, out.rows, end.tables
     entries = (plan.width, plan.entry_rank.data_ptr(), plan.entry_row.data_ptr())
 
@@ -284,13 +282,13 @@ def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
                 first,
                 last,
                 *entries,
-                x_table.data_ptr(),
-                scales_table.data_ptr(),
+                x_table,
+                scales_table,
             )
         else:
-            end.kernels.scatter(rows.x.data_ptr(), end.row.x, first, last, *entries, x_table.data_ptr())
+            end.kernels.scatter(rows.x.data_ptr(), end.row.x, first, last, *entries, x_table)
         if rows.scales is not None:
-            end.kernels.scatter(rows.scales.data_ptr(), end.row.scales, first, last, *entries, scales_table.data_ptr())
+            end.kernels.scatter(rows.scales.data_ptr(), end.row.scales, first, last, *entries, scales_table)
         end.kernels.scatter_routing(
             plan.topk_idx.data_ptr(),
             plan.topk_idx.itemsize,
@@ -304,8 +302,8 @@ def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
             tables.local_E.data_ptr(),
             plan.entry_rank.data_ptr(),
             plan.entry_row.data_ptr(),
-            idx_table.data_ptr(),
-            weights_table.data_ptr(),
+            idx_table,
+            weights_table,
         )
         end.kernels.fence()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anyep.exchange.opening import BODY
 from anyep.exchange.stats import Counters
@@ -122,13 +125,33 @@ class Endpoint:
 
     def await_all(self, lane: Lane, epoch: int, step: str) -> Words:
         """Await every rank's message; the time goes to the statistics."""
-        with self.counters.waiting():
+        begin = time.perf_counter()
+        try:
             return self.transport.wait(lane, epoch, f"{step}: {lane.name}")
+        finally:
+            self.counters.waiting_s += time.perf_counter() - begin
 
-    def peer_table(self, segments: Sequence[int], offsets: Sequence[int]) -> torch.Tensor:
-        """Return int64 [R]: where each rank's place lies here; 0 where the segment is -1."""
-        addresses = [
-            0 if segment < 0 else self.transport.address(rank, Place(segment=segment, offset=offset))
-            for rank, (segment, offset) in enumerate(zip(segments, offsets, strict=True))
+    def peer_tables(self, *columns: tuple[list[int], list[int]]) -> PeerTables:
+        """Return a peer table for each column (segments of all ranks, offsets of all ranks); 0 where it is -1."""
+        address = self.transport.address
+        table = [
+            [
+                0 if segment < 0 else address(rank, Place(segment=segment, offset=offset))
+                for rank, (segment, offset) in enumerate(zip(segments, offsets, strict=True))
+            ]
+            for segments, offsets in columns
         ]
-        return torch.tensor(addresses, dtype=torch.int64)
+        return PeerTables(np.array(table, np.int64))
+
+
+class PeerTables:
+    """Peer tables as kernels read them, int64 [n, R]."""
+
+    def __init__(self, addresses: NDArray[np.int64]) -> None:
+        self._addresses = addresses  # keeps the memory that the numbers below point to
+        first: int = addresses.__array_interface__["data"][0]
+        self._addr = [first + row * addresses.strides[0] for row in range(len(addresses))]
+
+    def __getitem__(self, column: int) -> int:
+        """Return where a column's table begins."""
+        return self._addr[column]

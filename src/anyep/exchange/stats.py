@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from anyep.layout.regions import RowBytes
@@ -57,15 +54,6 @@ class Counters:
         """Count one combine's rows."""
         self.combines += 1
         self.bytes_combined += rows * row_bytes
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Add the duration of the body to ``waiting_s``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.waiting_s += time.perf_counter() - begin
 
     def snapshot(self) -> Stats:
         return Stats(**vars(self))
