@@ -24,6 +24,7 @@ from anyep.errors import (
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
 from anyep.exchange.handle import Combined, Handle, Received
+from anyep.exchange.options import memory_account
 from anyep.exchange.stats import Stats
 from anyep.transport.inprocess import local_group
 from anyep.version import __version__
@@ -46,4 +47,5 @@ __all__ = [
     "Unavailable",
     "__version__",
     "local_group",
+    "memory_account",
 ]

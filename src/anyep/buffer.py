@@ -20,8 +20,9 @@ from anyep.exchange.barrier import barrier
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
 from anyep.exchange.handle import Combined, Handle, Received
+from anyep.exchange.options import BufferOptions
 from anyep.exchange.queue import OperationQueue
-from anyep.exchange.setup import BufferOptions, open_endpoint
+from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Blame

@@ -41,6 +41,7 @@ def anyep(*arguments, **environment):
         (["--experts", "77"], "77"),
         (["--transport", "inprocess", "--compare", "gloo"], "--compare needs rank processes"),
         (["--routing", "balanced", "--experts", "9", "--ranks", "2", "--compare", "gloo"], "--ranks divides"),
+        (["--wire", "fp32,bf16", "--compare", "gloo"], "got fp32, bf16"),
         (["--hidden", "0"], "--hidden"),
         (["--colour", "red"], "--colour"),
     ],
@@ -89,8 +90,11 @@ def test_threads_are_measured_and_verified(capsys, tmp_path):
     assert data["machine"]["cores"] >= 1
 
 
+WRONG = 0xA5
+
+
 class Spoiled:
-    """A kernel set whose one function does its work and then flips a bit."""
+    """A kernel set whose one function does its work and then writes one wrong byte."""
 
     def __init__(self, kernels, function, address):
         self._kernels = kernels
@@ -108,35 +112,35 @@ class Spoiled:
         return spoiled
 
 
-def flip_first_byte_of_table(position):
-    """Flip a bit of the first array that a peer table names."""
+def spoil_table(position):
+    """Spoil the first byte of the first array that a peer table names; all ranks write the same there."""
     import ctypes
 
-    def flip(arguments):
+    def spoil(arguments):
         table = ctypes.c_int64.from_address(arguments[position])
         if table.value:
-            ctypes.c_uint8.from_address(table.value).value ^= 1
+            ctypes.c_uint8.from_address(table.value).value = WRONG
 
-    return flip
+    return spoil
 
 
-def flip_out(arguments):
+def spoil_out(arguments):
     import ctypes
 
-    ctypes.c_uint8.from_address(arguments[-1]).value ^= 1
+    ctypes.c_uint8.from_address(arguments[-1]).value = WRONG
 
 
 @pytest.mark.parametrize(
     ("wire", "function", "address", "operation"),
     [
-        ("bf16", "scatter", flip_first_byte_of_table(7), "dispatch"),
-        ("fp8", "quantise_scatter", flip_first_byte_of_table(9), "dispatch"),
-        ("fp8", "quantise_scatter", flip_first_byte_of_table(10), "dispatch"),
-        ("bf16", "scatter_routing", flip_first_byte_of_table(12), "dispatch"),
-        ("bf16", "reduce", flip_out, "combine"),
+        ("bf16", "scatter", spoil_table(7), "dispatch"),
+        ("fp8", "quantise_scatter", spoil_table(9), "dispatch"),
+        ("fp8", "quantise_scatter", spoil_table(10), "dispatch"),
+        ("bf16", "scatter_routing", spoil_table(12), "dispatch"),
+        ("bf16", "reduce", spoil_out, "combine"),
     ],
 )
-def test_one_wrong_bit_makes_the_command_fail(capsys, monkeypatch, tmp_path, wire, function, address, operation):
+def test_one_wrong_byte_makes_the_command_fail(capsys, monkeypatch, tmp_path, wire, function, address, operation):
     import anyep.exchange.setup as setup
 
     load = setup.load

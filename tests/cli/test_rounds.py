@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from anyep.cli.bench.copy_speed import COPY_BYTES
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.rank import RankResult
 from anyep.cli.bench.rounds import Operation, contest, durations_us
@@ -67,7 +68,7 @@ def test_rows_count_bytes_and_shares():
     assert dispatch.logical_bytes == 2 * 10 * 2 * 256
     assert combine.us.tolist() == [200.0, 400.0]
     assert combine.gb_s == pytest.approx(30 * 512 / 300e-6 / 1e9)
-    copies = [2 * (64 << 20) / us / 1e3 for us in (1000, 2000)]
+    copies = [2 * COPY_BYTES / us / 1e3 for us in (1000, 2000)]
     assert summary.copy_gb_s == pytest.approx(sum(copies) / 2)
     assert combine.copy_fraction == pytest.approx(combine.gb_s / summary.copy_gb_s)
 

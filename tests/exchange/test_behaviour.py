@@ -262,6 +262,20 @@ def test_a_bad_recording_path_is_an_error_before_anything_is_made(tmp_path):
     anyep.local_group(3).run(thread_main)
 
 
+def test_the_memory_account_is_what_gets_committed():
+    sizes = {"hidden": 777, "num_experts": 12, "num_topk": 4, "max_tokens_per_rank": 3000, "wire": "fp8"}
+
+    def thread_main(member):
+        with anyep.Buffer(member, **sizes) as ep:
+            return ep._end.transport.describe()["arena"]
+
+    committed = anyep.local_group(3).run(thread_main)
+    for rank in range(3):
+        account = anyep.memory_account(3, rank=rank, **sizes)
+        assert committed[rank].startswith(f"{account.committed_bytes >> 20} MiB in 1 segments")
+        assert f"{account.step.worst_rows} rows" in str(account)
+
+
 def test_explain_and_stats():
     def rank_main(ep, batch):
         received = ep.dispatch(batch.x, batch.topk_idx)

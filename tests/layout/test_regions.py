@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyep.layout.regions import RowBytes, hit_probability, memory_account, row_region
+from anyep.layout.regions import RowBytes, account_step, hit_probability, row_region
 
 ROW = RowBytes(x=7168, scales=224, topk_idx=64, topk_weights=32, y=14336)
 
@@ -15,15 +15,11 @@ def test_hit_probability_counts_distinct_ranks():
     assert hit_probability(4, 3, 2) == 1.0
 
 
-def test_account_at_the_published_shape():
-    account = memory_account(
-        ROW, num_ranks=8, max_tokens=4096, num_topk=8, num_experts=256, local_experts=32, control_bytes=4096
-    )
-    assert 21_600 < account.balanced_rows < 21_700
-    assert account.worst_rows == 32768
-    assert account.arena_bytes == account.balanced_bytes + account.balanced_bytes // 4
-    assert "21" in str(account)
-    assert "GiB" in str(account)
+def test_step_at_the_published_shape():
+    step = account_step(ROW, num_ranks=8, max_tokens=4096, num_topk=8, num_experts=256, local_experts=32)
+    assert 21_600 < step.balanced_rows < 21_700
+    assert step.worst_rows == 32768
+    assert step.worst_bytes == 32768 * (7168 + 224 + 64 + 32 + 14336 + 32)
 
 
 @given(st.integers(0, 1000), st.integers(1, 9999), st.integers(0, 300), st.integers(1, 32))

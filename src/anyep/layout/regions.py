@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 
 ALIGNMENT_BYTES = 128
 """Every array in an arena begins at a multiple of this: two cache lines, the pair that prefetchers fetch."""
@@ -75,53 +75,50 @@ def hit_probability(num_experts: int, local_experts: int, num_topk: int) -> floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryAccount:
-    """What one rank needs, in bytes: fixed words, a balanced step, and the worst step that can happen.
+class StepAccount:
+    """What one step needs on one rank: a received batch, and an expert output of as many rows.
 
-    A step is one received batch and one expert output of as many rows. *Balanced*: every expert equally likely.
-    *Worst*: every token of every rank comes here.
+    *Balanced*: every expert equally likely. *Worst*: every token of every rank comes here (compact layout).
     """
 
-    control_bytes: int
     balanced_rows: int
     balanced_bytes: int
     worst_rows: int
     worst_bytes: int
-    arena_bytes: int
-    """committed by the constructor; more is added when a step needs it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAccount:
+    """What one rank's buffer commits when it is made, in bytes, and what its steps need of it."""
+
+    step: StepAccount
+    control_bytes: int
+    heap_bytes: int
+    """for tensors; more is added when a step needs it"""
+    committed_bytes: int
+    """control words and heap, in whole segments"""
 
     def __str__(self) -> str:
         gib = 1 << 30
         return (
-            f"control words {self.control_bytes / 2**20:.2f} MiB; arena {self.arena_bytes / gib:.3f} GiB at the start; "
-            f"a balanced step {self.balanced_rows} rows, {self.balanced_bytes / gib:.3f} GiB; "
-            f"the worst step {self.worst_rows} rows, {self.worst_bytes / gib:.3f} GiB"
+            f"{self.committed_bytes / gib:.3f} GiB committed ({self.control_bytes / 2**10:.0f} KiB of control words); "
+            f"a balanced step {self.step.balanced_rows} rows, {self.step.balanced_bytes / gib:.3f} GiB; "
+            f"the worst step {self.step.worst_rows} rows, {self.step.worst_bytes / gib:.3f} GiB"
         )
 
 
-def memory_account(
-    row: RowBytes,
-    *,
-    num_ranks: int,
-    max_tokens: int,
-    num_topk: int,
-    num_experts: int,
-    local_experts: int,
-    control_bytes: int,
-    arena_bytes: int | None = None,
-) -> MemoryAccount:
-    """Add up one rank's memory. ``arena_bytes`` None: a balanced step and a quarter."""
+def account_step(
+    row: RowBytes, *, num_ranks: int, max_tokens: int, num_topk: int, num_experts: int, local_experts: int
+) -> StepAccount:
+    """Add up one step of one rank that owns ``local_experts``."""
     reach = hit_probability(num_experts, local_experts, num_topk)
-    balanced_rows = -int(-reach * max_tokens * num_ranks // 1)
+    balanced_rows = ceil(reach * max_tokens * num_ranks)
     worst_rows = max_tokens * num_ranks
-    balanced = _step_bytes(row, balanced_rows)
-    return MemoryAccount(
-        control_bytes=control_bytes,
+    return StepAccount(
         balanced_rows=balanced_rows,
-        balanced_bytes=balanced,
+        balanced_bytes=_step_bytes(row, balanced_rows),
         worst_rows=worst_rows,
         worst_bytes=_step_bytes(row, worst_rows),
-        arena_bytes=balanced + balanced // 4 if arena_bytes is None else arena_bytes,
     )
 
 

@@ -111,7 +111,7 @@ def map_peer_memory(pid: int, fd: int, inode: int, num_bytes: int) -> Memory:
 
 
 def prefault(memory: Memory, *, fresh: bool) -> None:
-    """Fill the page tables now: page faults inside the first collective cost more. ``fresh``: nobody else has written yet."""
+    """Fill the page tables now: faults inside the first collective cost more. ``fresh``: nobody has written yet."""
     if IS_LINUX:
         if fresh:
             _advise(memory, _MADV_HUGEPAGE)

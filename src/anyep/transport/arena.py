@@ -92,47 +92,27 @@ class ArenaBlock:
         return f"<block of {self.num_bytes} bytes at segment {self.place.segment}, offset {self.place.offset}>"
 
 
-class _Claim(weakref.ref):  # type: ignore[type-arg]
-    """Watches the array under a block's memoryview, which every view of the block keeps alive: tensors, slices, arrays.
-
-    (A memoryview itself is not enough: a slice of it, or a NumPy array on it, does not keep it.)
-    """
-
-    __slots__ = ("num_bytes", "place")
-    place: Place
-    num_bytes: int
-
-    def __new__(cls, array: Any, callback: Callable[[Any], object], place: Place, num_bytes: int) -> _Claim:
-        claim = super().__new__(cls, array, callback)
-        claim.place = place
-        claim.num_bytes = num_bytes
-        return claim
-
-    def __init__(self, array: Any, callback: Callable[[Any], object], place: Place, num_bytes: int) -> None:
-        super().__init__(array, callback)
-
-
 class Arena:
-    """Cuts blocks from segments and grows.
+    """Cuts blocks from segments and grows. Empty until :meth:`begin`.
 
-    ``commit(num_bytes)`` makes a segment or raises CapacityError. The first ``reserved_bytes`` of segment 0 stay outside
-    the heap. ``poison``: fill each block with 0xFF before it is given out (tests).
-
-    Memory stays mapped while a tensor lies on it, whatever happens to the arena.
+    ``commit(num_bytes)`` makes a segment or raises CapacityError. ``poison``: fill each block with 0xFF before it is
+    given out (tests). Memory stays mapped while a tensor lies on it, whatever happens to the arena.
     """
 
-    def __init__(
-        self, commit: Callable[[int], Memory], *, reserved_bytes: int, heap_bytes: int, poison: bool = False
-    ) -> None:
+    def __init__(self, commit: Callable[[int], Memory], *, poison: bool = False) -> None:
         self._commit = commit
-        self._reserved_bytes = aligned(reserved_bytes)
         self._poison = poison
         self._turn = threading.Lock()
         self._heap = Heap()
-        self._claims: dict[Place, _Claim] = {}
-        self._returned: deque[_Claim] = deque()  # appended to by finalizers, on any thread, without a lock
+        self._reserved_bytes = 0
+        self._out: dict[Place, tuple[weakref.ref[Any], int]] = {}
+        self._returned: deque[Place] = deque()
         self._closed = False
         self.segments: list[Memory] = []
+
+    def begin(self, *, reserved_bytes: int, heap_bytes: int) -> None:
+        """Commit segment 0, whose first ``reserved_bytes`` stay outside the heap. Raises CapacityError."""
+        self._reserved_bytes = aligned(reserved_bytes)
         self._add_segment(self._reserved_bytes + heap_bytes, reserved_bytes=self._reserved_bytes)
 
     @property
@@ -144,7 +124,7 @@ class Arena:
         """Bytes of blocks that somebody still holds."""
         with self._turn:
             self._take_back()
-            return sum(aligned(claim.num_bytes) for claim in self._claims.values())
+            return sum(aligned(num_bytes) for _, num_bytes in self._out.values())
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
         """Cut a block, 128-byte aligned; grow when none is free. Raises CapacityError, ValueError, ClosedError."""
@@ -176,18 +156,23 @@ class Arena:
                     memory.close_fd()
 
     def _cut(self, place: Place, num_bytes: int) -> ArenaBlock:
-        memory = self.segments[place.segment]
+        """Make the block. It comes back when the array under its memoryview dies.
+
+        Every view of the block keeps that array: tensors, slices, NumPy arrays. (A slice does not keep the memoryview
+        it was cut from.) The finalizer is one append: it runs on any thread at any moment, and takes no lock.
+        """
+        memory, returned = self.segments[place.segment], self._returned
         array = np.ndarray((num_bytes,), np.uint8, buffer=memory.bytes, offset=place.offset)
-        self._claims[place] = _Claim(array, self._returned.append, place, num_bytes)
+        self._out[place] = weakref.ref(array, lambda _: returned.append(place)), num_bytes
         if self._poison:
             array.fill(_POISON)
         return ArenaBlock(place, memory.address + place.offset, num_bytes, memoryview(array))
 
     def _take_back(self) -> None:
         while self._returned:
-            claim = self._returned.popleft()
-            del self._claims[claim.place]
-            self._heap.give(claim.place, claim.num_bytes)
+            place = self._returned.popleft()
+            _, num_bytes = self._out.pop(place)
+            self._heap.give(place, num_bytes)
 
     def _grow(self, num_bytes: int) -> Place:
         try:

@@ -4,9 +4,9 @@ An *arena* is a rank's memory: a heap that grows by segments. A *place* is (segm
 the same on every rank; :meth:`Transport.address` turns a peer's place into an address here.
 
 A *lane* is a ring of mailboxes, one for each (source rank, ring slot), each holding ``words`` int64. Lane slots
-are used again after ``ring`` operations and nobody acknowledges: every operation awaits one message of its first lane from
-every rank, so with F operations in flight no rank can be more than 2 F operations ahead of another, and a ring of
-2 F slots is never overwritten before it is read.
+are used again after ``ring`` operations and nobody acknowledges: every operation awaits one message of its first lane
+from every rank, so with F operations in flight no rank can be more than 2 F operations ahead of another, and a ring
+of 2 F slots is never overwritten before it is read.
 
 Memory order, in one sentence: :meth:`Transport.post` fences (non-temporal stores too) and then publishes with release
 order, :meth:`Transport.wait` acquires.

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the smallest group there is, on any platform, and the fake for tests of users' code."""
+"""Ranks as threads of one process: the smallest group there is, on any platform, and the fake for users' tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.machine import linux
 from anyep.transport.arena import Arena
 from anyep.transport.base import Blame, Lane
-from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.liveness import Departure, follows_from_peer, spell_ranks
 from anyep.transport.opening import agree_on_sizes, load_signals, together
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
@@ -106,7 +106,7 @@ class LocalGroup(Sequence[Member]):
             self._running = False
         errors = list(self.failed().values())
         if errors:
-            raise next((error for error in errors if not _follows(error)), errors[0])
+            raise next((error for error in errors if not follows_from_peer(error)), errors[0])
         return results
 
     def _finish(self, threads: Sequence[threading.Thread]) -> None:
@@ -167,15 +167,6 @@ class LocalGroup(Sequence[Member]):
         return kind(text, ranks=missing, step="opening")
 
 
-def _follows(error: BaseException | None) -> bool:
-    """Whether an error is, or came from, another rank's."""
-    while error is not None:
-        if isinstance(error, PeerError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _blame(error: BaseException) -> Blame | None:
     return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
 
@@ -217,10 +208,8 @@ class InProcessTransport(SharedTransport):
     ) -> None:
         layout, _ = agree_on_sizes(member, lanes=lanes, ring=ring, heap_bytes=heap_bytes, timeout_s=timeout_s)
         maker = SegmentMaker(linux.private_memory, load_signals(), member.size)
-        reserved = layout.num_bytes
-        arena, _ = together(
-            member, lambda: (Arena(maker, reserved_bytes=reserved, heap_bytes=heap_bytes, poison=poison), None)
-        )
+        arena = Arena(maker, poison=poison)
+        together(member, lambda: arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes))
         arenas: list[Arena] = member.exchange(arena)
         super().__init__(
             member,
@@ -231,4 +220,3 @@ class InProcessTransport(SharedTransport):
             neighbours=_Threads(member.group, arenas),
             controls=[other.segments[0].address for other in arenas],
         )
-        member.exchange(None)  # nobody posts before everybody listens, nobody leaves before everybody is in

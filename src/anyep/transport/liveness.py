@@ -14,7 +14,7 @@ from anyep.transport.base import Blame
 
 @dataclass(frozen=True, kw_only=True)
 class Departure:
-    """A rank that will post nothing any more. ``how``: "closed", "died" or "failed"; ``blame``: whom it named itself."""
+    """A rank that will post nothing any more. ``how``: "closed", "died" or "failed"; ``blame``: whom it names."""
 
     how: str
     blame: Blame | None = None
@@ -92,7 +92,8 @@ def _culprits(rank: int, left: Departure) -> tuple[int, ...]:
 
 def _named(wait: Wait, rank: int) -> str:
     name = wait.names.get(rank, "")
-    return f"rank {rank} ({name})" if name else f"rank {rank}"
+    notes = [note for note in ("this rank" if rank == wait.rank else "", name) if note]
+    return f"rank {rank} ({', '.join(notes)})" if notes else f"rank {rank}"
 
 
 _HOW = {
@@ -118,8 +119,7 @@ def _lost_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequence[int
 
 def _passed_on_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequence[int]) -> str:
     tales = [
-        f"{_named(wait, culprit)}{' (this rank)' if culprit == wait.rank else ''} was silent for longer than timeout_s, "
-        f"as {_messengers(gone, culprit)}"
+        f"{_named(wait, culprit)} was silent for longer than timeout_s, as {_messengers(gone, culprit)}"
         for culprit in culprits
     ]
     return (
@@ -131,3 +131,12 @@ def _passed_on_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequenc
 def _messengers(gone: Mapping[int, Departure], culprit: int) -> str:
     ranks = [rank for rank, left in gone.items() if left.blame is not None and culprit in left.blame.ranks]
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {spell_ranks(ranks)} said before leaving"
+
+
+def follows_from_peer(error: BaseException | None) -> bool:
+    """Whether an error is another rank's, or came from one: not the root cause."""
+    while error is not None:
+        if isinstance(error, PeerError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

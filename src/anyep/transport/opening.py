@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from anyep.errors import CapacityError, Unavailable
 from anyep.layout.regions import aligned
@@ -15,8 +15,6 @@ from anyep.transport.base import Lane
 from anyep.transport.control import ControlLayout
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import check_room
-
-Result = TypeVar("Result")
 
 _FAILURES: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (CapacityError, Unavailable, TypeError, ValueError)
@@ -32,17 +30,15 @@ def load_signals() -> ModuleType:
     return signals
 
 
-def together(rendezvous: Rendezvous, act: Callable[[], tuple[Result, Any]]) -> tuple[Result, list[Any]]:
-    """Act on every rank; return the own result, and what every rank tells (its second value, JSON) in rank order.
+def together(rendezvous: Rendezvous, act: Callable[[], Any]) -> list[Any]:
+    """Act on every rank; return what every rank's act returned (JSON), in rank order.
 
     Collective. If acting fails on one rank it fails on all: there with its own error, elsewhere with CapacityError,
     TypeError, ValueError or Unavailable that names the rank.
     """
-    own: Any = None
     failure: Exception | None = None
-    item: dict[str, Any] = {}
     try:
-        own, item["told"] = act()
+        item = {"told": act()}
     except Exception as error:
         failure = error
         item = {"error": type(error).__name__, "text": str(error)}
@@ -53,32 +49,36 @@ def together(rendezvous: Rendezvous, act: Callable[[], tuple[Result, Any]]) -> t
         if "error" in other:
             kind = _FAILURES.get(other["error"], Unavailable)
             raise kind(f"rank {rank} could not open its transport: {other['error']}: {other['text']}")
-    return own, [other["told"] for other in items]
+    return [other["told"] for other in items]
 
 
 def agree_on_sizes(
-    rendezvous: Rendezvous, *, lanes: Sequence[Lane], ring: int, heap_bytes: int, timeout_s: float, identity: Any = None
+    rendezvous: Rendezvous,
+    *,
+    lanes: Sequence[Lane],
+    ring: int,
+    heap_bytes: int,
+    timeout_s: float,
+    identity: Any = None,
 ) -> tuple[ControlLayout, list[Any]]:
-    """Check the arguments and the memory of all ranks before any is committed; return every rank's ``identity`` too.
+    """Check the arguments and the memory of all ranks before any is committed.
 
-    Collective. Raises ValueError where ranks differ in lanes or ring, CapacityError where the host's memory is
-    too small for all ranks together.
+    Return the layout of control memory, and every rank's ``identity`` (JSON). Collective. Raises ValueError where ranks
+    differ in lanes or ring, CapacityError where the host's memory is too small for all ranks together.
     """
 
-    def act() -> tuple[ControlLayout, dict[str, Any]]:
+    def act() -> dict[str, Any]:
         layout = ControlLayout.of(lanes, ring, rendezvous.size)
         _check_numbers(heap_bytes, timeout_s)
         load_signals()
-        wanted = rounded_to_segments(aligned(layout.num_bytes) + heap_bytes)
-        shape = {"words of the lanes": layout.lane_words, "ring": ring}
-        return layout, {
-            "shape": shape,
-            "wanted": wanted,
+        return {
+            "shape": {"words of the lanes": layout.lane_words, "ring": ring},
+            "wanted": rounded_to_segments(aligned(layout.num_bytes) + heap_bytes),
             "available": linux.available_bytes(),
             "identity": identity,
         }
 
-    layout, told = together(rendezvous, act)
+    told = together(rendezvous, act)
     for rank, other in enumerate(told):
         if other["shape"] != told[0]["shape"]:
             raise ValueError(
@@ -87,8 +87,8 @@ def agree_on_sizes(
             )
     known = [other["available"] for other in told if other["available"] is not None]
     wanted = sum(other["wanted"] for other in told)
-    check_room(wanted, 0, min(known) if known else None, f"opening {rendezvous.size} ranks on one host")
-    return layout, [other["identity"] for other in told]
+    check_room(wanted, 0, min(known, default=None), f"opening {rendezvous.size} ranks on one host")
+    return ControlLayout.of(lanes, ring, rendezvous.size), [other["identity"] for other in told]
 
 
 def _check_numbers(heap_bytes: int, timeout_s: float) -> None:

@@ -34,9 +34,9 @@ def open_transport(
 ) -> Opened:
     """Open the transport of this name between the ranks of ``group``. Collective.
 
-    ``"auto"``: in-process for members of a local group, shared memory for processes of one host. Raises ValueError for an
-    unknown name, TypeError for what is no group, Unavailable with what is possible where it cannot work here,
-    CapacityError when memory is too small. ``poison``: fill fresh blocks with 0xFF (tests).
+    ``"auto"``: in-process for members of a local group, shared memory for processes of one host. ``poison``: fill
+    fresh blocks with 0xFF (tests). Raises ValueError for an unknown name, TypeError for what is no group, Unavailable
+    with what is possible where it cannot work here, CapacityError when memory is too small.
     """
     check_name(transport)
     rendezvous = find_rendezvous(group)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from anyep.errors import Unavailable
 
 _STORE_TIMEOUT = timedelta(minutes=5)
 
 
+@runtime_checkable
 class Rendezvous(Protocol):
     """Only the constructor of a buffer talks through this; nothing afterwards does."""
 
@@ -48,20 +49,20 @@ class TorchRendezvous:
 class StoreRendezvous:
     """A torch.distributed store that all ranks reach, for example torchrun's.
 
-    ``name`` keeps users of one store apart. Several rendezvous of one name in one job are matched by order: the store itself
-    counts each rank's.
+    ``name`` keeps users of one store apart. Several rendezvous of one name in one job are matched by order: the store
+    itself counts each rank's.
     """
 
     def __init__(
         self, store: Any, rank: int, size: int, *, name: str = "anyep", timeout: timedelta = _STORE_TIMEOUT
     ) -> None:
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         self.rank = rank
         self.size = size
         self._timeout = timeout
         own = PrefixStore(name, store)
-        self._store = PrefixStore(str(own.add(f"opened/{rank}", 1)), own)
+        self._store: Any = PrefixStore(str(own.add(f"opened/{rank}", 1)), own)
         self._calls = 0
 
     def allgather(self, item: bytes) -> list[bytes]:
@@ -102,9 +103,8 @@ def find_rendezvous(group: object) -> Rendezvous:
         return TorchRendezvous(group)
     if _is_communicator(group):
         return MpiRendezvous(group)
-    if isinstance(getattr(group, "rank", None), int) and isinstance(getattr(group, "size", None), int):
-        if callable(getattr(group, "allgather", None)):
-            return group  # type: ignore[return-value]
+    if isinstance(group, Rendezvous) and isinstance(group.rank, int) and isinstance(group.size, int):
+        return group
     raise TypeError(f"{_POSSIBLE}; got {type(group).__name__}")
 
 
@@ -128,5 +128,5 @@ def _from_environment() -> Rendezvous:
         raise TypeError(f"{_POSSIBLE}; got None, and this process was not started by torchrun")
     if not dist.is_available():
         raise Unavailable("this torch was built without torch.distributed; pass an mpi4py communicator as group")
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=_STORE_TIMEOUT)))
+    store, rank, size = next(dist.rendezvous("env://", timeout=_STORE_TIMEOUT))  # type: ignore[attr-defined]
     return StoreRendezvous(store, rank, size)

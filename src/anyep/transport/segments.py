@@ -14,7 +14,7 @@ _ADVICE = "use fewer tokens or ranks, release received tensors earlier, or give 
 
 
 def check_room(wanted: int, promised: int, available: int | None, what: str) -> None:
-    """Raise CapacityError unless ``wanted`` bytes fit beside what others are about to take. None: unknown, let it try."""
+    """Raise CapacityError unless ``wanted`` bytes fit beside what others are about to take. None available: unknown."""
     if available is None or wanted + promised + _KEPT_FREE_BYTES <= available:
         return
     others = f" while other ranks take {_mebibytes(promised)}" if promised else ""
@@ -31,8 +31,8 @@ def _mebibytes(num_bytes: int) -> str:
 class SegmentMaker:
     """Commits memory for one rank. ``make``: linux.private_memory or linux.shared_memory.
 
-    While a rank commits it says how much, so that ranks that grow at the same time, as all do in the first large step, do
-    not each take the same free memory for theirs.
+    While a rank commits it says how much, so that ranks that grow at the same time, as all do in the first large step,
+    do not each take the same free memory for theirs.
     """
 
     def __init__(self, make: Callable[[int], linux.Memory], signals: ModuleType, size: int) -> None:

@@ -50,8 +50,8 @@ def check_one_host(identities: Sequence[Identity]) -> None:
     if len(by_host) > 1:
         where = "; ".join(f"ranks {spell_ranks(ranks)} on {host!r}" for host, ranks in by_host.items())
         raise Unavailable(
-            f"transport 'shm' needs all ranks on one host, and there are {len(by_host)}: {where}. Start all ranks on one; "
-            "if these are one host, give it one name (ANYEP_HOST_ID)"
+            f"transport 'shm' needs all ranks on one host, and there are {len(by_host)}: {where}. "
+            "Start all ranks on one; if these are one host, give it one name (ANYEP_HOST_ID)"
         )
     namespaces = {identity.process_namespace for identity in identities}
     if len(namespaces) > 1:
@@ -91,24 +91,21 @@ class ShmTransport(SharedTransport):
         check_one_host(identities)
         signals = load_signals()
         maker = SegmentMaker(linux.shared_memory, signals, rendezvous.size)
+        arena = Arena(maker, poison=poison)
+        neighbours = _Processes(signals, rendezvous.rank, identities, arena)
 
-        def make_arena() -> tuple[Arena, dict[str, int]]:
-            arena = Arena(maker, reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes, poison=poison)
+        def offer() -> dict[str, int]:
+            arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes)
             first = arena.segments[0]
-            board = Board(signals, first.address, rendezvous.size)
-            board.token = secrets.randbits(62)
-            return arena, {"fd": first.fd, "inode": first.inode, "size": first.size, "token": board.token}
+            token = Board(signals, first.address, rendezvous.size).token = secrets.randbits(62)
+            return {"fd": first.fd, "inode": first.inode, "size": first.size, "token": token}
 
-        arena: Arena | None = None
-        neighbours: _Processes | None = None
         try:
-            arena, cards = together(rendezvous, make_arena)
-            neighbours = _Processes(signals, rendezvous.rank, identities, arena)
-            together(rendezvous, lambda: (neighbours.meet(cards), None))
+            cards = together(rendezvous, offer)
+            together(rendezvous, lambda: neighbours.meet(cards))
         except BaseException:
-            for opened in (neighbours, arena):
-                if opened is not None:
-                    opened.close()
+            neighbours.close()
+            arena.close()
             raise
         super().__init__(
             rendezvous,
@@ -151,7 +148,7 @@ class _Processes:
             ) from error
         except OSError as error:
             raise CapacityError(
-                f"could not map the memory of {self._size - 1} other ranks ({error}): raise the limits on open files "
+                f"could not map the memory of {self._size - 1} other ranks ({error}): raise the limits on files "
                 "(ulimit -n) and address space (ulimit -v)"
             ) from error
 
@@ -159,8 +156,8 @@ class _Processes:
         memory = linux.map_peer_memory(self._pids[rank], card["fd"], card["inode"], card["size"])
         if Board(self._signals, memory.address, self._size).token != card["token"]:
             raise Unavailable(
-                f"what process {self._pids[rank]} shares is not the memory of rank {rank}: its process number means another "
-                "process here; let the ranks' containers share a PID namespace"
+                f"what process {self._pids[rank]} shares is not the memory of rank {rank}: its process number means "
+                "another process here; let the ranks' containers share a PID namespace"
             )
         self._mapped[rank, 0] = memory
 
@@ -176,7 +173,15 @@ class _Processes:
     def _map(self, rank: int, index: int) -> linux.Memory:
         """Map a segment that its owner has added since the start."""
         fd, inode, size = Board(self._signals, self._mapped[rank, 0].address, self._size).segment(index)
-        memory = self._mapped[rank, index] = linux.map_peer_memory(self._pids[rank], fd, inode, size)
+        try:
+            memory = self._mapped[rank, index] = linux.map_peer_memory(self._pids[rank], fd, inode, size)
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            raise CapacityError(
+                f"could not map {size / (1 << 20):.1f} MiB more of rank {rank} ({error}): raise the limits on files "
+                "(ulimit -n) and address space (ulimit -v), or begin with a larger arena"
+            ) from error
         return memory
 
     def departures(self) -> Mapping[int, Departure]:

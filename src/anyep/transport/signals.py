@@ -1,32 +1,32 @@
 """Publish, await and reuse: the only file in which one rank's stores become another rank's loads.
 
-*Mailbox.* For each lane, ring slot and source rank, one signal word ``epoch << 32 | count`` and the message behind it, in
-the memory of the rank that receives. ``count`` is the number of words + 1, so that fresh memory is no message. A word is
-never reset: a slot's next message has another epoch. Epochs are compared modulo 2**32, and a slot would have to
+*Mailbox.* For each lane, ring slot and source rank one signal word, ``epoch << 32 | count``, and the message behind it,
+in the memory of the rank that receives. ``count`` is the number of words + 1, so that fresh memory is no message. The
+word is never reset: a slot's next message has another epoch. Epochs are compared modulo 2**32, and a slot would have to
 sleep through exactly 2**32 operations to be mistaken.
 
 *Publish* (:func:`post_all`): one fence for everything this thread has written, non-temporal stores too; then, for each
 destination, the message, the signal word with **release** order, and one ring of the doorbell.
 
-*Await* (:func:`await_all`): load signal words with **acquire** order until none is missing; from then on the messages, and
-everything their senders wrote before they posted, are visible.
+*Await* (:func:`await_all`): load signal words with **acquire** order until none is missing; from then on the messages,
+and everything their senders wrote before they posted, are visible.
 
 *Reuse*: nobody acknowledges. A slot is written again ``ring`` operations later, and no sender gets that far ahead of
 a receiver that has not finished with it (``transport/base.py`` says why).
 
-*Doorbell*, two words a rank: an event ``counter`` (32 bits) that every message to the rank increments *after* its signal
-word, and ``sleepers << 32 | wake_at``. A sleeper loads the counter, then counts the M missing messages. What it saw missing
-had not rung when it loaded, so the last of them makes the counter at least loaded + M, its target. It publishes
-the target (the lowest of all sleepers' stands), looks at the counter again, and sleeps only while the counter is below
-its target. A sender makes the system call only when somebody sleeps and its increment has reached ``wake_at``: who waits
-for seven peers is woken once.
+*Doorbell*, two words a rank: an event ``counter`` (32 bits), which every message to the rank increments *after* its
+signal word, and ``sleepers << 32 | wake_at``. A sleeper loads the counter, then counts the M missing messages. What it
+saw missing had not rung when it loaded, so the last of them brings the counter at least to loaded + M, its target. It
+publishes the target (the lowest of all sleepers' stands), looks at the counter again, and sleeps only while the counter
+is below its target. A sender makes the system call only when somebody sleeps and its increment has reached ``wake_at``:
+who waits for seven peers is woken once.
 
-No wake-up is lost: publishing the target (P), looking again (L), the sender's increment (I) and its look at the sleepers (S)
-are sequentially consistent, P before L, I before S. If S does not see P, then S comes before P, so I comes before L: the
-sleeper sees the target reached and stays awake. If I comes after L, the kernel compares the counter with what L saw
-before it lets the thread sleep, and S sees P and wakes it. Messages of other operations ring too: they wake early, never
-late. Several threads of one rank may sleep: ``wake_at`` only falls while somebody sleeps, everybody is woken, and whoever
-wakes counts anew.
+No wake-up is lost. Publishing the target (P), looking again (L), the sender's increment (I) and its look at the
+sleepers (S) are sequentially consistent, P before L, I before S. If S does not see P, then S comes before P, so I comes
+before L, and the sleeper sees its target reached and stays awake. If I comes after L, then S sees P and wakes; and if
+that is before the thread is asleep, the kernel, which compares the counter with what L saw, does not let it sleep.
+Messages of other operations ring too: they wake early, never late. Several threads of one rank may sleep: ``wake_at``
+only falls while somebody sleeps, everybody is woken, and whoever wakes counts anew.
 """
 
 from __future__ import annotations

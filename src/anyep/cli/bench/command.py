@@ -90,6 +90,8 @@ def bench(
         raise click.UsageError("--compare needs rank processes; leave out --transport inprocess")
     job = inside_job() and transport == "shm"
     topk, experts = _check_routing(routing, topk, experts)
+    if compare and not set(wire) <= {"bf16", "fp8"}:
+        raise click.UsageError(f"--compare goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
     if compare and experts % (ranks or 8):
         raise click.UsageError(f"--compare needs --experts that --ranks divides, got {experts} and {ranks or 8}")
     sizes = [(name_of(n), n) for n in tokens] or list(default_sizes())

@@ -7,7 +7,7 @@ import torch
 from anyep.kernels.registry import load
 
 COPY = "copy"
-COPY_BYTES = 64 << 20
+COPY_BYTES = 32 << 20
 """By each rank and round: far larger than the caches, a fraction of a prefill batch."""
 
 

@@ -8,23 +8,29 @@ from types import TracebackType
 import torch
 
 from anyep.buffer import Buffer
-from anyep.cli.bench.plan import Workload
+from anyep.cli.bench.plan import WIRE_BYTES, Workload
 from anyep.cli.bench.rounds import Operation
 from anyep.cli.bench.tape import OUTPUT, SENT, Tape
 from anyep.exchange.handle import Handle, Received
-from anyep.testing.oracle import Routing
+from anyep.numerics.formats import num_scale_groups
+from anyep.testing.oracle import Exchange
+from anyep.transport.rendezvous import find_rendezvous
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """What goes in, and what experts return."""
 _POISON = 0xFF
+_ROUTING_BYTES = 12
+"""Index and weight of one column."""
+_SLACK_BYTES = 1 << 20
 
 
 class Ours:
     """One rank. The experts' outputs are made once: every dispatch of the same batch gives the same rows."""
 
     def __init__(
-        self, group: object, workload: Workload, routing: Routing, tape: Tape, *, transport: str, timeout_s: float
+        self, group: object, workload: Workload, exchange: Exchange, tape: Tape, *, transport: str, timeout_s: float
     ) -> None:
+        rank = find_rendezvous(group).rank
         self._stack = ExitStack()
         self.ep = self._stack.enter_context(
             Buffer(
@@ -35,16 +41,17 @@ class Ours:
                 max_tokens_per_rank=workload.tokens,
                 wire=workload.wire,
                 transport=transport,
+                arena_bytes=arena_bytes(workload, exchange.arrivals[rank].num_rows),
                 timeout_s=timeout_s,
             )
         )
         self.tape = tape
-        self._routing = routing
-        self._x = tape.rows(SENT, self.ep.rank, torch.arange(workload.tokens))
-        self.out = torch.zeros_like(self._x)
+        self._routing = exchange.routing[rank]
+        self.x = tape.rows(SENT, rank, torch.arange(workload.tokens))
+        self.out = torch.zeros_like(self.x)
         self.handle: Handle = self.dispatch().handle
         self.in_arena = self.ep.empty_output(self.handle)
-        tape.fill(self.in_arena, OUTPUT, self.ep.rank, torch.arange(self.handle.num_rows))
+        tape.fill(self.in_arena, OUTPUT, rank, torch.arange(self.handle.num_rows))
         self.outside = self.in_arena.clone()
 
     def __enter__(self) -> Ours:
@@ -54,10 +61,10 @@ class Ours:
         self._stack.close()
 
     def dispatch(self) -> Received:
-        return self.ep.dispatch(self._x, self._routing.topk_idx, self._routing.topk_weights)
+        return self.ep.dispatch(self.x, self._routing.topk_idx, self._routing.topk_weights)
 
     def dispatch_cached(self) -> Received:
-        return self.ep.dispatch(self._x, topk_weights=self._routing.topk_weights, handle=self.handle)
+        return self.ep.dispatch(self.x, topk_weights=self._routing.topk_weights, handle=self.handle)
 
     def combine(self, y: torch.Tensor, handle: Handle | None = None) -> torch.Tensor:
         return self.ep.combine(y, handle or self.handle, out=self.out)
@@ -88,6 +95,13 @@ class Ours:
     def poison_out(self) -> None:
         """Make what an operation leaves unwritten visible."""
         self.out.view(torch.uint8).fill_(_POISON)
+
+
+def arena_bytes(workload: Workload, num_rows: int) -> int:
+    """Return what one rank's arena holds at most: a batch, an output, and another output that is copied in."""
+    wire = workload.hidden * WIRE_BYTES[workload.wire] + 4 * num_scale_groups(workload.hidden)
+    output = workload.hidden * DTYPES[workload.wire].itemsize
+    return num_rows * (wire + workload.topk * _ROUTING_BYTES + 2 * output) + _SLACK_BYTES
 
 
 def poison(received: Received) -> None:

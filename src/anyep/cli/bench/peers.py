@@ -10,26 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from anyep.cli.bench.ours import Ours
 from anyep.cli.bench.plan import Workload
-from anyep.cli.bench.tape import SENT, Tape
 from anyep.errors import Unavailable
 from anyep.testing.oracle import Exchange
 from anyep.testing.peers.base import Batch, Peer
 
 
 def open_peer(
-    name: str, communicator: Any, workload: Workload, exchange: Exchange, rank: int, tape: Tape
+    name: str, communicator: Any, ours: Ours, workload: Workload, exchange: Exchange
 ) -> tuple[Peer, Exchange]:
-    """Return a peer with its memory touched, and the exchange in its layout. Collective."""
+    """Return a peer of our rank, with its memory touched, and the exchange in its layout. Collective."""
+    rank = ours.ep.rank
     routing = exchange.routing[rank]
     assert routing.topk_weights is not None
     batch = Batch(
-        x=tape.rows(SENT, rank, torch.arange(workload.tokens)),
+        x=ours.x,
         topk_idx=routing.topk_idx,
         topk_weights=routing.topk_weights,
         num_experts=workload.experts,
+        out=ours.out,
     )
     if name == "gloo":
         import torch.distributed as dist

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyep.cli.bench.copy_speed import COPY_BYTES
-from anyep.cli.bench.ours import DTYPES
-from anyep.cli.bench.plan import WIRE_BYTES, Plan, Workload
+from anyep.cli.bench.ours import DTYPES, arena_bytes
+from anyep.cli.bench.plan import Plan, Workload
 from anyep.errors import CapacityError
 from anyep.layout.regions import hit_probability
 
-_PROCESS_BYTES = 300 << 20
-"""An interpreter with torch and kernels, and one piece of the oracle's work."""
-_USABLE = 0.85
+_PROCESS_BYTES = 260 << 20
+"""An interpreter with torch and kernels, and one piece of the oracle's work, as measured."""
+_USABLE = 0.93
 """Of the available memory: the rest stays with the machine's other work."""
-_SKEW = 1.05
-"""Rows of all ranks above what uniform routing gives."""
-_HEAD_ROOM = 1.25
-"""Of an arena over a balanced step (layout/regions.py)."""
+_SKEW = 1.02
+"""Rows of all ranks above what uniform routing gives; real routing visits fewer ranks."""
 _PEER_BUFFERS = 2
 _BF16_BYTES = 2
 
@@ -46,18 +44,16 @@ def fit(plan: Plan, available_bytes: int) -> tuple[Plan, list[str]]:
 
 
 def required_bytes(plan: Plan, workload: Workload) -> int:
-    """Return what all ranks together take at the busiest moment, while they meet the largest peer."""
+    """Return what all ranks take at the busiest moment: while results are judged, or while they meet a peer."""
     hit = hit_probability(workload.experts, -(-workload.experts // plan.ranks), workload.topk)
     rows = int(_SKEW * hit * workload.tokens * plan.ranks)
-    pairs = int(_SKEW * workload.tokens * workload.topk)
+    pairs = workload.tokens * workload.topk
     output = workload.hidden * DTYPES[workload.wire].itemsize
-    wire = workload.hidden * WIRE_BYTES[workload.wire]
-    # in the arena the judged batch, the next one and an output; outside of it another output, the input and the result
-    arena = rows * max(2 * wire + output, int(_HEAD_ROOM * (wire + output)))
-    ours = arena + rows * output + 2 * workload.tokens * output
+    ours = arena_bytes(workload, rows) + rows * output + 2 * workload.tokens * output
     row = workload.hidden * _BF16_BYTES
     peers = {"gloo": _PEER_BUFFERS * pairs * row, "mpich": _PEER_BUFFERS * rows * row}
-    peer = max((peers[name] for name in plan.peers), default=0)
+    judged = arena_bytes(workload, rows) - 2 * rows * output + workload.tokens * output
+    peer = max([judged, *(peers[name] for name in plan.peers)])
     return plan.ranks * (ours + peer + 2 * COPY_BYTES + _PROCESS_BYTES)
 
 

@@ -9,8 +9,8 @@ from anyep.exchange.handle import Received
 from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows, expected_sum, terms
 from anyep.testing.peers.base import Peer
 
-_ROWS = 512
-"""Rows judged at once: the oracle's intermediate tensors stay below 100 MiB."""
+_ROWS = 128
+"""Rows judged at once: the oracle's intermediate tensors stay below 50 MiB."""
 _BF16_HALF_ULP = 2.0**-8
 _FP32_ULP = 2.0**-23
 

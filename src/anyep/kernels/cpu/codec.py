@@ -26,8 +26,8 @@ from anyep.machine.vectors import (
 
 BF16, FP16, FP32 = (int(element) for element in Element)
 
-_AHEAD = 1024
-"""Bytes between a load and its prefetch; 512 to 4096 are within 3 % of each other."""
+_AHEAD = 2048
+"""Bytes between a load and its prefetch: encoding likes more than 1024, sums like less than 4096, by 3 % each."""
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
 _F32_BIAS = 127
@@ -165,7 +165,7 @@ def bytes_of(element: int) -> int:
 
 @inlined
 def prefetch_ahead(element: int, address: int) -> None:
-    """Ask for what 32 numbers further on by 1 KiB will need: the processor's own prefetcher stops at each page."""
+    """Ask for what 32 numbers further on by 2 KiB will need: the processor's own prefetcher stops at each page."""
     prefetch(address + _AHEAD)
     if element == FP32:
         prefetch(address + _AHEAD + LINE)

@@ -24,7 +24,7 @@ from anyep.numerics.formats import CHANNELS_PER_SCALE
 _NAN = 0x7FC00000
 _SMALLEST = 1 << 22
 """Bits of 2 ** -127, a subnormal number: what exponent 0 means in UE8M0."""
-_AHEAD = 1024
+_AHEAD = 2048
 
 
 @inlined

@@ -26,6 +26,8 @@ class Batch:
     topk_weights: torch.Tensor
     """[T, K] fp32"""
     num_experts: int
+    out: torch.Tensor
+    """[T, H] bfloat16, where combine writes"""
 
 
 class Peer(Protocol):

@@ -31,7 +31,7 @@ class GlooMegatron:
             raise ValueError(f"the gloo comparison needs an even hidden size, got {hidden}")
         self._first = torch.zeros(max_rows, hidden, dtype=torch.bfloat16)
         self._second = torch.zeros(max_rows, hidden, dtype=torch.bfloat16)
-        self._out = torch.zeros_like(batch.x)
+        self._out = batch.out
         self._counts_RRL = torch.zeros(0)
         self._order = torch.zeros(0)
 

@@ -1,0 +1,163 @@
+"""What a buffer is made from, checked, and what follows from it before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anyep.exchange.arguments import check_integer
+from anyep.exchange.endpoint import Lanes, lanes_for
+from anyep.exchange.wire import Wire, make_wire
+from anyep.layout.placement import Placement, even_placement, mapped_placement
+from anyep.layout.regions import MemoryAccount, RowBytes, account_step
+from anyep.layout.trace_file import TraceRecorder
+from anyep.transport.arena import rounded_to_segments
+from anyep.transport.control import ControlLayout
+from anyep.transport.registry import check_name
+
+RING = 2
+"""Ring slots a lane: twice the operations in flight (transport/base.py has the argument)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferOptions:
+    """The arguments of a buffer; equal on all ranks, but for :data:`PRIVATE` ones."""
+
+    hidden: int
+    num_experts: int
+    num_topk: int
+    max_tokens_per_rank: int
+    wire: str = "bf16"
+    scales: str = "fp32"
+    expert_alignment: int = 1
+    static_rows: int | None = None
+    placement: tuple[int, ...] | None = None
+    transport: str = "auto"
+    kernels: str = "cpu"
+    num_threads: int | None = None
+    arena_bytes: int | None = None
+    timeout_s: float = 30.0
+    record: str | None = None
+
+    def check(self) -> None:
+        """Raise TypeError, ValueError or OSError, naming the argument."""
+        check_integer("hidden", self.hidden, at_least=1)
+        check_integer("num_experts", self.num_experts, at_least=1)
+        check_integer("num_topk", self.num_topk, at_least=1)
+        check_integer("max_tokens_per_rank", self.max_tokens_per_rank, at_least=0)
+        check_integer("expert_alignment", self.expert_alignment, at_least=1)
+        for name, value, least in (
+            ("static_rows", self.static_rows, 0),
+            ("num_threads", self.num_threads, 1),
+            ("arena_bytes", self.arena_bytes, 0),
+        ):
+            if value is not None:
+                check_integer(name, value, at_least=least)
+        self._check_timeout()
+        if self.placement is not None and len(self.placement) != self.num_experts:
+            raise ValueError(
+                f"placement must name a rank for each of num_experts={self.num_experts} experts, "
+                f"got {len(self.placement)}"
+            )
+        self.make_wire()
+        check_name(self.transport)
+        self.recorder(0)
+
+    def _check_timeout(self) -> None:
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)):
+            raise TypeError(f"timeout_s must be a number of seconds, got {self.timeout_s!r}")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ValueError(f"timeout_s must be positive and finite, got {self.timeout_s}")
+
+    def recorder(self, rank: int) -> TraceRecorder | None:
+        """Return what records this rank's routing, if that was asked for; errors of its path as TraceRecorder's."""
+        if self.record is None:
+            return None
+        return TraceRecorder(self.record, num_experts=self.num_experts, num_topk=self.num_topk, rank=rank)
+
+    def make_wire(self) -> Wire:
+        return make_wire(self.wire, self.scales, self.hidden)
+
+    def place_experts(self, num_ranks: int) -> Placement:
+        """Return which rank owns which expert. ValueError for ranks that do not exist."""
+        if self.placement is None:
+            return even_placement(self.num_experts, num_ranks)
+        return mapped_placement(self.placement, num_ranks)
+
+    def row_bytes(self) -> RowBytes:
+        """Return the parts of a row; combine's rows are in the wire's dtype, bfloat16 for fp8."""
+        wire = self.make_wire()
+        combine_dtype = torch.bfloat16 if wire.scale_format is not None else wire.dtype
+        return RowBytes(
+            x=wire.row_bytes,
+            scales=wire.scale_bytes,
+            topk_idx=8 * self.num_topk,
+            topk_weights=4 * self.num_topk,
+            y=self.hidden * combine_dtype.itemsize,
+        )
+
+    def lanes(self, num_ranks: int) -> Lanes:
+        return lanes_for(self.place_experts(num_ranks))
+
+    def account(self, num_ranks: int, rank: int) -> MemoryAccount:
+        """Add up the memory of one rank."""
+        placement = self.place_experts(num_ranks)
+        step = account_step(
+            self.row_bytes(),
+            num_ranks=num_ranks,
+            max_tokens=self.max_tokens_per_rank,
+            num_topk=self.num_topk,
+            num_experts=self.num_experts,
+            local_experts=int(placement.experts_per_rank_R[rank]),
+        )
+        heap_bytes = step.balanced_bytes + step.balanced_bytes // 4 if self.arena_bytes is None else self.arena_bytes
+        control_bytes = ControlLayout.of(self.lanes(num_ranks).all(), RING, num_ranks).num_bytes
+        return MemoryAccount(
+            step=step,
+            control_bytes=control_bytes,
+            heap_bytes=heap_bytes,
+            committed_bytes=rounded_to_segments(control_bytes + heap_bytes),
+        )
+
+
+PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record")
+"""Options that each rank may choose for itself."""
+
+
+def memory_account(
+    num_ranks: int,
+    *,
+    rank: int = 0,
+    hidden: int,
+    num_experts: int,
+    num_topk: int,
+    max_tokens_per_rank: int,
+    wire: str = "bf16",
+    scales: str = "fp32",
+    placement: Sequence[int] | None = None,
+    arena_bytes: int | None = None,
+) -> MemoryAccount:
+    """Return the memory that :class:`anyep.Buffer` with these arguments commits on ``rank``, without allocating it.
+
+    TypeError and ValueError as the buffer's.
+
+    >>> account = memory_account(8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8")
+    >>> account.step.balanced_rows, account.step.worst_rows, account.committed_bytes >> 20
+    (21670, 32768, 568)
+    """
+    options = BufferOptions(
+        hidden=hidden,
+        num_experts=num_experts,
+        num_topk=num_topk,
+        max_tokens_per_rank=max_tokens_per_rank,
+        wire=wire,
+        scales=scales,
+        placement=None if placement is None else tuple(placement),
+        arena_bytes=arena_bytes,
+    )
+    options.check()
+    check_integer("num_ranks", num_ranks, at_least=1)
+    check_integer("rank", rank, at_least=0, at_most=num_ranks - 1)
+    return options.account(num_ranks, rank)
