@@ -145,7 +145,7 @@ def memory_account(
 
     >>> account = memory_account(8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8")
     >>> account.step.balanced_rows, account.step.worst_rows, account.committed_bytes >> 20
-    (21670, 32768, 568)
+    (21687, 32768, 566)
     """
     options = BufferOptions(
         hidden=hidden,
