@@ -12,11 +12,34 @@ from tests.exchange.cases import Case
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """A received batch without its handle: what can travel between processes. FP8 travels as bytes."""
+
+    bytes_of: dict[str, tuple[torch.dtype, torch.Tensor]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, received: anyep.Received) -> Batch:
+        names = ("x", "scales", "topk_idx", "topk_weights")
+        tensors = {name: tensor for name in names if (tensor := getattr(received, name)) is not None}
+        return cls(
+            bytes_of={name: (tensor.dtype, as_bytes(tensor).clone()) for name, tensor in tensors.items()},
+            counts=received.counts,
+        )
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        if name not in ("x", "scales", "topk_idx", "topk_weights"):
+            raise AttributeError(name)
+        dtype, data = self.bytes_of.get(name, (None, None))
+        return None if data is None else data.view(dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
     """What one rank got from its calls."""
 
-    received: anyep.Received
-    again: anyep.Received
+    received: Batch
+    again: Batch
     y: torch.Tensor
     combined: torch.Tensor
     weights: torch.Tensor | None
@@ -49,8 +72,8 @@ def play(case: Case, ep: anyep.Buffer) -> Outcome:
     result = ep.combine(y, received.handle, topk_weights=weights, bias=batch.bias or None, reduce=case.reduce)
     again = ep.dispatch(batch.x, None, batch.topk_weights, handle=received.handle)
     return Outcome(
-        received=received,
-        again=again,
+        received=Batch.of(received),
+        again=Batch.of(again),
         y=y,
         combined=result if weights is None else result.x,
         weights=None if weights is None else result.topk_weights,
@@ -92,7 +115,7 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
             assert_same("returned weights", outcome.weights, back)
 
 
-def check_received(case: Case, rank: int, received: anyep.Received) -> None:
+def check_received(case: Case, rank: int, received: Batch) -> None:
     there = case.exchange.arrivals[rank]
     rows = expected_rows(
         there, lambda source, token: case.batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)

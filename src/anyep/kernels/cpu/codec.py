@@ -26,8 +26,6 @@ from anyep.machine.vectors import (
 
 BF16, FP16, FP32 = (int(element) for element in Element)
 
-_AHEAD = 2048
-"""Bytes between a load and its prefetch: encoding likes more than 1024, sums like less than 4096, by 3 % each."""
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
 _F32_BIAS = 127
@@ -164,11 +162,11 @@ def bytes_of(element: int) -> int:
 
 
 @inlined
-def prefetch_ahead(element: int, address: int) -> None:
-    """Ask for what 32 numbers further on by 2 KiB will need: the processor's own prefetcher stops at each page."""
-    prefetch(address + _AHEAD)
+def prefetch_lanes(element: int, address: int) -> None:
+    """Ask for 32 numbers: the processor's own prefetcher stops at each page."""
+    prefetch(address)
     if element == FP32:
-        prefetch(address + _AHEAD + LINE)
+        prefetch(address + LINE)
 
 
 @inlined

@@ -21,13 +21,13 @@ from anyep.kernels.cpu.codec import (
     load_part,
     magnitude,
     magnitude_16,
-    prefetch_ahead,
+    prefetch_lanes,
     store_lanes_i8,
     store_part_i8,
     widen_bf16,
     widen_fp16,
 )
-from anyep.kernels.cpu.rows import collect, stream_lines
+from anyep.kernels.cpu.rows import PIECE, all_aligned, collect, stream_lines, stream_piece
 from anyep.kernels.cpu.scales import FP32_SCALES, UE8M0, groups_of, row_bytes_of
 from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import (
@@ -49,6 +49,8 @@ _INF = 0x7F800000
 _NAN = 0x7FC00000
 _NAN_CODE = 0x7F
 _MANTISSA = 0x7FFFFF
+_AHEAD = 4096
+"""Bytes between a load and its prefetch."""
 _MIN_AMAX_BITS = int(np.float32(MIN_AMAX).view(np.int32))
 _MAX = np.float32(E4M3_MAX)
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -147,16 +149,21 @@ def quantise_row(
 ) -> None:
     """Quantise one row into every (q, scales) pair of places."""
     q = _group_on_stack()
+    aligned = all_aligned(q_places, num_places)
     num_groups = groups_of(hidden)
     for group in range(num_groups):
         channel = group * CHANNELS_PER_SCALE
         count = min(CHANNELS_PER_SCALE, hidden - channel)
         x = x_addr + channel * bytes_of(element)
         for ahead in range(0, CHANNELS_PER_SCALE, LANES):
-            prefetch_ahead(element, x + ahead * bytes_of(element))
+            prefetch_lanes(element, x + ahead * bytes_of(element) + _AHEAD)
         scale = quantise_group(element, x, count, scale_format, q)
+        if aligned and count == PIECE:
+            stream_piece(q_places, num_places, channel, q)
+        else:
+            for i in range(num_places):
+                stream_lines(load_i64(q_places, i) + channel, q, count)
         for i in range(num_places):
-            stream_lines(load_i64(q_places, i) + channel, q, count)
             write_scale(scale_format, load_i64(scales_places, i), group, scale)
     if scale_format == UE8M0:
         for i in range(num_places):

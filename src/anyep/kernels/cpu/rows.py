@@ -21,7 +21,7 @@ _STREAM_FROM = 1024
 """Bytes from which a copy bypasses the caches: shorter rows share their lines with their neighbours."""
 _PAGE = 4096
 """Bytes that one sequential copy reads, and then writes: 5 % faster than line by line."""
-_PIECE = 2 * LINE
+PIECE = 2 * LINE
 """Bytes that go to all of a token's places before the next ones: 14 % faster than row by row."""
 _AHEAD = 4096
 """Bytes between a piece and the prefetch of what will follow it."""
@@ -91,17 +91,28 @@ def all_aligned(places_addr: int, num_places: int) -> bool:
 
 
 @inlined
+def stream_piece(places_addr: int, num_places: int, offset: int, source: int) -> None:
+    """Copy one piece past the caches to ``offset`` in every place; places and offset are multiples of 64."""
+    for i in range(num_places):
+        place = load_i64(places_addr, i) + offset
+        stream_line(place, source, 0)
+        stream_line(place, source, 1)
+
+
+@inlined
 def spread(source: int, num_bytes: int, places_addr: int, num_places: int) -> None:
     """Copy one row to all places: piece by piece where whole lines can bypass the caches, else place by place."""
     if num_bytes < _STREAM_FROM or not all_aligned(places_addr, num_places):
         for i in range(num_places):
             stream(load_i64(places_addr, i), source, num_bytes)
         return
-    for begin in range(0, num_bytes, _PIECE):
+    whole = num_bytes // PIECE * PIECE
+    for begin in range(0, whole, PIECE):
         prefetch(source + begin + _AHEAD)
         prefetch(source + begin + _AHEAD + LINE)
-        for i in range(num_places):
-            stream_lines(load_i64(places_addr, i) + begin, source + begin, min(_PIECE, num_bytes - begin))
+        stream_piece(places_addr, num_places, begin, source + begin)
+    for i in range(num_places):
+        stream_lines(load_i64(places_addr, i) + whole, source + whole, num_bytes - whole)
 
 
 @compiled("void(int64, int64, int64)")
