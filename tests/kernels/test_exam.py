@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +17,25 @@ from anyep.testing.kernel_exam import KernelExamError, check_kernels
 @pytest.mark.parametrize("name", NAMES)
 def test_every_set_passes(name):
     check_kernels(load(name), rounds=60 if name == "cpu" else 5)
+
+
+PLAIN = """
+from anyep.kernels.registry import load
+from anyep.testing.kernel_exam import check_kernels
+check_kernels(load("cpu"), rounds=20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["", "+avx,+avx2"])
+def test_the_cpu_set_passes_when_compiled_for_older_processors(features, tmp_path):
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": features,
+        "ANYEP_CACHE_DIR": str(tmp_path),
+    }
+    subprocess.run([sys.executable, "-c", PLAIN], env=environment, check=True, timeout=250)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from anyep.testing.kernel_cases import (
     put_peers,
 )
 
-_STRETCH_BYTES = 4 << 20
+_STRETCH_BYTES = 2 << 20
 _HIDDEN = (1, 2, 31, 32, 33, 64, 127, 128, 129, 255, 256, 384, 500, 512, 640, 1000, 1024, 1030)
 
 

@@ -117,30 +117,30 @@ def _routing_differs(
 
 
 def _sum_differs(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *, weighs: bool) -> str | None:
-    """Compare a sum in fp32 of unknown order with the same in fp64.
+    """Compare a sum in fp32 whose order is not known.
 
-    Bound: half a unit of BF16, and one unit of fp32 of the sum of magnitudes for each addition and product.
+    Bound: half a unit of BF16 for the rounding; and for each of at most K products and K additions, here and there, one
+    unit of fp32 of the sum of magnitudes.
     """
     weights = exchange.routing[rank].topk_weights if weighs else None
+    rounding = 4 * exchange.routing[rank].topk_idx.shape[1] * _FP32_ULP
     for first, last in _pieces(len(out)):
-        exact = torch.zeros(last - first, out.shape[1], dtype=torch.float64)
-        magnitude = torch.zeros_like(exact)
-        num_terms = 0
+        total = torch.zeros(last - first, out.shape[1])
+        magnitude = torch.zeros_like(total)
         for term in terms(exchange, rank):
             here = term.of_tokens(first, last)
-            rows = tape.rows(PEER_OUTPUT, here.destination, here.row).double()
+            rows = tape.rows(PEER_OUTPUT, here.destination, here.row).float()
             if weights is not None:
-                rows *= weights[here.token, here.column].bfloat16().double()[:, None]
-            exact[here.token - first] += rows
-            magnitude[here.token - first] += rows.abs()
-            num_terms += 1
-        error = (out[first:last].double() - exact).abs()
-        wrong = ~(error <= _BF16_HALF_ULP * exact.abs() + 2 * num_terms * _FP32_ULP * magnitude)
+                rows *= weights[here.token, here.column].bfloat16().float()[:, None]
+            total[here.token - first] += rows
+            magnitude[here.token - first] += rows.abs_()
+        error = (out[first:last].float() - total).abs_()
+        wrong = ~(error <= magnitude.mul_(rounding).add_(total.abs(), alpha=_BF16_HALF_ULP))
         if bool(wrong.any()):
             token, channel = (int(n) for n in wrong.nonzero()[0])
             return (
                 f"combined on rank {rank}: token {first + token}, channel {channel} is "
-                f"{float(out[first + token, channel])}, expected {float(exact[token, channel])}"
+                f"{float(out[first + token, channel])}, expected {float(total[token, channel])}"
             )
     return None
 
