@@ -14,12 +14,13 @@ import torch
 
 from anyep.errors import PeerError, PeerTimeout
 from anyep.exchange import combine as combining
-from anyep.exchange import dispatch as dispatching
+from anyep.exchange import outgoing as sending
 from anyep.exchange.arguments import check_choice
 from anyep.exchange.barrier import barrier
+from anyep.exchange.dispatch import dispatch
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
-from anyep.exchange.handle import Combined, Handle, Received
+from anyep.exchange.handle import Combined, Handle, Received, check_handle
 from anyep.exchange.options import BufferOptions
 from anyep.exchange.queue import OperationQueue
 from anyep.exchange.setup import open_endpoint
@@ -170,17 +171,18 @@ class Buffer:
         """
         self._queue.check_open()
         if handle is not None:
-            outgoing = self._prepare_cached(x, topk_idx, topk_weights, handle)
+            known = check_handle(handle, self._identity)
+            outgoing = sending.prepare_cached(self._end, x, topk_idx, topk_weights, known)
         else:
             check_choice("layout", layout, LAYOUTS)
-            outgoing = dispatching.prepare(
+            outgoing = sending.prepare(
                 self._end, x, topk_idx, topk_weights, layout=layout, static_rows=self._static_rows
             )
             if self._recorder is not None:
                 self._recorder.add(outgoing.plan.topk_idx, outgoing.topk_weights)
 
         def operation(epoch: int) -> Received:
-            return dispatching.dispatch(self._end, epoch, outgoing, buffer=self._identity)
+            return dispatch(self._end, epoch, outgoing, buffer=self._identity)
 
         return self._queue.run("dispatch", operation) if wait else self._queue.start("dispatch", operation)
 
@@ -249,7 +251,7 @@ class Buffer:
         returning = combining.prepare(
             self._end,
             y,
-            self._check_handle(handle),
+            check_handle(handle, self._identity),
             topk_weights=topk_weights,
             bias=bias,
             out=out,
@@ -271,7 +273,7 @@ class Buffer:
         chosen = plain if dtype is None else dtype
         if chosen not in ELEMENTS:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
-        return combining.empty_output(self._end, self._check_handle(handle), chosen)
+        return combining.empty_output(self._end, check_handle(handle, self._identity), chosen)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -318,20 +320,6 @@ class Buffer:
             return "<anyep.Buffer, not made>"
         state = "closed" if self._closed else "open"
         return f"<anyep.Buffer rank {self.rank} of {self.num_ranks}, {self._end.transport.name}, {state}>"
-
-    def _prepare_cached(
-        self, x: object, topk_idx: object, topk_weights: object, handle: Handle
-    ) -> dispatching.Outgoing:
-        if topk_idx is not None:
-            raise ValueError("topk_idx must be None when a handle is given: the handle knows where the tokens go")
-        return dispatching.prepare_cached(self._end, x, topk_weights, self._check_handle(handle))
-
-    def _check_handle(self, handle: object) -> Handle:
-        if not isinstance(handle, Handle):
-            raise TypeError(f"handle must be the handle of a Received, got {type(handle).__name__}")
-        if handle.buffer is not self._identity:
-            raise ValueError("this handle was made by another buffer; pass the handle of a dispatch of this one")
-        return handle
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, so that they name the culprit and not this rank."""

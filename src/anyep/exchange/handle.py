@@ -53,6 +53,15 @@ class Handle:
         return self.arrival.num_rows
 
 
+def check_handle(handle: object, buffer: object) -> Handle:
+    """Return ``handle`` if ``buffer`` (its identity) made it; TypeError or ValueError otherwise."""
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle must be the handle of a Received, got {type(handle).__name__}")
+    if handle.buffer is not buffer:
+        raise ValueError("this handle was made by another buffer; pass the handle of a dispatch of this one")
+    return handle
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Received:
     """A received batch of N rows; every tensor belongs to the caller and stays valid while referenced.

@@ -245,7 +245,7 @@ def expected_sum(
         here = term.of_tokens(first, last)
         rows = outputs(here.destination, here.row)
         assert isinstance(rows, torch.Tensor)
-        total[here.token - first] += rows.float()
+        total.index_add_(0, here.token - first, rows.float())
         begun[here.token - first] = True
     total[~begun] = 0.0
     return round_to(total, dtype)

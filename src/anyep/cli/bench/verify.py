@@ -77,11 +77,12 @@ def check_peer(peer: Peer, exchange: Exchange, rank: int, tape: Tape) -> str | N
 
 def first_difference(got: torch.Tensor, expected: torch.Tensor, first_row: int) -> str | None:
     """Say which byte of two tensors [n, m] of one dtype differs first."""
-    unequal = as_bytes(got.contiguous()) != as_bytes(expected)
-    if not bool(unequal.any()):
+    left, right = as_bytes(got.contiguous()), as_bytes(expected)
+    if torch.equal(left, right):
         return None
+    unequal = left != right
     row, byte = (int(n) for n in unequal.nonzero()[0])
-    values = [int(as_bytes(tensor.contiguous())[row, byte]) for tensor in (got, expected)]
+    values = [int(tensor[row, byte]) for tensor in (left, right)]
     return (
         f"row {first_row + row}, byte {byte} is 0x{values[0]:02x}, expected 0x{values[1]:02x} "
         f"({int(unequal.sum())} bytes differ in these {len(got)} rows)"
@@ -124,16 +125,17 @@ def _sum_differs(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *
     """
     weights = exchange.routing[rank].topk_weights if weighs else None
     rounding = 4 * exchange.routing[rank].topk_idx.shape[1] * _FP32_ULP
+    all_terms = list(terms(exchange, rank))
     for first, last in _pieces(len(out)):
         total = torch.zeros(last - first, out.shape[1])
         magnitude = torch.zeros_like(total)
-        for term in terms(exchange, rank):
+        for term in all_terms:
             here = term.of_tokens(first, last)
             rows = tape.rows(PEER_OUTPUT, here.destination, here.row).float()
             if weights is not None:
                 rows *= weights[here.token, here.column].bfloat16().float()[:, None]
-            total[here.token - first] += rows
-            magnitude[here.token - first] += rows.abs_()
+            total.index_add_(0, here.token - first, rows)
+            magnitude.index_add_(0, here.token - first, rows.abs_())
         error = (out[first:last].float() - total).abs_()
         wrong = ~(error <= magnitude.mul_(rounding).add_(total.abs(), alpha=_BF16_HALF_ULP))
         if bool(wrong.any()):
