@@ -63,8 +63,7 @@ def _print(findings: list[Finding], console: Console) -> None:
 
 
 def _machine() -> list[Finding]:
-    limit = facts.memory_limit_bytes()
-    available = facts.available_memory_bytes()
+    available, free = facts.available_memory_bytes(), facts.free_memory_bytes()
     described = facts.describe_machine()
     packages = [f"{name} {described[name]}" for name in ("anyep", "torch", "numba", "numpy") if name in described]
     return [
@@ -74,7 +73,7 @@ def _machine() -> list[Finding]:
         Finding(
             topic="memory",
             text=f"{_gib(facts.total_memory_bytes())}, available {_gib(available)}, "
-            + (f"limited to {_gib(limit)} by a cgroup" if limit else "no cgroup limit"),
+            + ("no cgroup limits it" if available >= free else f"{_gib(free)} but for a cgroup's limit"),
             possible=available >= _BASIC_BYTES,
             needed=True,
         ),

@@ -8,9 +8,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from anyep.machine import linux
+
 _CGROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED_BYTES = 1 << 60
-"""cgroup v1 writes "no limit" as a number near 2 ** 63."""
 
 
 def available_cores() -> int:
@@ -45,36 +45,13 @@ def total_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return what can be allocated now without swapping: the machine's and every enclosing cgroup's; 0 if unknown."""
-    rooms = [_meminfo().get("MemAvailable", 0), *(limit - used for limit, used in _cgroup_memory())]
-    return max(0, min(rooms))
+    """Return what can be allocated now without swapping, in this machine and its cgroups; 0 if unknown."""
+    return linux.available_bytes() or 0
 
 
-def memory_limit_bytes() -> int | None:
-    """Return the tightest cgroup limit, None without one."""
-    return min((limit for limit, _ in _cgroup_memory()), default=None)
-
-
-def _cgroup_memory() -> list[tuple[int, int]]:
-    """(limit, used without reclaimable page cache) of this process's cgroup and those above it, where limited."""
-    rooms = []
-    own = _own_cgroup("memory")
-    for directory in [own, *own.parents]:
-        if not directory.is_relative_to(_CGROUPS):
-            break
-        limit = _number(directory / "memory.max") or _number(directory / "memory.limit_in_bytes")
-        used = _number(directory / "memory.current") or _number(directory / "memory.usage_in_bytes")
-        if limit and used is not None and limit < _UNLIMITED_BYTES:
-            rooms.append((limit, used - _reclaimable(directory)))
-    return rooms
-
-
-def _reclaimable(directory: Path) -> int:
-    for line in _read(directory / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
+def free_memory_bytes() -> int:
+    """Return what the machine itself could give, whatever cgroups allow; 0 if unknown."""
+    return _meminfo().get("MemAvailable", 0)
 
 
 def _own_cgroup(controller: str) -> Path:
@@ -95,11 +72,6 @@ def _meminfo() -> dict[str, int]:
         name, _, value = line.partition(":")
         facts[name] = int(value.split()[0]) * 1024
     return facts
-
-
-def _number(path: Path) -> int | None:
-    text = _read(path).strip()
-    return int(text) if text.isdigit() else None
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,10 @@ takes seconds of a core each.) It keeps the environment variables of the moment 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import select
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +19,6 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from anyep.machine import linux
 from anyep.transport.liveness import follows_from_peer
 from anyep.transport.rendezvous import StoreRendezvous
 
@@ -26,7 +28,7 @@ _EXIT_S = 5.0
 _LOOPBACK = "127.0.0.1"
 
 
-class RankFailed(RuntimeError):  # noqa: N818  (it tells what happened to a rank)
+class RankFailed(RuntimeError):
     """A rank raised, died or did not end in time; ``outcomes`` has all ranks, the text the one at fault."""
 
     def __init__(self, message: str, outcomes: Sequence[Outcome]) -> None:
@@ -181,8 +183,23 @@ class RankProcesses:
             process.join()
 
 
+def _die_with_reader(pipe: Connection) -> None:
+    """End this process when whoever started it has ended, however that happened.
+
+    (The kernel's parent-death signal is of no use: the parent is the fork server, and that lives as long as its ranks.)
+    """
+    watch = select.poll()
+    watch.register(pipe.fileno(), 0)  # an error is reported unasked: nobody can read this pipe any more
+
+    def wait_for_the_end() -> None:
+        watch.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, name="anyep-lifeline", daemon=True).start()
+
+
 def _rank_main(task: bytes, rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
-    linux.die_with_parent()  # the fork server, which ends with the process that uses it
+    _die_with_reader(pipe)
     import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -204,4 +221,3 @@ def _rank_main(task: bytes, rank: int, num_ranks: int, port: int, pipe: Connecti
             )
         )
     pipe.send_bytes(report)
-    pipe.close()

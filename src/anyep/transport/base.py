@@ -95,8 +95,8 @@ class Transport(Protocol):
     def wait(self, lane: Lane, epoch: int, step: str) -> Words:
         """Return what every rank posted on ``lane`` for ``epoch``: int64 [R, lane.words], row s from rank s.
 
-        A view that is valid until the ring comes round. Waits without the GIL and without burning a core.
-        Raises PeerLost or PeerTimeout, naming ranks and ``step``; Ctrl-C works.
+        A view that is valid until the operation ends: then others may use its slots again. Waits without the GIL and
+        without burning a core. Raises PeerLost or PeerTimeout, naming ranks and ``step``; Ctrl-C works.
         """
         ...
 

@@ -83,7 +83,7 @@ class LocalGroup(Sequence[Member]):
 
     def failed(self) -> dict[int, BaseException]:
         """Return the ranks whose function raised in the run that is under way."""
-        return {rank: error for rank, error in self._ended.items() if error is not None}
+        return {rank: error for rank, error in dict(self._ended).items() if error is not None}
 
     def run(self, function: Callable[[Member], Result]) -> list[Result]:
         """Call ``function(member)`` in a thread for each rank; return the results in rank order.
@@ -121,7 +121,8 @@ class LocalGroup(Sequence[Member]):
                 self._end(rank, interruption)
             deadline = time.monotonic() + 5.0
             for thread in threads:
-                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.ident is not None:  # it was started
+                    thread.join(max(0.0, deadline - time.monotonic()))
             raise
 
     def _run_rank(self, function: Callable[[Member], Result], member: Member, results: list[Any]) -> None:

@@ -47,7 +47,7 @@ def spell_ranks(ranks: Sequence[int]) -> str:
     ('0-2, 5', 'none')
     """
     runs: list[list[int]] = []
-    for rank in sorted(ranks):
+    for rank in sorted(set(ranks)):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:

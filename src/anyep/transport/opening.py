@@ -44,7 +44,10 @@ def together(rendezvous: Rendezvous, act: Callable[[], Any]) -> list[Any]:
         item = {"error": type(error).__name__, "text": str(error)}
     items = [json.loads(raw) for raw in rendezvous.allgather(json.dumps(item).encode())]
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # it holds this frame, and all that failed with it: let both go at once
     for rank, other in enumerate(items):
         if "error" in other:
             kind = _FAILURES.get(other["error"], Unavailable)

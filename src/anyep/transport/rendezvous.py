@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
-from anyep.errors import Unavailable
+from anyep.errors import PeerTimeout, Unavailable
+from anyep.transport.liveness import spell_ranks
 
 _STORE_TIMEOUT = timedelta(minutes=5)
 
@@ -69,12 +71,26 @@ class StoreRendezvous:
         self._calls += 1
         keys = [f"{self._calls}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], item)
-        self._store.wait(keys, self._timeout)
+        self._await(keys)
         items = [bytes(self._store.get(key)) for key in keys]
         if self._store.add(f"{self._calls}/read", 1) == self.size:
             for key in (*keys, f"{self._calls}/read"):
                 self._store.delete_key(key)
         return items
+
+    def _await(self, keys: Sequence[str]) -> None:
+        try:
+            self._store.wait(list(keys), self._timeout)
+        except RuntimeError as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if not missing:
+                return
+            raise PeerTimeout(
+                f"rank {spell_ranks(missing)} did not come to the making of a buffer or transport within "
+                f"{self._timeout.total_seconds():g} s; all {self.size} ranks have to make it: look at their output",
+                ranks=missing,
+                step="opening",
+            ) from error
 
 
 class MpiRendezvous:
@@ -125,7 +141,10 @@ def _from_environment() -> Rendezvous:
     if dist.is_available() and dist.is_initialized():
         return TorchRendezvous()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise TypeError(f"{_POSSIBLE}; got None, and this process was not started by torchrun")
+        raise TypeError(
+            f"{_POSSIBLE}; got None, and torchrun's agent did not start this process: call "
+            "torch.distributed.init_process_group() first, or pass a group"
+        )
     if not dist.is_available():
         raise Unavailable("this torch was built without torch.distributed; pass an mpi4py communicator as group")
     store, rank, size = next(dist.rendezvous("env://", timeout=_STORE_TIMEOUT))  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -22,12 +23,11 @@ from anyep.cli.bench.plan import Plan
 from anyep.cli.bench.rank import RankResult, Report, Step, run_rank
 from anyep.cli.machine_facts import available_cores
 from anyep.errors import AnyEPError
+from anyep.machine import linux
 
 _POLL_S = 0.2
 _GRACE_S = 3.0
 """How long other ranks may take to report after the first failure: the culprit's own message may come last."""
-_CONSEQUENCES = ("PeerLost", "PeerTimeout", "ClosedError", "DistBackendError", "RuntimeError")
-"""What ranks report when another one has failed first."""
 
 
 class BenchmarkError(AnyEPError):
@@ -49,6 +49,8 @@ class Failed:
     rank: int
     kind: str
     text: str
+    follows: bool
+    """it may have come from another rank's failure"""
 
 
 def inside_job() -> bool:
@@ -112,17 +114,9 @@ def _start(plan: Plan, directory: Path) -> list[subprocess.Popen[bytes]]:
 
 def _spawn(command: list[str], stderr: Path) -> subprocess.Popen[bytes]:
     with stderr.open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its starter is gone, however that ended."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=linux.die_with_parent
+        )
 
 
 def _collect(
@@ -164,11 +158,13 @@ def _receive(connection: Connection, connections: list[Connection]) -> object:
 
 def _why(failures: list[Failed], ended: list[subprocess.Popen[bytes]], directory: Path) -> str:
     if failures:
-        first = min(failures, key=lambda failure: failure.kind in _CONSEQUENCES)
+        first = min(failures, key=lambda failure: failure.follows)
         return f"rank {first.rank}: {first.kind}: {first.text}"
-    codes = ", ".join(str(process.returncode) for process in ended)
+    codes = {abs(process.returncode) for process in ended}
+    if signal.SIGKILL in codes:
+        return "a rank process was killed (signal 9), which is what happens when memory runs out; use fewer --tokens"
     tail = (directory / "stderr").read_text(errors="replace").strip().splitlines()[-5:]
-    return f"a rank process ended with exit code {codes} and no word; its last lines: " + " | ".join(tail)
+    return f"a rank process ended with exit code {min(codes)} and no word; its last lines: " + " | ".join(tail)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

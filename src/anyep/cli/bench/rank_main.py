@@ -20,10 +20,13 @@ import torch.distributed as dist
 from anyep.cli.bench.launch import Failed, Finished, limit_threads
 from anyep.cli.bench.plan import Plan
 from anyep.cli.bench.rank import run_rank
+from anyep.machine import linux
+from anyep.transport.liveness import follows_from_peer
 
 
 def main(directory: Path, which: str) -> None:
     """Carry out the plan in ``directory`` and send the results; exit code 1 after an error was sent."""
+    linux.die_with_parent()  # under mpiexec the parent is its proxy
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     plan: Plan = pickle.loads((directory / "plan").read_bytes())
     communicator = _mpi_world() if which == "mpi" else None
@@ -32,7 +35,8 @@ def main(directory: Path, which: str) -> None:
         try:
             _carry_out(directory, plan, rank, communicator, connection)
         except BaseException as error:
-            connection.send(Failed(rank=rank, kind=type(error).__name__, text=str(error)))
+            follows = follows_from_peer(error) or isinstance(error, dist.DistError)
+            connection.send(Failed(rank=rank, kind=type(error).__name__, text=str(error), follows=follows))
             os._exit(1)  # MPI and gloo would wait for the others in their exit handlers
 
 

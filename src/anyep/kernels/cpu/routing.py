@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import (
+    allocate,
     count_trailing_zeros,
     fill_bytes,
     load_i32,
     load_i64,
+    release,
     store_i32,
     store_i64,
 )
@@ -146,6 +148,41 @@ def place(
             store_i32(entry_addr, entry, load_i32(entry_addr, entry) + load_i32(start_addr, origin))
 
 
+@inlined
+def read_columns(
+    topk_idx_addr: int,
+    idx_bytes: int,
+    num_topk: int,
+    by_expert: int,
+    expert_rank_addr: int,
+    expert_local_addr: int,
+    keys_addr: int,
+    locals_addr: int,
+) -> None:
+    """Look a token's columns up once for all its rows: which row serves column k (a rank, or k itself), and as what."""
+    for k in range(num_topk):
+        expert = load_index(topk_idx_addr, idx_bytes, k)
+        rank = load_i32(expert_rank_addr, expert) if expert >= 0 else -1
+        store_i64(keys_addr, k, k if by_expert else rank)
+        store_i64(locals_addr, k, load_i32(expert_local_addr, expert) if expert >= 0 else -1)
+
+
+@inlined
+def write_indices(
+    row_addr: int, idx_bytes: int, num_topk: int, served_key: int, keys_addr: int, locals_addr: int
+) -> None:
+    for k in range(num_topk):
+        serves = load_i64(keys_addr, k) == served_key
+        store_index(row_addr, idx_bytes, k, load_i64(locals_addr, k) if serves else -1)
+
+
+@inlined
+def write_weights(row_addr: int, weights_addr: int, num_topk: int, served_key: int, keys_addr: int) -> None:
+    for k in range(num_topk):
+        serves = load_i64(keys_addr, k) == served_key
+        store_i32(row_addr, k, load_i32(weights_addr, k) if serves else 0)  # bits: a NaN's payload too
+
+
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def scatter_routing(
     topk_idx_addr: int,
@@ -163,19 +200,19 @@ def scatter_routing(
     peer_idx_addr: int,
     peer_weights_addr: int,
 ) -> None:
+    keys = allocate(16 * num_topk)
+    locals_ = keys + 8 * num_topk
     for token in range(first_token, last_token):
+        idx = topk_idx_addr + token * num_topk * idx_bytes
+        read_columns(idx, idx_bytes, num_topk, by_expert, expert_rank_addr, expert_local_addr, keys, locals_)
         for column in range(width):
             rank = load_i32(entry_rank_addr, token * width + column)
             if rank < 0:
                 continue
+            served = column if by_expert else rank
             first = load_i32(entry_row_addr, token * width + column) * num_topk
-            peer_idx = load_i64(peer_idx_addr, rank)
-            peer_weights = load_i64(peer_weights_addr, rank) if topk_weights_addr != 0 else 0
-            for k in range(num_topk):
-                flat = token * num_topk + k
-                expert = load_index(topk_idx_addr, idx_bytes, flat)
-                serves = k == column if by_expert else expert >= 0 and load_i32(expert_rank_addr, expert) == rank
-                local = load_i32(expert_local_addr, expert) if serves else -1
-                store_index(peer_idx, idx_bytes, first + k, local)
-                if topk_weights_addr != 0:
-                    store_i32(peer_weights, first + k, load_i32(topk_weights_addr, flat) if serves else 0)
+            write_indices(load_i64(peer_idx_addr, rank) + first * idx_bytes, idx_bytes, num_topk, served, keys, locals_)
+            if topk_weights_addr != 0:
+                weights = topk_weights_addr + 4 * token * num_topk
+                write_weights(load_i64(peer_weights_addr, rank) + 4 * first, weights, num_topk, served, keys)
+    release(keys)
