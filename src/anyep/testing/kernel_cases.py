@@ -83,11 +83,11 @@ class Entries:
 
     @property
     def num_tokens(self) -> int:
-        return self.rank_TW.shape[0]
+        return int(self.rank_TW.shape[0])
 
     @property
     def width(self) -> int:
-        return self.rank_TW.shape[1]
+        return int(self.rank_TW.shape[1])
 
 
 def draw_entries(rng: np.random.Generator, num_tokens: int, width: int, num_ranks: int, *, compact: bool) -> Entries:

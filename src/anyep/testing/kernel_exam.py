@@ -1,6 +1,6 @@
-"""The exam of a kernel set: every function, bit for bit against the reference, on thousands of awkward cases.
+"""The exam of a kernel set: every function, bit for bit against the reference, on hundreds of awkward cases.
 
->>> check_kernels(MyKernels())  # raises KernelExamError with the function, its arguments and the first wrong byte
+``check_kernels(MyKernels())`` raises KernelExamError with the function, its arguments and the first wrong byte.
 """
 
 from __future__ import annotations

@@ -77,11 +77,11 @@ def run_processes(num_ranks: int, function: Callable[..., Any], *args: Any, time
 
 
 class RankProcesses:
-    """The same in steps, for tests that hurt ranks. A context manager: leaving it ends every rank.
+    """The same in steps, for tests that hurt ranks. A context manager: leaving it ends every rank::
 
-    >>> with RankProcesses(2, work) as ranks:           # doctest: +SKIP
-    ...     os.kill(ranks.pids[1], signal.SIGKILL)
-    ...     ranks.outcomes(timeout_s=10.0)
+    with RankProcesses(2, work) as ranks:
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        outcomes = ranks.outcomes(timeout_s=10.0)
     """
 
     def __init__(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> None:

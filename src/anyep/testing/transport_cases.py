@@ -40,7 +40,9 @@ def _require(holds: bool, what: str) -> None:
 
 
 @contextmanager
-def _opened(make: Make, *, ring: int = 2, heap_bytes: int = 1 << 20, timeout_s: float = _TIMEOUT_S) -> Iterator[Transport]:
+def _opened(
+    make: Make, *, ring: int = 2, heap_bytes: int = 1 << 20, timeout_s: float = _TIMEOUT_S
+) -> Iterator[Transport]:
     transport = make(lanes=LANES, ring=ring, heap_bytes=heap_bytes, timeout_s=timeout_s, poison=True)
     try:
         yield transport

@@ -1,8 +1,11 @@
 """The exam of a transport: what ``transport/base.py`` promises, between threads or processes, with fast and slow ranks.
 
->>> def run(num_ranks, case, *args):  # start ranks; each calls case(make, rank, *args)
-...     return local_group(num_ranks).run(lambda m: case(partial(InProcessTransport, m), m.rank, *args))
->>> check_transport(run)              # raises TransportExamError with the case and what went wrong
+::
+
+    def run(num_ranks, case, *args):  # start ranks; each calls case(make, rank, *args)
+        return local_group(num_ranks).run(lambda m: case(partial(InProcessTransport, m), m.rank, *args))
+
+    check_transport(run)              # raises TransportExamError with the case and what went wrong
 """
 
 from __future__ import annotations
