@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RESULTS := benchmarks/results
+SOURCES := src tests benchmarks examples
 
 .PHONY: bench test test-all check install clean
 .DEFAULT_GOAL := help
@@ -36,6 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 bench: $(STAMP)
 	mkdir -p $(RESULTS)
 	$(BIN)/anyep bench --compare gloo,mpich --json $(RESULTS)/bench.json $(BENCH)
+	$(BIN)/python benchmarks/import_time.py --json $(RESULTS)/import.json
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -44,8 +46,8 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
 
 check: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/project
 

@@ -36,7 +36,7 @@ def test_compact_rows_stand_once_a_rank_by_source_and_token():
 
 def test_expert_rows_are_grouped_and_padded():
     first, second = exchange(layout="expert", expert_alignment=4).arrivals
-    # expert 0: (0, 0, column 0), (0, 1, column 1), (1, 1, column 1), a row of padding; expert 1: (0, 1, column 0), three
+    # expert 0: (0, 0, column 0), (0, 1, column 1), (1, 1, column 1), one padding; expert 1: (0, 1, column 0), three
     assert first.source.tolist() == [0, 0, 1, -1, 0, -1, -1, -1]
     assert first.token.tolist() == [0, 1, 1, -1, 1, -1, -1, -1]
     assert first.column.tolist() == [0, 1, 1, -1, 0, -1, -1, -1]

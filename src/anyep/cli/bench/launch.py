@@ -138,6 +138,8 @@ def _collect(
             elif isinstance(word, Finished):
                 finished[word.rank] = word.results
             elif isinstance(word, Failed):
+                if word.kind == KeyboardInterrupt.__name__:
+                    raise KeyboardInterrupt
                 failures.append(word)
         ended = [process for process in processes if process.poll() not in (None, 0)]
         if (failures or ended) and deadline == float("inf"):
@@ -157,12 +159,13 @@ def _receive(connection: Connection, connections: list[Connection]) -> object:
 
 
 def _why(failures: list[Failed], ended: list[subprocess.Popen[bytes]], directory: Path) -> str:
-    if failures:
-        first = min(failures, key=lambda failure: failure.follows)
-        return f"rank {first.rank}: {first.kind}: {first.text}"
     codes = {abs(process.returncode) for process in ended}
+    first = min(failures, key=lambda failure: failure.follows, default=None)
+    if first is not None and not (first.follows and signal.SIGKILL in codes):
+        return f"rank {first.rank}: {first.kind}: {first.text}"
     if signal.SIGKILL in codes:
-        return "a rank process was killed (signal 9), which is what happens when memory runs out; use fewer --tokens"
+        said = "" if first is None else f"; rank {first.rank} says: {first.text}"
+        return f"a rank process was killed (signal 9), as happens when memory runs out: use fewer --tokens{said}"
     tail = (directory / "stderr").read_text(errors="replace").strip().splitlines()[-5:]
     return f"a rank process ended with exit code {min(codes)} and no word; its last lines: " + " | ".join(tail)
 

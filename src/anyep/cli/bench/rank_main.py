@@ -21,6 +21,7 @@ from anyep.cli.bench.launch import Failed, Finished, limit_threads
 from anyep.cli.bench.plan import Plan
 from anyep.cli.bench.rank import run_rank
 from anyep.machine import linux
+from anyep.testing.peers.mpich import mpi_world
 from anyep.transport.liveness import follows_from_peer
 
 
@@ -29,7 +30,7 @@ def main(directory: Path, which: str) -> None:
     linux.die_with_parent()  # under mpiexec the parent is its proxy
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     plan: Plan = pickle.loads((directory / "plan").read_bytes())
-    communicator = _mpi_world() if which == "mpi" else None
+    communicator = mpi_world() if which == "mpi" else None
     rank = int(which) if communicator is None else communicator.Get_rank()
     with Client(str(directory / "socket")) as connection:
         try:
@@ -53,12 +54,6 @@ def _carry_out(directory: Path, plan: Plan, rank: int, communicator: Any, connec
     results = run_rank(dist.group.WORLD, plan, report, communicator)
     dist.destroy_process_group()
     connection.send(Finished(rank=rank, results=results))
-
-
-def _mpi_world() -> Any:
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD
 
 
 if __name__ == "__main__":

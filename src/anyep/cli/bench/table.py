@@ -23,7 +23,9 @@ _NOTES = (
     "moved: bytes written into, or read from, the ranks' arenas (rows, scales, routing), the own rank's included. "
     "logical: one row for every (token, expert) pair.",
     "GB/s is moved bytes over the median time, from the first rank's begin to the last rank's end; "
-    "% of copy is its share of a copy by all ranks at once, past the caches, in the same rounds.",
+    "% of copy is its share of a copy by all ranks at once, past the caches, in the same rounds. "
+    "A copy reads as much as it writes; dispatch reads a row once for several writes, combine writes one for several "
+    "reads: both may exceed it.",
     "copied in: the experts' output lay outside the arena and was copied first.",
 )
 

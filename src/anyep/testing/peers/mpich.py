@@ -6,6 +6,8 @@ into the place where the rows were packed, and a sum in fp32, in ascending order
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,21 @@ from anyep.testing.peers.base import Batch, exclusive_sum, sum_rows
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+def mpi_world() -> MPI.Comm:
+    """Join the ranks that mpiexec has started, and leave no name of theirs in /dev/shm.
+
+    MPICH removes its segment's name in MPI_Finalize, which a killed rank never reaches; here all ranks have mapped it.
+    """
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    world.Barrier()
+    if world.Get_rank() == 0:
+        for name in set(re.findall(r"/dev/shm/mpich_shm_\w+", Path("/proc/self/maps").read_text())):
+            Path(name).unlink(missing_ok=True)
+    return world
 
 
 class MpichAlltoallv:
