@@ -31,9 +31,8 @@ def check_tensor(
         raise ValueError(f"{name} is on {value.device}; this buffer works on cpu tensors: pass {name}.cpu()")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {dtype_text(*dtypes)}, got {dtype_text(value.dtype)}")
-    expected = shape_text(["any" if n is None else n for n in shape])
-    fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
-    if not fits:
+    if len(value.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+        expected = shape_text(["any" if n is None else n for n in shape])
         raise ValueError(f"{name} must have shape {legend} = {expected}, got {shape_text(value.shape)}")
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: pass {name}.contiguous()")

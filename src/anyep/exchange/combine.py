@@ -145,8 +145,8 @@ def _loan(end: Endpoint, tensor: torch.Tensor) -> Loan:
 
 
 def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | None:
-    y_segment, y_at, w_segment, w_at = places_RW[:, :_BODY_WORDS].T.tolist()
-    table = end.peer_tables((y_segment, y_at), (w_segment, w_at))
+    places_WR = places_RW[:, :_BODY_WORDS].T
+    table = end.peer_tables(places_WR[[0, 2]], places_WR[[1, 3]])
     send = back.handle.send
     entries = (send.width, int(back.reduce == "rank"), send.entry_rank.data_ptr(), send.entry_row.data_ptr())
     bias = [one.data_ptr() for one in back.bias] + [0, 0]

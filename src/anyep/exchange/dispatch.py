@@ -162,8 +162,8 @@ def _deliver(
 
 
 def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
-    data, x_at, scales_at, routing, idx_at, weights_at = places_RW[:, 2:OFFER_WORDS].T.tolist()
-    table = end.peer_tables((data, x_at), (data, scales_at), (routing, idx_at), (routing, weights_at))
+    places_WR = places_RW[:, 2:OFFER_WORDS].T  # segment, x, scales, segment, topk_idx, weights: see Landing.places
+    table = end.peer_tables(places_WR[[0, 0, 3, 3]], places_WR[[1, 2, 4, 5]])
     x_table, scales_table, idx_table, weights_table = (table[column] for column in range(4))
     plan, rows, tables = out.plan, out.rows, end.tables
     entries = (plan.width, plan.entry_rank.data_ptr(), plan.entry_row.data_ptr())

@@ -109,6 +109,7 @@ class Endpoint:
     expert_alignment: int
     workers: Workers
     counters: Counters
+    bases: SegmentBases
 
     @property
     def rank(self) -> int:
@@ -131,17 +132,35 @@ class Endpoint:
         finally:
             self.counters.waiting_s += time.perf_counter() - begin
 
-    def peer_tables(self, *columns: tuple[list[int], list[int]]) -> PeerTables:
-        """Return a peer table for each column (segments of all ranks, offsets of all ranks); 0 where it is -1."""
-        address = self.transport.address
-        table = [
-            [
-                0 if segment < 0 else address(rank, Place(segment=segment, offset=offset))
-                for rank, (segment, offset) in enumerate(zip(segments, offsets, strict=True))
-            ]
-            for segments, offsets in columns
-        ]
-        return PeerTables(np.array(table, np.int64))
+    def peer_tables(self, segments_nR: Words, offsets_nR: Words) -> PeerTables:
+        """Return n peer tables: where place (segment, offset) of each rank lies here; 0 where the segment is -1."""
+        bases_nR = self.bases.of(self.transport, segments_nR)
+        return PeerTables(np.where(segments_nR < 0, 0, bases_nR + offsets_nR))
+
+
+class SegmentBases:
+    """Addresses of the peers' segments, int64 [R, segments], looked up once each: most steps use the same few."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._ranks_R = np.arange(num_ranks)
+        self._base_RS = np.zeros((num_ranks, 1), np.int64)
+
+    def of(self, transport: Transport, segments_nR: Words) -> Words:
+        """Return the base of segment ``segments_nR[i, r]`` of rank r; anything where that is -1."""
+        most = int(segments_nR.max())
+        if most >= self._base_RS.shape[1]:
+            self._base_RS = np.pad(self._base_RS, ((0, 0), (0, most + 1 - self._base_RS.shape[1])))
+        bases_nR = self._base_RS[self._ranks_R, segments_nR]
+        if not bases_nR.all():
+            self._look_up(transport, segments_nR)
+            bases_nR = self._base_RS[self._ranks_R, segments_nR]
+        return bases_nR
+
+    def _look_up(self, transport: Transport, segments_nR: Words) -> None:
+        for row in segments_nR.tolist():
+            for rank, segment in enumerate(row):
+                if segment >= 0 and not self._base_RS[rank, segment]:
+                    self._base_RS[rank, segment] = transport.address(rank, Place(segment=segment, offset=0))
 
 
 class PeerTables:

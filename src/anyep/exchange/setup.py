@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
-from anyep.exchange.endpoint import Endpoint, ExpertTables, Lanes, Workers
+from anyep.exchange.endpoint import Endpoint, ExpertTables, Lanes, SegmentBases, Workers
 from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.options import PRIVATE, RING, BufferOptions
 from anyep.exchange.stats import Counters
@@ -63,6 +63,7 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
         expert_alignment=options.expert_alignment,
         workers=Workers(options.num_threads or _default_threads(transport.size)),
         counters=Counters(),
+        bases=SegmentBases(transport.size),
     )
 
 
