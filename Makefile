@@ -22,7 +22,7 @@ SOURCES := src tests benchmarks examples
 
 .PHONY: help
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -114,7 +115,6 @@ class Spoiled:
 
 def spoil_table(position):
     """Spoil the first byte of the first array that a peer table names; all ranks write the same there."""
-    import ctypes
 
     def spoil(arguments):
         table = ctypes.c_int64.from_address(arguments[position])
@@ -125,8 +125,6 @@ def spoil_table(position):
 
 
 def spoil_out(arguments):
-    import ctypes
-
     ctypes.c_uint8.from_address(arguments[-1]).value = WRONG
 
 

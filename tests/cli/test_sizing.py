@@ -45,6 +45,10 @@ def test_the_estimate_covers_the_batches_themselves():
     assert required_bytes(plan(), plan().workloads[0]) > rows_and_outputs
 
 
+def test_unknown_memory_makes_nothing_smaller():
+    assert fit(plan(), None) == (plan(), [])
+
+
 def test_nothing_fits():
     with pytest.raises(CapacityError, match=r"8 ranks with one token each need about .* fewer --ranks"):
         fit(plan(), GIB // 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -109,8 +111,6 @@ class FakePeer:
 @pytest.mark.parametrize("weighs", [True, False])
 @pytest.mark.parametrize("error", [0, 2])
 def test_a_comparison_is_judged_too(tape, weighs, error):
-    from dataclasses import replace
-
     exchange = replace(make_exchange(workload("bf16"), 2), layout="expert")
     difference = check_peer(FakePeer(exchange, tape, weighs, error), exchange, RANK, tape)
     assert (difference is None) == (error == 0), difference

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import anyep
+from anyep.exchange import setup
 from anyep.testing.oracle import as_bytes, expected_rows, expected_sum
+from anyep.transport.registry import open_transport
 from tests.exchange.cases import Case
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class ReceivedCopy:
     """A received batch without its handle: what can travel between processes. FP8 travels as bytes."""
 
     bytes_of: dict[str, tuple[torch.dtype, torch.Tensor]]
     counts: list[int]
 
     @classmethod
-    def of(cls, received: anyep.Received) -> Batch:
+    def of(cls, received: anyep.Received) -> ReceivedCopy:
         names = ("x", "scales", "topk_idx", "topk_weights")
         tensors = {name: tensor for name in names if (tensor := getattr(received, name)) is not None}
         return cls(
@@ -38,11 +41,16 @@ class Batch:
 class Outcome:
     """What one rank got from its calls."""
 
-    received: Batch
-    again: Batch
+    received: ReceivedCopy
+    again: ReceivedCopy
     y: torch.Tensor
     combined: torch.Tensor
     weights: torch.Tensor | None
+
+
+def poison_arenas() -> None:
+    """From now on this process's buffers fill memory with 0xFF before it is used: what nobody writes is seen."""
+    setup.open_transport = partial(open_transport, poison=True)
 
 
 def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
@@ -72,8 +80,8 @@ def play(case: Case, ep: anyep.Buffer) -> Outcome:
     result = ep.combine(y, received.handle, topk_weights=weights, bias=batch.bias or None, reduce=case.reduce)
     again = ep.dispatch(batch.x, None, batch.topk_weights, handle=received.handle)
     return Outcome(
-        received=Batch.of(received),
-        again=Batch.of(again),
+        received=ReceivedCopy.of(received),
+        again=ReceivedCopy.of(again),
         y=y,
         combined=result if weights is None else result.x,
         weights=None if weights is None else result.topk_weights,
@@ -115,7 +123,7 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
             assert_same("returned weights", outcome.weights, back)
 
 
-def check_received(case: Case, rank: int, received: Batch) -> None:
+def check_received(case: Case, rank: int, received: ReceivedCopy) -> None:
     there = case.exchange.arrivals[rank]
     rows = expected_rows(
         there, lambda source, token: case.batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)

@@ -6,6 +6,7 @@ a received batch. Calls that only one rank makes are refused before a word is se
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -178,7 +179,7 @@ CALLS = [
 ]
 
 
-def make_scene(member, stack) -> Scene:
+def make_scene(member, stack: ExitStack) -> Scene:
     sizes = {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": 16, "timeout_s": 20}
     ep = stack.enter_context(anyep.Buffer(member, **sizes))
     fp8 = stack.enter_context(anyep.Buffer(member, wire="fp8", **sizes))
@@ -212,9 +213,9 @@ def test_the_table_is_long_and_named_apart():
     assert len(names) == len(set(names)) >= 40
 
 
-def test_every_bad_call_is_refused_and_the_buffer_still_works(stack):
+def test_every_bad_call_is_refused_and_the_buffer_still_works():
     def rank_main(member):
-        with stack() as own:
+        with ExitStack() as own:
             scene = make_scene(member, own)
             failures = []
             for name, call, error_type, words in CALLS:
@@ -345,9 +346,9 @@ DISAGREEMENTS = [
 ]
 
 
-def test_ranks_that_call_differently_all_hear_of_it(stack):
+def test_ranks_that_call_differently_all_hear_of_it():
     def rank_main(member):
-        with stack() as own:
+        with ExitStack() as own:
             scene = make_scene(member, own)
             for name, call, words in DISAGREEMENTS:
                 with pytest.raises(ValueError, match="ranks disagree") as caught:
@@ -359,9 +360,9 @@ def test_ranks_that_call_differently_all_hear_of_it(stack):
     anyep.local_group(R).run(rank_main)
 
 
-def test_handles_of_different_dispatches(stack):
+def test_handles_of_different_dispatches():
     def rank_main(member):
-        with stack() as own:
+        with ExitStack() as own:
             scene = make_scene(member, own)
             again = scene.ep.dispatch(scene.x, scene.idx)
             handle = [scene.handle, again.handle][member.rank]
@@ -372,9 +373,9 @@ def test_handles_of_different_dispatches(stack):
     anyep.local_group(R).run(rank_main)
 
 
-def test_a_closed_buffer_says_so(stack):
+def test_a_closed_buffer_says_so():
     def rank_main(member):
-        with stack() as own:
+        with ExitStack() as own:
             scene = make_scene(member, own)
             scene.ep.barrier()
             scene.ep.close()

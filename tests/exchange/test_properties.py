@@ -1,4 +1,4 @@
-"""Random exchanges, bit for bit against the oracle: ranks as threads, poisoned arenas."""
+"""Random exchanges, bit for bit against the oracle: ranks as threads, poisoned arenas (conftest.py)."""
 
 from __future__ import annotations
 

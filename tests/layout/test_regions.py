@@ -27,8 +27,8 @@ def test_regions_do_not_overlap(num_rows, x_bytes, scale_bytes, topk):
     row = RowBytes(x=x_bytes, scales=scale_bytes, topk_idx=8 * topk, topk_weights=4 * topk, y=2 * x_bytes)
     region = row_region(row, num_rows)
     if scale_bytes:
-        assert region.x_bytes <= region.scales_offset
+        assert region.scales_offset >= row.x * num_rows
         assert region.scales_offset % 128 == 0
-    assert region.data_bytes >= region.x_bytes
+    assert region.data_bytes >= (row.x + row.scales) * num_rows
     assert region.weights_offset >= row.topk_idx * num_rows
     assert region.routing_bytes == region.weights_offset + row.topk_weights * num_rows

@@ -18,17 +18,11 @@ from anyep.transport import shared
 from anyep.transport.base import Lane
 from anyep.transport.inprocess import InProcessTransport, local_group
 from tests.transport import ranks
-
-LANES = [Lane(index=0, name="open", words=3), Lane(index=1, name="done", words=1)]
+from tests.transport.ranks import LANES, exchange
 
 
 def open_on(member, *, heap_bytes=1 << 20, timeout_s=20.0, lanes=LANES, ring=2):
     return InProcessTransport(member, lanes=lanes, ring=ring, heap_bytes=heap_bytes, timeout_s=timeout_s, poison=True)
-
-
-def exchange(transport, epoch, step="exchange"):
-    transport.post(LANES[0], epoch, np.full((transport.size, 1), transport.rank, np.int64))
-    return transport.wait(LANES[0], epoch, step)[:, 0].tolist()
 
 
 def test_run_returns_results_in_rank_order():

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from anyep.errors import Unavailable
+from anyep.errors import AnyEPError, Unavailable
 from anyep.testing.processes import run_processes
 from anyep.transport.inprocess import local_group
 from anyep.transport.registry import check_name, open_transport
@@ -59,4 +59,4 @@ def test_a_group_that_is_none():
 
 
 def test_refusal_is_an_anyep_error():
-    assert issubclass(Unavailable, Exception)
+    assert issubclass(Unavailable, AnyEPError)

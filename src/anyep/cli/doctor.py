@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -63,23 +62,29 @@ def _print(findings: list[Finding], console: Console) -> None:
 
 
 def _machine() -> list[Finding]:
-    available, free = facts.available_memory_bytes(), facts.free_memory_bytes()
     described = facts.describe_machine()
     packages = [f"{name} {described[name]}" for name in ("anyep", "torch", "numba", "numpy") if name in described]
     return [
         Finding(topic="processor", text=f"{described['cpu']}, {described['cores']} cores usable"),
         Finding(topic="system", text=f"{described['system']}, Python {described['python']}"),
         Finding(topic="packages", text=", ".join(packages)),
-        Finding(
-            topic="memory",
-            text=f"{_gib(facts.total_memory_bytes())}, available {_gib(available)}, "
-            + ("no cgroup limits it" if available >= free else f"{_gib(free)} but for a cgroup's limit"),
-            possible=available >= _BASIC_BYTES,
-            needed=True,
-        ),
+        _memory(),
         _shared_memory(),
         _cache(),
     ]
+
+
+def _memory() -> Finding:
+    total, available, free = facts.total_memory_bytes(), facts.available_memory_bytes(), facts.free_memory_bytes()
+    if total is None or available is None or free is None:
+        return Finding(topic="memory", text="this system does not say how much there is")
+    limit = "no cgroup limits it" if available >= free else f"{_gib(free)} but for a cgroup's limit"
+    return Finding(
+        topic="memory",
+        text=f"{_gib(total)}, available {_gib(available)}, {limit}",
+        possible=available >= _BASIC_BYTES,
+        needed=True,
+    )
 
 
 def _shared_memory() -> Finding:
@@ -105,18 +110,18 @@ def _cache() -> Finding:
 
 def _calls() -> list[Finding]:
     return [
-        Finding(topic="memfd", text="memory that ranks share and nobody names", possible=_works(_try_memfd)),
-        Finding(topic="pidfd", text="a dead peer is noticed at once", possible=_works(_try_pidfd)),
-        Finding(topic="futex", text="waiting ranks sleep", possible=_works(_try_futex)),
+        _attempt("memfd", "memory that ranks share and nobody names", _try_memfd),
+        _attempt("pidfd", "a dead peer is noticed at once", _try_pidfd),
+        _attempt("futex", "waiting ranks sleep", _try_futex),
     ]
 
 
-def _works(attempt: Callable[[], object]) -> bool:
+def _attempt(topic: str, text: str, call: Callable[[], object]) -> Finding:
     try:
-        attempt()
-    except (OSError, AttributeError, ImportError):
-        return False
-    return True
+        call()
+    except (OSError, AttributeError) as error:
+        return Finding(topic=topic, text=f"{text}; not here: {error}", possible=False)
+    return Finding(topic=topic, text=text, possible=True)
 
 
 def _try_memfd() -> None:
@@ -143,14 +148,9 @@ def _try_futex() -> None:
 
 
 def _transports() -> list[Finding]:
-    linux = sys.platform == "linux" and _works(_try_memfd)
     return [
         Finding(topic="transport inprocess", text="ranks as threads of one process", possible=True, needed=True),
-        Finding(
-            topic="transport shm",
-            text="rank processes of one host" if linux else "needs Linux and memfd_create",
-            possible=linux,
-        ),
+        _attempt("transport shm", "rank processes of one host, which needs memfd", _try_memfd),
     ]
 
 
@@ -173,8 +173,7 @@ def _mpich() -> Finding:
         launcher = find_mpiexec()
     except AnyEPError as error:
         return Finding(topic="comparison mpich", text=str(error), possible=False)
-    missing = [name for name in ("mpi4py",) if importlib.util.find_spec(name) is None]
-    return Finding(topic="comparison mpich", text=f"Alltoallv, started by {launcher}", possible=not missing)
+    return Finding(topic="comparison mpich", text=f"Alltoallv, started by {launcher}", possible=True)
 
 
 def _gib(num_bytes: int) -> str:

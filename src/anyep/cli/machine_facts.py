@@ -39,19 +39,19 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def total_memory_bytes() -> int:
-    """Return the machine's memory, 0 if unknown."""
-    return _meminfo().get("MemTotal", 0)
+def total_memory_bytes() -> int | None:
+    """Return the machine's memory; None where it is unknown."""
+    return _meminfo().get("MemTotal")
 
 
-def available_memory_bytes() -> int:
-    """Return what can be allocated now without swapping, in this machine and its cgroups; 0 if unknown."""
-    return linux.available_bytes() or 0
+def available_memory_bytes() -> int | None:
+    """Return what can be allocated now without swapping, in this machine and its cgroups; None where it is unknown."""
+    return linux.available_bytes()
 
 
-def free_memory_bytes() -> int:
-    """Return what the machine itself could give, whatever cgroups allow; 0 if unknown."""
-    return _meminfo().get("MemAvailable", 0)
+def free_memory_bytes() -> int | None:
+    """Return what the machine itself could give, whatever cgroups allow; None where it is unknown."""
+    return _meminfo().get("MemAvailable")
 
 
 def _own_cgroup(controller: str) -> Path:
@@ -91,11 +91,12 @@ def package_version(name: str) -> str | None:
 
 def describe_machine() -> dict[str, object]:
     """Return the facts that stand beside a measurement."""
+    total_bytes = total_memory_bytes()
     packages = {name: package_version(name) for name in ("anyep", "torch", "numba", "numpy", "mpi4py", "mpich")}
     return {
         "cpu": cpu_model(),
         "cores": available_cores(),
-        "memory_gib": round(total_memory_bytes() / 2**30, 1),
+        "memory_gib": None if total_bytes is None else round(total_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": sys.version.split()[0],
         **{name: found for name, found in packages.items() if found is not None},

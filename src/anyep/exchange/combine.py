@@ -168,7 +168,7 @@ def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | No
             end.kernels.reduce_weights(end.num_topk, first, last, *entries, table[1], weights.data_ptr())
         end.kernels.fence()
 
-    end.workers.over(send.num_tokens, tokens)
+    end.workers.over(send.num_tokens, end.row.y * send.width, tokens)
     return weights
 
 

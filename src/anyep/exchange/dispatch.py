@@ -204,4 +204,4 @@ def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
         )
         end.kernels.fence()
 
-    end.workers.over(plan.num_tokens, rows_of)
+    end.workers.over(plan.num_tokens, end.row.x * plan.width, rows_of)

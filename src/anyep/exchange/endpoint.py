@@ -24,6 +24,8 @@ OFFER_WORDS = 8
 """Status, rows, segment and offset of x, offset of scales, segment and offset of topk_idx, offset of weights."""
 
 _COPY_UNIT_BYTES = 1 << 16
+_GRAIN_BYTES = 1 << 16
+"""Handing work to a thread takes as long as moving this much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,13 @@ class Workers:
         self.num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="anyep-rows") if num_threads > 1 else None
 
-    def over(self, num_tokens: int, loop: Callable[[int, int], None]) -> None:
-        """Call ``loop(first, last)`` over ranges that cover [0, num_tokens)."""
-        if self._pool is None or num_tokens < 2 * self.num_threads:
+    def over(self, num_tokens: int, token_bytes: int, loop: Callable[[int, int], None]) -> None:
+        """Call ``loop(first, last)`` over ranges that cover [0, num_tokens), none much smaller than a grain."""
+        num_parts = min(self.num_threads, num_tokens, num_tokens * token_bytes // _GRAIN_BYTES)
+        if self._pool is None or num_parts < 2:
             loop(0, num_tokens)
             return
-        edges = [num_tokens * i // self.num_threads for i in range(self.num_threads + 1)]
+        edges = [num_tokens * i // num_parts for i in range(num_parts + 1)]
         for future in [self._pool.submit(loop, a, b) for a, b in pairwise(edges)]:
             future.result()
 
@@ -73,7 +76,7 @@ class Workers:
             kernels.copy(source_addr + begin, destination_addr + begin, end - begin)
             kernels.fence()
 
-        self.over(num_pages, pages)
+        self.over(num_pages, _COPY_UNIT_BYTES, pages)
 
     def close(self) -> None:
         if self._pool is not None:

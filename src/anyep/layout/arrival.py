@@ -16,21 +16,25 @@ Counts = NDArray[np.int64]
 class Arrival:
     """A received batch before a byte of it moved.
 
-    ``start_RB`` holds, for each source rank, the first row of each of its bins: one bin in the compact layout, one
-    for every local expert in the expert layout. ``gap_begin`` and ``gap_end`` are the row ranges nobody writes
-    (alignment, and the tail of a fixed number of rows).
+    ``num_filled`` rows are sent or pad a group; where the number of rows is fixed they may be more than ``num_rows``,
+    which the caller refuses. ``start_RB`` holds, for each source rank, the first row of each of its bins: one bin in
+    the compact layout, one for every local expert in the expert layout. ``gap_begin`` and ``gap_end`` (int32 [gaps]
+    each) are the row ranges nobody writes (alignment, and the tail of a fixed number of rows).
     """
 
     num_rows: int
     num_filled: int
     start_RB: Counts
     expert_counts: list[int]
+    """rows for each local expert, without padding"""
     gap_begin: IntArray
     gap_end: IntArray
 
 
 def compact_arrival(rows_R: Counts, expert_rows_RL: Counts, *, static_rows: int | None = None) -> Arrival:
     """Each token once, ordered by (source rank, source token).
+
+    ``rows_R`` int64 [R]: rows from each source; ``expert_rows_RL`` int64 [R, L]: pairs for each local expert.
 
     >>> compact_arrival(np.array([2, 0, 3]), np.array([[1, 1], [0, 0], [3, 0]])).start_RB.ravel().tolist()
     [0, 2, 2]
@@ -47,6 +51,8 @@ def compact_arrival(rows_R: Counts, expert_rows_RL: Counts, *, static_rows: int 
 
 def expert_arrival(expert_rows_RL: Counts, *, alignment: int = 1, static_rows: int | None = None) -> Arrival:
     """Rows grouped by local expert, each group padded to ``alignment``, ordered by (source rank, token, column).
+
+    ``expert_rows_RL`` int64 [R, L]: rows from each source for each local expert.
 
     >>> a = expert_arrival(np.array([[1, 2], [2, 0]]), alignment=4)
     >>> a.num_rows, a.start_RB.tolist(), a.gap_begin.tolist(), a.gap_end.tolist()

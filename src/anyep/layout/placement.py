@@ -30,10 +30,6 @@ class Placement:
     def max_local_experts(self) -> int:
         return int(self.experts_per_rank_R.max(initial=0))
 
-    def local_experts(self, rank: int) -> IntArray:
-        """Return the global indices of ``rank``'s experts, ascending."""
-        return np.flatnonzero(self.expert_rank_E == rank).astype(np.int32)
-
 
 def even_placement(num_experts: int, num_ranks: int) -> Placement:
     """Place contiguous ranges of experts; where E is no multiple of R the first ranks own one more.

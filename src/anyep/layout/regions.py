@@ -36,7 +36,6 @@ class RowRegion:
     Two blocks, so that keeping the weights of a batch (autograd does) does not keep its rows.
     """
 
-    x_bytes: int
     scales_offset: int
     data_bytes: int
     weights_offset: int
@@ -47,13 +46,12 @@ def row_region(row: RowBytes, num_rows: int) -> RowRegion:
     """Lay out ``num_rows`` received rows.
 
     >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, y=200), 3)
-    RowRegion(x_bytes=300, scales_offset=384, data_bytes=396, weights_offset=128, routing_bytes=152)
+    RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, routing_bytes=152)
     """
     x_bytes = row.x * num_rows
     scales_offset = aligned(x_bytes) if row.scales else 0
     weights_offset = aligned(row.topk_idx * num_rows)
     return RowRegion(
-        x_bytes=x_bytes,
         scales_offset=scales_offset,
         data_bytes=scales_offset + row.scales * num_rows if row.scales else x_bytes,
         weights_offset=weights_offset,

@@ -17,7 +17,7 @@ tests. Rows are asked for by number (:data:`RowSource`), so that large exchanges
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -172,8 +172,7 @@ class Exchange:
         if arrivals.num_rows > self.static_rows:
             raise ValueError(f"{arrivals.num_rows} rows arrive and static_rows is {self.static_rows}")
         tail = self._padding(self.static_rows - arrivals.num_rows)
-        joined = self._joined(0, [arrivals, tail])
-        return Arrivals(**{**vars(joined), "counts": arrivals.counts})
+        return replace(self._joined(0, [arrivals, tail]), counts=arrivals.counts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anyep.cli.bench.rank import RankResult, Report
 
 _DRAWN = ("balanced", "zipf")
-_DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 256
+_DEFAULT_RANKS, _DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 8, 256
 _WIDTH = 132
 """Columns of the output where it goes to a file."""
 
@@ -84,19 +84,20 @@ def bench(
     Sizes are made smaller, and it says so, where this machine's memory needs it. Works inside a torchrun job too. Exit
     code 1: a byte was wrong, or the machine cannot do it.
     """
-    from anyep.cli.bench.launch import inside_job
+    from anyep.cli.bench.launch import job_ranks
 
     if transport == "inprocess" and compare:
         raise click.UsageError("--compare needs rank processes; leave out --transport inprocess")
-    job = inside_job() and transport == "shm"
+    job = job_ranks() if transport == "shm" else None
+    num_ranks = ranks or job or _DEFAULT_RANKS
     topk, experts = _check_routing(routing, topk, experts)
     if compare and not set(wire) <= {"bf16", "fp8"}:
         raise click.UsageError(f"--compare goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
-    if compare and experts % (ranks or 8):
-        raise click.UsageError(f"--compare needs --experts that --ranks divides, got {experts} and {ranks or 8}")
+    if compare and experts % num_ranks:
+        raise click.UsageError(f"--compare needs --experts that --ranks divides, got {experts} and {num_ranks}")
     sizes = [(name_of(n), n) for n in tokens] or list(default_sizes())
     plan = Plan(
-        ranks=ranks or 8,
+        ranks=num_ranks,
         workloads=tuple(
             Workload(name=name, tokens=n, hidden=hidden, topk=topk, experts=experts, wire=one_wire, routing=routing)
             for one_wire in wire
@@ -107,7 +108,7 @@ def bench(
         rounds=rounds,
         timeout_s=timeout,
     )
-    code = _in_job(plan, ranks, json_file) if job else _alone(plan, json_file)
+    code = _in_job(plan, ranks, json_file) if job is not None else _alone(plan, json_file)
     if code:
         raise click.exceptions.Exit(code)
 

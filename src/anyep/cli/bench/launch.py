@@ -53,17 +53,17 @@ class Failed:
     """it may have come from another rank's failure"""
 
 
-def inside_job() -> bool:
-    """Return whether torchrun, or something like it, has started this process as one rank of a job."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+def job_ranks() -> int | None:
+    """Return the ranks of the job in which torchrun, or something like it, has started this process; None: in none."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def run_threads(plan: Plan, report: Report) -> list[list[RankResult]]:
     """Run ranks as threads of this process."""
-    from anyep.transport.inprocess import local_group
+    from anyep.transport.inprocess import Member, local_group
 
-    def body(member: object) -> list[RankResult]:
-        return run_rank(member, plan, report if getattr(member, "rank", 0) == 0 else _silent)
+    def body(member: Member) -> list[RankResult]:
+        return run_rank(member, plan, report if member.rank == 0 else _silent)
 
     return list(local_group(plan.ranks).run(body))
 

@@ -64,47 +64,41 @@ def run_rank(group: object, plan: Plan, report: Report, communicator: Any = None
         exchange = make_exchange(workload, plan.ranks)
         tape = Tape(workload.hidden, DTYPES[workload.wire])
         report(Step(text=f"{_title(workload)}: set up"))
-        results += _Contests(group, plan, workload, exchange, tape, probe, report).run(communicator)
+        contests = _Contests(
+            group=group, plan=plan, workload=workload, exchange=exchange, tape=tape, probe=probe, report=report
+        )
+        results += contests.run(communicator)
     return results
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Contests:
     """All contests of one workload on one rank."""
 
-    def __init__(
-        self,
-        group: object,
-        plan: Plan,
-        workload: Workload,
-        exchange: Exchange,
-        tape: Tape,
-        probe: CopyProbe,
-        report: Report,
-    ) -> None:
-        self._group = group
-        self._plan = plan
-        self._workload = workload
-        self._exchange = exchange
-        self._tape = tape
-        self._probe = probe
-        self._report = report
+    group: object
+    plan: Plan
+    workload: Workload
+    exchange: Exchange
+    tape: Tape
+    probe: CopyProbe
+    report: Report
 
     def run(self, communicator: Any) -> list[RankResult]:
         with Ours(
-            self._group,
-            self._workload,
-            self._exchange,
-            self._tape,
-            transport=self._plan.transport,
-            timeout_s=self._plan.timeout_s,
+            self.group,
+            self.workload,
+            self.exchange,
+            self.tape,
+            transport=self.plan.transport,
+            timeout_s=self.plan.timeout_s,
         ) as ours:
-            return [self._own(ours), *(self._against(ours, name, communicator) for name in self._plan.peers)]
+            return [self._own(ours), *(self._against(ours, name, communicator) for name in self.plan.peers)]
 
     def _own(self, ours: Ours) -> RankResult:
         self._say("checking every byte")
-        checks = _OwnChecks(ours, self._exchange, self._workload.wire)
+        checks = _OwnChecks(ours, self.exchange, self.workload.wire)
         mismatches = checks.first()
-        operations = [Operation(name=COPY, run=self._probe.run), *ours.operations()]
+        operations = [Operation(name=COPY, run=self.probe.run), *ours.operations()]
         spans = self._contest(ours, operations, "timing")
         self._say("checking every byte again")
         mismatches = {**checks.again(), **mismatches}
@@ -114,9 +108,9 @@ class _Contests:
     def _against(self, ours: Ours, name: str, communicator: Any) -> RankResult:
         self._say(f"checking {name}")
         rank = ours.ep.rank
-        peer, layout = open_peer(name, communicator, ours, self._workload, self._exchange)
+        peer, layout = open_peer(name, communicator, ours, self.workload, self.exchange)
         try:
-            difference = check_peer(peer, layout, rank, self._tape)
+            difference = check_peer(peer, layout, rank, self.tape)
             turn = Operation(name=name, run=lambda: peer.combine(peer.dispatch()))
             operations = [*ours.together(), turn]
             spans = self._contest(ours, operations, f"against {name}")
@@ -127,7 +121,7 @@ class _Contests:
     def _contest(self, ours: Ours, operations: list[Operation], text: str) -> Spans:
         return contest(
             operations,
-            rounds=self._plan.rounds_of(self._workload),
+            rounds=self.plan.rounds_of(self.workload),
             warm_up=WARM_UP,
             barrier=ours.ep.barrier,
             after_round=lambda: self._say(text),
@@ -137,7 +131,7 @@ class _Contests:
         self, ours: Ours, name: str, operations: list[Operation], spans: Spans, mismatches: dict[str, str]
     ) -> RankResult:
         return RankResult(
-            workload=self._workload,
+            workload=self.workload,
             contest=name,
             names=[operation.name for operation in operations],
             spans=spans,
@@ -146,7 +140,7 @@ class _Contests:
         )
 
     def _say(self, text: str) -> None:
-        self._report(Step(text=f"{_title(self._workload)}: {text}"))
+        self.report(Step(text=f"{_title(self.workload)}: {text}"))
 
 
 class _OwnChecks:

@@ -20,11 +20,13 @@ _PEER_BUFFERS = 2
 _BF16_BYTES = 2
 
 
-def fit(plan: Plan, available_bytes: int) -> tuple[Plan, list[str]]:
+def fit(plan: Plan, available_bytes: int | None) -> tuple[Plan, list[str]]:
     """Return the plan with as many tokens as fit, and a sentence for each workload that became smaller.
 
-    CapacityError where not even one token a rank fits.
+    CapacityError where not even one token a rank fits. ``available_bytes`` None: unknown, so nothing is made smaller.
     """
+    if available_bytes is None:
+        return plan, []
     room = int(available_bytes * _USABLE)
     fitted, notes = [], []
     for workload in plan.workloads:

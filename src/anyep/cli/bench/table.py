@@ -49,9 +49,13 @@ def print_summary(summary: Summary, console: Console) -> None:
 def _machine_line(summary: Summary) -> str:
     machine = summary.machine
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {machine['torch']}, "
+        f"{machine['cpu']}, {machine['cores']} cores, {_memory(machine)}; torch {machine['torch']}, "
         f"numba {machine['numba']}, anyep {machine['anyep']}; all ranks copy {summary.copy_gb_s:.2f} GB/s"
     )
+
+
+def _memory(machine: dict[str, object]) -> str:
+    return "unknown memory" if machine["memory_gib"] is None else f"{machine['memory_gib']} GiB"
 
 
 def _headline(plan: Plan, workload: Workload) -> str:
