@@ -7,7 +7,6 @@
      │    ├── PeerLost        it died, or closed its buffer, while this rank needed it
      │    └── PeerTimeout     it is alive and silent for longer than timeout_s
      ├── CapacityError        memory or a fixed number of rows is too small for this call
-     ├── CorruptionError      bytes arrived that nobody sent
      ├── ClosedError          the buffer was closed, or broke earlier (the cause is chained)
      └── Unavailable          asked for, and impossible here; says what is possible
 """
@@ -49,10 +48,6 @@ class PeerTimeout(PeerError):
 
 class CapacityError(AnyEPError):
     """Memory, or a fixed number of rows, is too small for this call."""
-
-
-class CorruptionError(AnyEPError):
-    """Bytes arrived that nobody sent."""
 
 
 class ClosedError(AnyEPError):

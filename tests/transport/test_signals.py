@@ -11,7 +11,7 @@ import pytest
 
 from anyep.transport.base import Lane
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
-from anyep.transport.opening import load_signals
+from anyep.transport.together import load_signals
 
 FAR_S = 60.0
 """Longer than any test: a lost wake-up is a wait that ends only then."""

@@ -38,13 +38,13 @@ from anyep.transport.base import Words
 def dispatch(end: Endpoint, epoch: int, out: Outgoing, *, buffer: object) -> Received:
     """Run the protocol. Collective; raises RefusedError where all ranks refuse, PeerLost and PeerTimeout."""
     if out.cached is not None:
-        return _dispatch_cached(end, epoch, out, out.cached, buffer=buffer)
+        return _dispatch_cached(end, epoch, out, out.cached)
     step = f"dispatch {epoch}"
     opening = _opening(out, Kind.DISPATCH)
     announced_RW = end.exchange(end.lanes.open, epoch, _announcement(end, opening, out.plan), step)
     check_agreement(opening, announced_RW, step)
     arrival = _plan_arrival(end, announced_RW, out)
-    landing, offer_RW = _make_offer(end, arrival, out, step)
+    landing, offer_RW = _make_offer(end, arrival, out)
     offers_RW = end.exchange(end.lanes.offer, epoch, offer_RW, step)
     _check_offers(offers_RW, out.static_rows, step)
     assert landing is not None, "a rank without memory reports it in its offer"
@@ -62,10 +62,10 @@ def dispatch(end: Endpoint, epoch: int, out: Outgoing, *, buffer: object) -> Rec
     return _deliver(end, epoch, out, offers_RW[:, :OFFER_WORDS], landing, handle, step)
 
 
-def _dispatch_cached(end: Endpoint, epoch: int, out: Outgoing, handle: Handle, *, buffer: object) -> Received:
+def _dispatch_cached(end: Endpoint, epoch: int, out: Outgoing, handle: Handle) -> Received:
     step = f"cached dispatch {epoch}"
     opening = _opening(out, Kind.CACHED_DISPATCH)
-    landing, offer_RW = _make_offer(end, handle.arrival, out, step)
+    landing, offer_RW = _make_offer(end, handle.arrival, out)
     words_RW = message(opening, end.num_ranks, OFFER_WORDS, status=int(offer_RW[0, 0]))
     words_RW[:, BODY:] = offer_RW[:, :OFFER_WORDS]
     opened_RW = end.exchange(end.lanes.open, epoch, words_RW, step)
@@ -102,7 +102,7 @@ def _plan_arrival(end: Endpoint, announced_RW: Words, out: Outgoing) -> Arrival:
     return compact_arrival(announced_RW[:, BODY], expert_rows_RL, static_rows=out.static_rows)
 
 
-def _make_offer(end: Endpoint, arrival: Arrival, out: Outgoing, step: str) -> tuple[Landing | None, Words]:
+def _make_offer(end: Endpoint, arrival: Arrival, out: Outgoing) -> tuple[Landing | None, Words]:
     """Cut the final tensors and say where they lie; without memory say so, and let all ranks refuse together."""
     offer_RW = np.zeros((end.num_ranks, OFFER_WORDS + arrival.start_RB.shape[1]), np.int64)
     offer_RW[:, 1] = arrival.num_filled
@@ -157,7 +157,7 @@ def _deliver(
     landing.fill_gaps(end, handle.arrival)
     rows_sent = out.plan.rank_rows.numpy()
     end.exchange(end.lanes.done, epoch, rows_sent.astype(np.int64)[:, None], step)
-    end.counters.sent(end.row, int(rows_sent.sum()), handle.num_rows)
+    end.counters.sent(landing.row_bytes(end.row), int(rows_sent.sum()), handle.num_rows)
     return finish(end, landing, handle)
 
 

@@ -34,11 +34,12 @@ def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads
     """Describe an endpoint that has just been opened."""
     scales = "no scales" if end.wire.scale_format is None else f"scales {end.wire.scale_format.name} per 128 channels"
     threads = "cores divided by ranks" if threads_by_default else "num_threads was given"
+    facts = end.transport.describe()
     choices = [
         Choice(topic="mode", chosen="rendezvous", reason="counts first, then every row straight to its final place"),
         Choice(topic="transport", chosen=end.transport.name, reason=transport_reason),
         Choice(topic="wire", chosen=end.wire.name, reason=f"{end.row.x} bytes a row, {scales}"),
         Choice(topic="kernels", chosen=end.kernels.name, reason=f"{end.workers.num_threads} threads a rank: {threads}"),
-        *(Choice(topic=topic, chosen=fact, reason="transport") for topic, fact in end.transport.describe().items()),
+        *(Choice(topic=topic, chosen=fact, reason="so the transport says") for topic, fact in facts.items()),
     ]
     return Explanation(choices=tuple(choices), memory=memory)

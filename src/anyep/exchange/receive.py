@@ -9,7 +9,7 @@ import torch
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle, Received
 from anyep.layout.arrival import Arrival
-from anyep.layout.regions import RowRegion, row_region
+from anyep.layout.regions import RowBytes, RowRegion, row_region
 from anyep.transport.base import Block
 
 _MINUS_ONE = 0xFF
@@ -24,8 +24,14 @@ class Landing:
     data: Block
     routing: Block
     num_rows: int
+    num_topk: int
     idx_dtype: torch.dtype
     has_weights: bool
+
+    def row_bytes(self, row: RowBytes) -> int:
+        """Return what one row of this batch weighs, routing included."""
+        weights = row.topk_weights if self.has_weights else 0
+        return row.x + row.scales + self.num_topk * self.idx_dtype.itemsize + weights
 
     def places(self) -> list[int]:
         """Segment, offset of x, offset of scales; segment, offset of topk_idx, offset of weights."""
@@ -65,6 +71,7 @@ def cut_landing(end: Endpoint, arrival: Arrival, idx_dtype: torch.dtype, *, has_
         data=end.transport.allocate(region.data_bytes),
         routing=end.transport.allocate(region.routing_bytes),
         num_rows=arrival.num_rows,
+        num_topk=end.num_topk,
         idx_dtype=idx_dtype,
         has_weights=has_weights,
     )

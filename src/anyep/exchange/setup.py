@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Transport
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
+from anyep.transport.together import together
 
 _MAX_THREADS = 4
 """Two threads saturate a memory channel; four serve every host measured so far."""
@@ -31,10 +31,9 @@ class Opened:
 def open_endpoint(group: object, options: BufferOptions) -> Opened:
     """Collective. A rank that cannot take part makes every rank raise, and is named."""
     rendezvous = find_rendezvous(group)
-    _agree(rendezvous, options)
+    kernels = _agree(rendezvous, options)
     lanes = options.lanes(rendezvous.size)
     account = options.account(rendezvous.size, rendezvous.rank)
-    kernels = load(options.kernels)
     opened = open_transport(
         rendezvous,
         transport=options.transport,
@@ -67,36 +66,24 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
     )
 
 
-def _agree(rendezvous: Rendezvous, options: BufferOptions) -> None:
-    """Check one's own arguments, then everybody's; bad ones on one rank are an error on all."""
-    failure: Exception | None = None
-    try:
+def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
+    """Check every rank's arguments and load every rank's kernels; what fails on one rank is an error on all."""
+    loaded: list[KernelSet] = []
+
+    def act() -> dict[str, str]:
         options.check()
         options.place_experts(rendezvous.size)
-    except (TypeError, ValueError, OSError) as error:
-        failure = error
-    shared = {name: value for name, value in asdict(options).items() if name not in PRIVATE} if failure is None else {}
-    item = {
-        "error": None if failure is None else f"{type(failure).__name__}: {failure}",
-        "options": _as_text(shared),
-    }
-    items = [json.loads(raw) for raw in rendezvous.allgather(json.dumps(item).encode())]
-    if failure is not None:
-        raise failure
-    for rank, other in enumerate(items):
-        if other["error"] is not None:
-            raise ValueError(f"rank {rank} could not make its buffer: {other['error']}")
-    _check_equal(rendezvous.rank, items)
+        loaded.append(load(options.kernels))
+        return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
+
+    _check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
+    return loaded[0]
 
 
-def _as_text(options: dict[str, object]) -> dict[str, str]:
-    return {name: repr(value) for name, value in options.items()}
-
-
-def _check_equal(rank: int, items: list[dict[str, dict[str, str]]]) -> None:
-    for name, mine in items[rank]["options"].items():
-        for other, item in enumerate(items):
-            theirs = item["options"][name]
+def _check_equal(rank: int, told: list[dict[str, str]]) -> None:
+    for name, mine in told[rank].items():
+        for other, options in enumerate(told):
+            theirs = options[name]
             if theirs != mine:
                 raise ValueError(
                     f"{name} differs between ranks: {mine} on rank {rank}, {theirs} on rank {other}; "

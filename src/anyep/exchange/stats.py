@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyep.layout.regions import RowBytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
@@ -44,11 +42,11 @@ class Counters:
         self.refused = 0
         self.waiting_s = 0.0
 
-    def sent(self, row: RowBytes, rows_sent: int, rows_received: int) -> None:
+    def sent(self, row_bytes: int, rows_sent: int, rows_received: int) -> None:
         """Count one dispatch's rows."""
         self.rows_sent += rows_sent
         self.rows_received += rows_received
-        self.bytes_sent += rows_sent * (row.x + row.scales + row.topk_idx + row.topk_weights)
+        self.bytes_sent += rows_sent * row_bytes
 
     def returned(self, row_bytes: int, rows: int) -> None:
         """Count one combine's rows."""

@@ -14,7 +14,7 @@ import anyep  # noqa: F401
 with suppress(Exception):
     from anyep.kernels.registry import load
     from anyep.transport import shm  # noqa: F401
-    from anyep.transport.opening import load_signals
+    from anyep.transport.together import load_signals
 
     load_signals()
     load("cpu")

@@ -12,9 +12,9 @@ from anyep.machine import linux
 from anyep.transport.arena import Arena
 from anyep.transport.base import Blame, Lane
 from anyep.transport.liveness import Departure, follows_from_peer, spell_ranks
-from anyep.transport.opening import agree_on_sizes, load_signals, together
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
+from anyep.transport.together import agree_on_sizes, load_signals, together
 
 Result = TypeVar("Result")
 

@@ -18,9 +18,9 @@ from anyep.transport.base import Blame, Lane, Place, Words
 from anyep.transport.board import Board
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
 from anyep.transport.liveness import Departure, Wait, lost, silent
-from anyep.transport.opening import load_signals
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
+from anyep.transport.together import load_signals
 
 SLICE_NS = 20_000_000
 """How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed."""

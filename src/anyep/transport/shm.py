@@ -19,10 +19,10 @@ from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
 from anyep.transport.board import Board
 from anyep.transport.liveness import Departure, spell_ranks
-from anyep.transport.opening import agree_on_sizes, load_signals, together
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
+from anyep.transport.together import agree_on_sizes, load_signals, together
 
 
 @dataclass(frozen=True, kw_only=True)

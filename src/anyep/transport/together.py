@@ -30,7 +30,7 @@ def load_signals() -> ModuleType:
     return signals
 
 
-def together(rendezvous: Rendezvous, act: Callable[[], Any]) -> list[Any]:
+def together(rendezvous: Rendezvous, act: Callable[[], Any], *, what: str = "open its transport") -> list[Any]:
     """Act on every rank; return what every rank's act returned (JSON), in rank order.
 
     Collective. If acting fails on one rank it fails on all: there with its own error, elsewhere with CapacityError,
@@ -51,7 +51,7 @@ def together(rendezvous: Rendezvous, act: Callable[[], Any]) -> list[Any]:
     for rank, other in enumerate(items):
         if "error" in other:
             kind = _FAILURES.get(other["error"], Unavailable)
-            raise kind(f"rank {rank} could not open its transport: {other['error']}: {other['text']}")
+            raise kind(f"rank {rank} could not {what}: {other['error']}: {other['text']}")
     return [other["told"] for other in items]
 
 
