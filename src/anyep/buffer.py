@@ -21,7 +21,7 @@ from anyep.exchange.dispatch import dispatch
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
 from anyep.exchange.handle import Combined, Handle, Received, check_handle
-from anyep.exchange.options import BufferOptions
+from anyep.exchange.options import BufferOptions, placement_tuple
 from anyep.exchange.queue import OperationQueue
 from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
@@ -92,7 +92,7 @@ class Buffer:
             scales=scales,
             expert_alignment=expert_alignment,
             static_rows=static_rows,
-            placement=None if placement is None else tuple(int(rank) for rank in placement),
+            placement=placement_tuple(placement),
             transport=transport,
             kernels=kernels,
             num_threads=num_threads,

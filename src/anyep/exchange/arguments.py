@@ -34,9 +34,21 @@ def check_tensor(
     if len(value.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
         expected = shape_text(["any" if n is None else n for n in shape])
         raise ValueError(f"{name} must have shape {legend} = {expected}, got {shape_text(value.shape)}")
+    if value.layout is not torch.strided or not _has_memory(value):
+        raise TypeError(
+            f"{name} must be a dense tensor with memory of its own, got {type(value).__name__}, {value.layout}"
+        )
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: pass {name}.contiguous()")
     return value
+
+
+def _has_memory(value: torch.Tensor) -> bool:
+    """Return whether kernels can read the tensor: fake, functional and vmapped ones have no address."""
+    try:
+        return value.data_ptr() != 0 or value.numel() == 0
+    except RuntimeError:
+        return False
 
 
 def check_integer(name: str, value: object, *, at_least: int, at_most: int | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from anyep.errors import CapacityError
@@ -64,10 +65,15 @@ def prepare(
             "topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend="[N, num_topk]"
         )
     target = _check_out(end, out, handle, checked)
+    biases = _check_bias(end, bias, handle, checked.dtype)
+    if any(_overlap(target, one) and target.data_ptr() != one.data_ptr() for one in biases):
+        raise ValueError(
+            "out overlaps bias in other rows, which would be read after they were written; pass another out"
+        )
     return Returning(
         y=checked,
         topk_weights=weights,
-        bias=_check_bias(end, bias, handle, checked.dtype),
+        bias=biases,
         out=target,
         reduce=how,
         handle=handle,
@@ -89,11 +95,15 @@ def _check_bias(end: Endpoint, bias: object, handle: Handle, dtype: torch.dtype)
 def _check_out(end: Endpoint, out: object, handle: Handle, y: torch.Tensor) -> torch.Tensor:
     shape = [handle.num_tokens, end.hidden]
     if out is None:
-        return torch.empty(shape, dtype=y.dtype)
+        return torch.empty(shape, dtype=y.dtype, device="cpu")
     target = check_tensor("out", out, dtypes=[y.dtype], shape=shape, legend="[T, hidden]")
-    if target.data_ptr() < y.data_ptr() + y.nbytes and y.data_ptr() < target.data_ptr() + target.nbytes:
+    if _overlap(target, y):
         raise ValueError("out overlaps y, which other ranks are still reading; pass another tensor")
     return target
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def combine(end: Endpoint, epoch: int, back: Returning) -> torch.Tensor | Combined:
@@ -111,8 +121,9 @@ def combine(end: Endpoint, epoch: int, back: Returning) -> torch.Tensor | Combin
     opened_RW = end.exchange(end.lanes.open, epoch, words_RW, step)
     check_agreement(opening, opened_RW, step)
     weights = _pull(end, back, opened_RW[:, BODY:])
-    read = torch.zeros((end.num_ranks, 1), dtype=torch.int64).numpy()
+    read = np.zeros((end.num_ranks, 1), np.int64)
     end.exchange(end.lanes.done, epoch, read, step)
+    end.transport.check(epoch, step)  # a lender that gave up on somebody may have written over what was just read
     del loans  # kept until here: peers were reading them
     end.counters.returned(back.y.itemsize * end.hidden, int(back.handle.send.rank_rows.sum()))
     return back.out if weights is None else Combined(x=back.out, topk_weights=weights)
@@ -150,7 +161,11 @@ def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | No
     send = back.handle.send
     entries = (send.width, int(back.reduce == "rank"), send.entry_rank.data_ptr(), send.entry_row.data_ptr())
     bias = [one.data_ptr() for one in back.bias] + [0, 0]
-    weights = None if back.topk_weights is None else torch.empty((send.num_tokens, end.num_topk), dtype=torch.float32)
+    weights = (
+        None
+        if back.topk_weights is None
+        else torch.empty((send.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
+    )
 
     def tokens(first: int, last: int) -> None:
         end.kernels.reduce(

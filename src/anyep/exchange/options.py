@@ -17,6 +17,9 @@ from anyep.transport.arena import rounded_to_segments
 from anyep.transport.control import ControlLayout
 from anyep.transport.registry import check_name
 
+_MOST = 2**31 - 1
+"""Row numbers and sizes are int32 in kernels."""
+_MOST_EXPERTS = 1 << 20
 RING = 2
 """Ring slots a lane: twice the operations in flight (transport/base.py has the argument)."""
 
@@ -43,27 +46,36 @@ class BufferOptions:
 
     def check(self) -> None:
         """Raise TypeError, ValueError or OSError, naming the argument."""
-        check_integer("hidden", self.hidden, at_least=1)
-        check_integer("num_experts", self.num_experts, at_least=1)
-        check_integer("num_topk", self.num_topk, at_least=1)
-        check_integer("max_tokens_per_rank", self.max_tokens_per_rank, at_least=0)
-        check_integer("expert_alignment", self.expert_alignment, at_least=1)
+        check_integer("hidden", self.hidden, at_least=1, at_most=_MOST)
+        check_integer("num_experts", self.num_experts, at_least=1, at_most=_MOST_EXPERTS)
+        check_integer("num_topk", self.num_topk, at_least=1, at_most=_MOST_EXPERTS)
+        check_integer("max_tokens_per_rank", self.max_tokens_per_rank, at_least=0, at_most=_MOST)
+        check_integer("expert_alignment", self.expert_alignment, at_least=1, at_most=_MOST_EXPERTS)
         for name, value, least in (
             ("static_rows", self.static_rows, 0),
             ("num_threads", self.num_threads, 1),
             ("arena_bytes", self.arena_bytes, 0),
         ):
             if value is not None:
-                check_integer(name, value, at_least=least)
+                check_integer(name, value, at_least=least, at_most=None if name == "arena_bytes" else _MOST)
         self._check_timeout()
-        if self.placement is not None and len(self.placement) != self.num_experts:
+        self._check_placement()
+        self.make_wire()
+        check_name(self.transport)
+        self.recorder(0)
+
+    def _check_placement(self) -> None:
+        if self.placement is None:
+            return
+        if not isinstance(self.placement, tuple):
+            raise TypeError(f"placement must be a sequence of ranks, one an expert, got {self.placement!r}")
+        for expert, rank in enumerate(self.placement):
+            check_integer(f"placement[{expert}]", rank, at_least=0)
+        if len(self.placement) != self.num_experts:
             raise ValueError(
                 f"placement must name a rank for each of num_experts={self.num_experts} experts, "
                 f"got {len(self.placement)}"
             )
-        self.make_wire()
-        check_name(self.transport)
-        self.recorder(0)
 
     def _check_timeout(self) -> None:
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)):
@@ -122,6 +134,13 @@ class BufferOptions:
         )
 
 
+def placement_tuple(placement: object) -> tuple[int, ...] | None:
+    """Return a list, tuple or array of ranks as a tuple; anything else as it is, for ``check`` to refuse."""
+    if hasattr(placement, "tolist"):
+        placement = placement.tolist()
+    return tuple(placement) if isinstance(placement, list) else placement  # type: ignore[return-value]
+
+
 PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record")
 """Options that each rank may choose for itself."""
 
@@ -154,7 +173,7 @@ def memory_account(
         max_tokens_per_rank=max_tokens_per_rank,
         wire=wire,
         scales=scales,
-        placement=None if placement is None else tuple(placement),
+        placement=placement_tuple(placement),
         arena_bytes=arena_bytes,
     )
     options.check()

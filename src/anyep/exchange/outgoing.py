@@ -87,12 +87,12 @@ def _route(end: Endpoint, topk_idx: torch.Tensor, *, by_expert: bool) -> SendPla
         width=width,
         by_expert=by_expert,
         topk_idx=topk_idx.clone(),
-        entry_rank=torch.empty((num_tokens, width), dtype=torch.int32),
-        entry_row=torch.empty((num_tokens, width), dtype=torch.int32),
-        rank_rows=torch.empty(end.num_ranks, dtype=torch.int32),
-        expert_rows=torch.empty(num_experts, dtype=torch.int32),
+        entry_rank=torch.empty((num_tokens, width), dtype=torch.int32, device="cpu"),
+        entry_row=torch.empty((num_tokens, width), dtype=torch.int32, device="cpu"),
+        rank_rows=torch.empty(end.num_ranks, dtype=torch.int32, device="cpu"),
+        expert_rows=torch.empty(num_experts, dtype=torch.int32, device="cpu"),
     )
-    scratch = torch.empty(end.num_ranks + num_experts, dtype=torch.int32)
+    scratch = torch.empty(end.num_ranks + num_experts, dtype=torch.int32, device="cpu")
     bad = end.kernels.route(
         plan.topk_idx.data_ptr(),
         topk_idx.itemsize,

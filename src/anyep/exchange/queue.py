@@ -24,8 +24,9 @@ class OperationQueue:
     def __init__(self, on_break: Callable[[BaseException], None], on_refusal: Callable[[], None]) -> None:
         self._turn = threading.Lock()
         self._posting = threading.Lock()
+        self._counting = threading.Lock()
         self._background: ThreadPoolExecutor | None = None
-        self._last: Future[Any] | None = None
+        self._under_way = 0  # operations in the background; a future would keep its result alive
         self._epoch = 0
         self._on_break = on_break
         self._on_refusal = on_refusal
@@ -35,7 +36,7 @@ class OperationQueue:
     def run(self, label: str, operation: Callable[[int], Result]) -> Result:
         """Run now, or behind what is under way, and return the result."""
         with self._posting:
-            if self._last is None or self._last.done():
+            if self._under_way == 0:
                 return self._take_turn(operation)
             pending = self._submit(label, operation)
         return pending.wait()
@@ -64,9 +65,15 @@ class OperationQueue:
         self.check_open()
         if self._background is None:
             self._background = ThreadPoolExecutor(1, thread_name_prefix="anyep-operations")
+        with self._counting:
+            self._under_way += 1
         future = self._background.submit(self._take_turn, operation)
-        self._last = future
+        future.add_done_callback(self._note_end)
         return Pending(future, label)
+
+    def _note_end(self, _: Future[Any]) -> None:
+        with self._counting:
+            self._under_way -= 1
 
     def _take_turn(self, operation: Callable[[int], Result]) -> Result:
         with self._turn:

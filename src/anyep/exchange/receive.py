@@ -100,5 +100,5 @@ def tensor_on(block: Block, offset: int, shape: tuple[int, int], dtype: torch.dt
     """Return a tensor on a block's bytes; the tensor keeps the block."""
     count = shape[0] * shape[1]
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=offset).view(shape)

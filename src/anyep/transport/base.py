@@ -100,6 +100,10 @@ class Transport(Protocol):
         """
         ...
 
+    def check(self, epoch: int, step: str) -> None:
+        """Raise PeerLost or PeerTimeout if a rank has left because of an error, whatever it had posted before."""
+        ...
+
     def close(self, blame: Blame | None = None) -> None:
         """Tell the peers, and free the arena once its last tensor is gone. Idempotent, never waits for a peer.
 

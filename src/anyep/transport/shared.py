@@ -134,6 +134,26 @@ class SharedTransport:
             self._keep_waiting(opened, slot, epoch, step, started_ns)
         return slot.view
 
+    def check(self, epoch: int, step: str) -> None:
+        opened = self._opened()
+        told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
+        departures = {rank: left for rank, left in told.items() if left is not None and left.blame is not None}
+        if not departures:
+            return
+        wait = Wait(
+            step=step,
+            epoch=epoch,
+            rank=self.rank,
+            missing=sorted(departures),
+            arrived=[rank for rank in range(self.size) if rank not in departures],
+            elapsed_s=0.0,
+            timeout_s=self._timeout_s,
+            names=opened.neighbours.names(),
+        )
+        error = lost(wait, departures)
+        assert error is not None, "a departure is a reason"
+        raise error
+
     def close(self, blame: Blame | None = None) -> None:
         with self._leaving:
             opened, self._open = self._open, None
