@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyep
 
@@ -36,6 +37,17 @@ class Scene:
         return self.received.handle
 
 
+def fake(tensor: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(tensor)
+
+
+def shifted(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A bias, and an out one row further in the same memory."""
+    rows = torch.zeros(T + 1, H, dtype=x.dtype)
+    return {"bias": rows[:-1], "out": rows[1:]}
+
+
 def changed(tensor: torch.Tensor, value: int) -> torch.Tensor:
     other = tensor.clone()
     other[2, 1] = value
@@ -47,6 +59,13 @@ CALLS = [
     ("x is None", lambda s: s.ep.dispatch(None, s.idx), TypeError, ["x must be", "NoneType"]),
     ("x of another dtype", lambda s: s.ep.dispatch(s.x.double(), s.idx), TypeError, ["bfloat16", "float64"]),
     ("x in fp16 on a bf16 wire", lambda s: s.ep.dispatch(s.x.half(), s.idx), TypeError, ["bfloat16", "float16"]),
+    (
+        "x without memory",
+        lambda s: s.ep.dispatch(fake(s.x), s.idx),
+        TypeError,
+        ["with memory", "FakeTensor"],
+    ),
+    ("x in mkldnn's layout", lambda s: s.fp8.dispatch(s.x.float().to_mkldnn(), s.idx), TypeError, ["dense", "mkldnn"]),
     ("x with another hidden", lambda s: s.ep.dispatch(s.x[:, :32].clone(), s.idx), ValueError, ["[5, 32]", "64"]),
     ("x one-dimensional", lambda s: s.ep.dispatch(s.x[0], s.idx), ValueError, ["[T, hidden]", "[64]"]),
     ("x transposed", lambda s: s.ep.dispatch(torch.empty(H, T, dtype=s.x.dtype).T, s.idx), ValueError, ["contiguous"]),
@@ -160,6 +179,7 @@ CALLS = [
     ("bias of another dtype", lambda s: s.ep.combine(s.y, s.handle, bias=s.x.float()), TypeError, ["bias", "float32"]),
     ("out of another shape", lambda s: s.ep.combine(s.y, s.handle, out=s.x[:2]), ValueError, ["out", "[2, 64]"]),
     ("out of another dtype", lambda s: s.ep.combine(s.y, s.handle, out=s.x.float()), TypeError, ["out", "float32"]),
+    ("out across bias", lambda s: s.ep.combine(s.y, s.handle, **shifted(s.x)), ValueError, ["out overlaps bias"]),
     ("out inside y", lambda s: s.ep.combine(s.y, s.handle, out=s.y[:T]), ValueError, ["out overlaps y"]),
     (
         "returned weights of another shape",
@@ -243,6 +263,11 @@ CONSTRUCTORS = [
     ("an unknown wire", {"wire": "fp4"}, ValueError, ["wire", "'fp8'", "'fp4'"]),
     ("unknown scales", {"wire": "fp8", "scales": "int8"}, ValueError, ["scales", "'ue8m0'", "'int8'"]),
     ("scales without fp8", {"scales": "pow2"}, ValueError, ["wire='fp8'", "'bf16'"]),
+    ("a huge alignment", {"expert_alignment": 2**31}, ValueError, ["expert_alignment", "at most"]),
+    ("huge static rows", {"static_rows": 2**31}, ValueError, ["static_rows", "at most 2147483647"]),
+    ("huge experts", {"num_experts": 2**62}, ValueError, ["num_experts", "at most"]),
+    ("a placement of words", {"placement": ["a"] * 8}, TypeError, ["placement[0]", "'a'"]),
+    ("a placement that is no sequence", {"placement": 5}, TypeError, ["placement must be a sequence", "5"]),
     ("alignment 0", {"expert_alignment": 0}, ValueError, ["expert_alignment"]),
     ("negative static rows", {"static_rows": -1}, ValueError, ["static_rows"]),
     ("no threads", {"num_threads": 0}, ValueError, ["num_threads"]),

@@ -142,6 +142,29 @@ def test_overlapping_operations_in_the_background():
     on_ranks(CASE, rank_main)
 
 
+def test_a_batch_from_the_background_comes_back_too():
+    def rank_main(ep, batch):
+        held = ep.dispatch(batch.x, batch.topk_idx, wait=False).wait()
+        del held
+        ep.barrier()
+        gc.collect()
+        return ep._end.transport._open.arena.used_bytes
+
+    assert on_ranks(CASE, rank_main) == [0, 0, 0]
+
+
+def test_a_default_device_changes_nothing():
+    def rank_main(ep, batch):
+        plain = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights)
+        with torch.device("meta"):
+            received = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights)
+            combined = ep.combine(received.x, received.handle, topk_weights=received.topk_weights)
+        same_bits(received, plain)
+        assert_same("combined", combined.x, ep.combine(plain.x, plain.handle))
+
+    on_ranks(CASE, rank_main)
+
+
 def test_background_errors_arrive_at_wait():
     def rank_main(ep, batch):
         layout = "compact" if ep.rank else "expert"

@@ -140,6 +140,30 @@ def test_a_stopped_rank_is_a_timeout_that_names_it_with_counters(tmp_path):
     assert outcomes[1].value[0] in ("PeerTimeout", "PeerLost"), "the sleeper learns that the others gave up"
 
 
+def read_late(group, rank):
+    """Rank 1 reads rank 0's rows only when rank 0 has given up on it and written over them."""
+    torch.set_num_threads(1)
+    x = torch.ones(4, 512, dtype=torch.bfloat16)
+    idx = torch.tensor([[0, 4]] * 4)
+    with anyep.Buffer(group, timeout_s=0.5, **SIZES) as ep:
+        received = ep.dispatch(x, idx)
+        y = ep.empty_output(received.handle)
+        y.fill_(1)
+        if rank == 1:
+            reduce = ep._end.kernels.reduce
+            ep._end.kernels.reduce = lambda *numbers: (time.sleep(1.5), reduce(*numbers))
+        try:
+            ep.combine(y, received.handle)
+        except anyep.PeerTimeout as error:
+            y.fill_(777)
+            return error.ranks
+    return None
+
+
+def test_rows_that_were_written_over_are_an_error_and_no_result():
+    assert run_processes(2, read_late) == [(1,), (1,)]
+
+
 def interrupted(group, rank):
     with anyep.Buffer(group, **SIZES) as ep:
         ep.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,12 @@ def check_tensor(
 def _has_memory(value: torch.Tensor) -> bool:
     """Return whether kernels can read the tensor: fake, functional and vmapped ones have no address."""
     try:
-        return value.data_ptr() != 0 or value.numel() == 0
-    except RuntimeError:
+        if type(value) is torch.Tensor:
+            return value.data_ptr() != 0 or value.numel() == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # a fake tensor's address is 0, after a warning
+            return value.data_ptr() != 0 or value.numel() == 0
+    except (RuntimeError, UserWarning):
         return False
 
 
