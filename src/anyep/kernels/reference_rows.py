@@ -1,0 +1,136 @@
+"""The oracle's half that moves: routes, and rows as bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from anyep.kernels.reference_memory import IDX_DTYPES, entries, peer, read, write
+
+
+class ReferenceRows:
+    """:class:`~anyep.kernels.spec_rows.RowKernels`; its docstrings are the spec's."""
+
+    def route(
+        self,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_ranks: int,
+        expert_rank_addr: int,
+        by_expert: int,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+        rank_rows_addr: int,
+        expert_rows_addr: int,
+        scratch_addr: int,
+    ) -> int:
+        topk_idx = read(topk_idx_addr, IDX_DTYPES[idx_bytes], num_tokens, num_topk)
+        bad = torch.nonzero(((topk_idx < -1) | (topk_idx >= num_experts)).flatten())
+        if len(bad):
+            return int(bad[0])
+        expert_rank = read(expert_rank_addr, torch.int32, num_experts).tolist()
+        width = num_topk if by_expert else min(num_topk, num_ranks)
+        entry_rank = torch.full((num_tokens, width), -1, dtype=torch.int32)
+        entry_slot = torch.full((num_tokens, width), -1, dtype=torch.int32)
+        rank_rows, expert_rows = [0] * num_ranks, [0] * num_experts
+        for t, experts in enumerate(topk_idx.tolist()):
+            ranks = [expert_rank[e] if e >= 0 else -1 for e in experts]
+            entry_ranks = ranks if by_expert else sorted({rank for rank in ranks if rank >= 0})
+            for j, rank in enumerate(entry_ranks):
+                if rank >= 0:
+                    entry_rank[t, j] = rank
+                    entry_slot[t, j] = expert_rows[experts[j]] if by_expert else rank_rows[rank]
+                    rank_rows[rank] += 1
+                    expert_rows[experts[j]] += by_expert
+            for e in experts if not by_expert else []:
+                expert_rows[e] += e >= 0
+        write(entry_rank_addr, entry_rank)
+        write(entry_slot_addr, entry_slot)
+        write(rank_rows_addr, torch.tensor(rank_rows, dtype=torch.int32))
+        write(expert_rows_addr, torch.tensor(expert_rows, dtype=torch.int32))
+        return -1
+
+    def place(
+        self,
+        entry_rank_addr: int,
+        entry_addr: int,
+        num_tokens: int,
+        width: int,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        by_expert: int,
+        start_addr: int,
+    ) -> None:
+        for t, entry in enumerate(entries(0, num_tokens, width, entry_rank_addr, entry_addr)):
+            for rank, slot, j in entry:
+                bin_ = rank
+                if by_expert:
+                    bin_ = int(read(topk_idx_addr + (t * width + j) * idx_bytes, IDX_DTYPES[idx_bytes], 1))
+                start = read(start_addr + 4 * bin_, torch.int32, 1)
+                write(entry_addr + 4 * (t * width + j), start + slot)
+
+    def scatter(
+        self,
+        x_addr: int,
+        row_bytes: int,
+        first_token: int,
+        last_token: int,
+        width: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_addr: int,
+    ) -> None:
+        named = entries(first_token, last_token, width, entry_rank_addr, entry_row_addr)
+        for t, entry in enumerate(named, start=first_token):
+            row = read(x_addr + t * row_bytes, torch.uint8, row_bytes)
+            for rank, place, _ in entry:
+                write(peer(peer_addr, rank) + place * row_bytes, row)
+
+    def scatter_routing(
+        self,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        topk_weights_addr: int,
+        first_token: int,
+        last_token: int,
+        num_topk: int,
+        width: int,
+        by_expert: int,
+        expert_rank_addr: int,
+        expert_local_addr: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_idx_addr: int,
+        peer_weights_addr: int,
+    ) -> None:
+        K, idx_dtype = num_topk, IDX_DTYPES[idx_bytes]
+        named = entries(first_token, last_token, width, entry_rank_addr, entry_row_addr)
+        for t, entry in enumerate(named, start=first_token):
+            experts = read(topk_idx_addr + t * K * idx_bytes, idx_dtype, K).tolist()
+            ranks = [int(read(expert_rank_addr + 4 * e, torch.int32, 1)) if e >= 0 else -1 for e in experts]
+            local = [int(read(expert_local_addr + 4 * e, torch.int32, 1)) if e >= 0 else -1 for e in experts]
+            for rank, row, j in entry:
+                serves = torch.tensor([k == j if by_expert else ranks[k] == rank for k in range(K)])
+                idx = torch.where(serves, torch.tensor(local), -1).to(idx_dtype)
+                write(peer(peer_idx_addr, rank) + row * K * idx_bytes, idx)
+                if topk_weights_addr:
+                    weight_bits = read(topk_weights_addr + t * K * 4, torch.int32, K)
+                    bits = torch.where(serves, weight_bits, torch.zeros_like(weight_bits))
+                    write(peer(peer_weights_addr, rank) + row * K * 4, bits)
+
+    def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
+        write(destination_addr, read(source_addr, torch.uint8, num_bytes))
+
+    def fill_rows(
+        self, base_addr: int, row_bytes: int, num_gaps: int, gap_begin_addr: int, gap_end_addr: int, byte: int
+    ) -> None:
+        begins = read(gap_begin_addr, torch.int32, num_gaps).tolist()
+        ends = read(gap_end_addr, torch.int32, num_gaps).tolist()
+        for begin, end in zip(begins, ends, strict=True):
+            filling = torch.full(((end - begin) * row_bytes,), byte, dtype=torch.uint8)
+            write(base_addr + begin * row_bytes, filling)
+
+    def fence(self) -> None:
+        """Nothing to do: every store here is an ordinary one, made by calls that the compiler cannot reorder."""

@@ -1,0 +1,129 @@
+"""The half of a kernel set that moves: routes, and rows as bytes. Conventions and legend: kernels/spec.py."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class RowKernels(Protocol):
+    """Loops that decide where rows go and bring them there, bit by bit as they are."""
+
+    def route(
+        self,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_ranks: int,
+        expert_rank_addr: int,
+        by_expert: int,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+        rank_rows_addr: int,
+        expert_rows_addr: int,
+        scratch_addr: int,
+    ) -> int:
+        """Decide who gets what; return -1, or the flat index of the first expert outside [-1, E).
+
+        ``topk_idx`` int32 or int64 [T, K] (``idx_bytes`` 4 or 8; -1 is none); ``expert_rank`` int32 [E]: who owns it.
+        Writes ``entry_rank`` int32 [T, W], ``entry_slot`` int32 [T, W] (-1 beside rank -1), ``rank_rows`` int32 [R]
+        (rows that go to each rank) and ``expert_rows`` int32 [E] ((token, column) pairs of each expert; a
+        duplicate counts twice). A slot is the entry's position among this rank's rows, in token order, then column
+        order, for the same destination rank (compact) or for the same expert (``by_expert`` 1).
+        ``scratch`` is int32 [R + E] with any content. Time is O(T K + R + E).
+
+        >>> # T=3, K=2, E=4, R=2, expert_rank=[0, 0, 1, 1], topk_idx=[[0, 3], [1, 0], [-1, 2]], compact
+        >>> # entry_rank=[[0, 1], [0, -1], [1, -1]]  entry_slot=[[0, 0], [1, -1], [1, -1]]
+        >>> # rank_rows=[2, 2]  expert_rows=[2, 1, 1, 1]
+        >>> # by_expert: entry_rank=[[0, 1], [0, 0], [-1, 1]]  entry_slot=[[0, 0], [0, 1], [-1, 0]]  rank_rows=[3, 2]
+        """
+        ...
+
+    def place(
+        self,
+        entry_rank_addr: int,
+        entry_addr: int,
+        num_tokens: int,
+        width: int,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        by_expert: int,
+        start_addr: int,
+    ) -> None:
+        """Turn slots into rows in place: row = slot + start of its bin.
+
+        ``entry`` int32 [T, W] holds slots and then rows. ``start`` int32 [R] (compact: bin = entry_rank) or [E]
+        (``by_expert``: bin = topk_idx[t, j]). Entries of rank -1 stay -1.
+
+        >>> # compact, entry_rank=[[0, 1], [0, -1], [1, -1]], entry=[[0, 0], [1, -1], [1, -1]], start=[10, 20]
+        >>> # entry=[[10, 20], [11, -1], [21, -1]]
+        """
+        ...
+
+    def scatter(
+        self,
+        x_addr: int,
+        row_bytes: int,
+        first_token: int,
+        last_token: int,
+        width: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_addr: int,
+    ) -> None:
+        """Copy row t of ``x`` (``row_bytes`` a row) to every place its entries name, for t in [first, last).
+
+        ``peer`` is the peer table of the destination arrays, which have rows of ``row_bytes`` too.
+
+        >>> # x=[[1, 2, 3], [4, 5, 6]] (bytes), entry_rank=[[0, 1], [1, -1]], entry_row=[[0, 1], [0, -1]]
+        >>> # rank 0: [[1, 2, 3]]  rank 1: [[4, 5, 6], [1, 2, 3]]
+        """
+        ...
+
+    def scatter_routing(
+        self,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        topk_weights_addr: int,
+        first_token: int,
+        last_token: int,
+        num_topk: int,
+        width: int,
+        by_expert: int,
+        expert_rank_addr: int,
+        expert_local_addr: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_idx_addr: int,
+        peer_weights_addr: int,
+    ) -> None:
+        """Write each row's [K] expert indices and weights beside it at its destination.
+
+        A row keeps its K columns. In a column that the row serves stands the expert's index at its rank
+        (``expert_local`` int32 [E]) and its weight; in all others -1 and 0. A compact row serves every column whose
+        expert lives at its rank, an expert row only its own column ``j``. Indices keep ``idx_bytes``; weights are fp32
+        [T, K]; ``topk_weights_addr`` 0 (none given) writes no weights and does not read ``peer_weights``.
+
+        >>> # topk_idx=[[0, 3]], weights=[[0.5, 0.25]], expert_rank=[0, 0, 1, 1], expert_local=[0, 1, 0, 1],
+        >>> # entry_rank=[[0, 1]], entry_row=[[0, 0]]: rank 0: idx=[[0, -1]] weights=[[0.5, 0]]
+        >>> # rank 1: idx=[[-1, 1]] weights=[[0, 0.25]]
+        """
+        ...
+
+    def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
+        """Copy bytes past the caches (they will be read by another rank, not here)."""
+        ...
+
+    def fill_rows(
+        self, base_addr: int, row_bytes: int, num_gaps: int, gap_begin_addr: int, gap_end_addr: int, byte: int
+    ) -> None:
+        """Fill rows [begin, end) of every gap (int32 [num_gaps] each) with one byte: 0 for zeros, 0xff for index -1.
+
+        >>> # row_bytes=2, gap_begin=[1], gap_end=[3], byte=0xff: rows [[7, 7], [255, 255], [255, 255], [7, 7]]
+        """
+        ...
+
+    def fence(self) -> None:
+        """Make every store of this thread visible before the stores that follow (non-temporal stores too)."""
+        ...
