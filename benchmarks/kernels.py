@@ -55,13 +55,15 @@ class Workload:
         generator = torch.Generator().manual_seed(1)
         self.topk_idx = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOPK] for _ in range(num_tokens)])
         self.entry_rank = torch.empty((num_tokens, TOPK), dtype=torch.int32)
+        self.entry_slot = torch.empty((num_tokens, TOPK), dtype=torch.int32)
         self.entry_row = torch.empty((num_tokens, TOPK), dtype=torch.int32)
         self.rank_rows = self.route(RANKS)
         self.num_rows = int(self.rank_rows.sum())
         section = max(1, int(self.rank_rows.max()))
         self.start = torch.full((RANKS,), SENDER * section, dtype=torch.int32)
         kernels.place(
-            self.entry_rank.data_ptr(), self.entry_row.data_ptr(), num_tokens, TOPK, 0, 8, 0, self.start.data_ptr()
+            *(self.entry_rank.data_ptr(), self.entry_slot.data_ptr(), num_tokens, TOPK, 0, 8, 0),
+            *(self.start.data_ptr(), self.entry_row.data_ptr()),
         )
         self.peers = [torch.empty((RANKS * section, HIDDEN), dtype=torch.bfloat16) for _ in range(RANKS)]
         for peer in self.peers:
@@ -87,7 +89,7 @@ class Workload:
         scratch = torch.empty(num_ranks + EXPERTS, dtype=torch.int32)
         self.kernels.route(
             *(self.topk_idx.data_ptr(), 8, self.T, TOPK, EXPERTS, num_ranks, expert_rank.data_ptr(), 0),
-            *(self.entry_rank.data_ptr(), self.entry_row.data_ptr(), rank_rows.data_ptr(), expert_rows.data_ptr()),
+            *(self.entry_rank.data_ptr(), self.entry_slot.data_ptr(), rank_rows.data_ptr(), expert_rows.data_ptr()),
             scratch.data_ptr(),
         )
         return rank_rows

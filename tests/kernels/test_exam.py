@@ -89,14 +89,24 @@ class _AcceptsAnyExpert(_Faulty):
 
 
 class _CountsFromTheWrongBin(_Faulty):
-    def place(self, entry_rank, entry, T, W, idx, idx_bytes, by_expert, start):
-        super().place(entry_rank, entry, T, W, idx, idx_bytes, 0, start)
+    def place(self, entry_rank, slot, T, W, idx, idx_bytes, by_expert, *rest):
+        super().place(entry_rank, slot, T, W, idx, idx_bytes, 0, *rest)
+
+
+class _PlacesOverItsSlots(_Faulty):
+    def place(self, entry_rank, slot, *rest):
+        super().place(entry_rank, slot, *rest[:-1], slot)
 
 
 class _LeavesWeightsBesideMinusOne(_Faulty):
     def scatter_routing(self, *arguments):
         by_expert = 7
         super().scatter_routing(*arguments[:by_expert], 0, *arguments[by_expert + 1 :])
+
+
+class _ForgetsTheTokens(_Faulty):
+    def scatter_routing(self, *arguments):
+        super().scatter_routing(*arguments[:-1], 0)
 
 
 class _FillsWithZeroOnly(_Faulty):

@@ -46,9 +46,11 @@ def test_route_names_the_first_expert_outside(kernels, bad):
 
 
 def test_place(kernels):
-    ranks, entry, start = i32([[0, 1], [0, -1], [1, -1]]), i32([[0, 0], [1, -1], [1, -1]]), i32([10, 20])
-    kernels.place(ranks.data_ptr(), entry.data_ptr(), 3, 2, 0, 8, 0, start.data_ptr())
-    assert entry.tolist() == [[10, 20], [11, -1], [21, -1]]
+    ranks, slots, start = i32([[0, 1], [0, -1], [1, -1]]), i32([[0, 0], [1, -1], [1, -1]]), i32([10, 20])
+    rows = poisoned(3, 2, dtype=torch.int32)
+    kernels.place(ranks.data_ptr(), slots.data_ptr(), 3, 2, 0, 8, 0, start.data_ptr(), rows.data_ptr())
+    assert rows.tolist() == [[10, 20], [11, -1], [21, -1]]
+    assert slots.tolist() == [[0, 0], [1, -1], [1, -1]]
 
 
 def test_scatter(kernels):
@@ -61,17 +63,28 @@ def test_scatter(kernels):
     assert rank1.tolist() == [[4, 5, 6], [1, 2, 3]]
 
 
+def test_scatter_skips_a_rank_without_an_address(kernels):
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)
+    rank1 = poisoned(2, 3, dtype=torch.uint8)
+    ranks, rows, peers = i32([[0, 1], [1, -1]]), i32([[0, 1], [0, -1]]), torch.tensor([0, rank1.data_ptr()])
+    kernels.scatter(x.data_ptr(), 3, 0, 2, 2, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr())
+    kernels.fence()
+    assert rank1.tolist() == [[4, 5, 6], [1, 2, 3]]
+
+
 def test_scatter_routing(kernels):
     idx, weights = torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.25]])
     expert_rank, expert_local = i32(EXPERT_RANK), i32([0, 1, 0, 1])
     ranks, rows = i32([[0, 1]]), i32([[0, 0]])
     there_idx = [poisoned(1, 2, dtype=torch.int64) for _ in range(2)]
     there_weights = [poisoned(1, 2, dtype=torch.float32) for _ in range(2)]
-    idx_table, weights_table = table(*there_idx), table(*there_weights)
+    there_token = [poisoned(1, dtype=torch.int32) for _ in range(2)]
+    tables = [table(*there) for there in (there_idx, there_weights, there_token)]
     head = (idx.data_ptr(), 8, weights.data_ptr(), 0, 1, 2, 2, 0, expert_rank.data_ptr(), expert_local.data_ptr())
-    kernels.scatter_routing(*head, ranks.data_ptr(), rows.data_ptr(), idx_table.data_ptr(), weights_table.data_ptr())
+    kernels.scatter_routing(*head, ranks.data_ptr(), rows.data_ptr(), *(one.data_ptr() for one in tables))
     assert [one.tolist() for one in there_idx] == [[[0, -1]], [[-1, 1]]]
     assert [one.tolist() for one in there_weights] == [[[0.5, 0.0]], [[0.0, 0.25]]]
+    assert [one.tolist() for one in there_token] == [[0], [0]]
 
 
 @pytest.mark.parametrize(

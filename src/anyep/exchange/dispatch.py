@@ -147,6 +147,7 @@ def _place(end: Endpoint, offers_RW: Words, plan: SendPlan) -> None:
         plan.topk_idx.itemsize,
         int(plan.by_expert),
         start.data_ptr(),
+        plan.entry_row.data_ptr(),
     )
 
 
@@ -201,6 +202,7 @@ def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
             plan.entry_row.data_ptr(),
             idx_table,
             weights_table,
+            0,
         )
         end.kernels.fence()
 

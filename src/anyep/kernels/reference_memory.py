@@ -39,3 +39,10 @@ def entries(
 
 def peer(table_addr: int, rank: int) -> int:
     return int(read(table_addr + 8 * rank, torch.int64, 1))
+
+
+def write_row(table_addr: int, rank: int, row: int, values: torch.Tensor) -> None:
+    """Put ``values`` at row ``row`` of that rank's array; nowhere without a table, or where it says 0."""
+    base = peer(table_addr, rank) if table_addr else 0
+    if base:
+        write(base + row * values.nbytes, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyep.kernels.reference_memory import entries, peer, read, write
+from anyep.kernels.reference_memory import entries, peer, read, write, write_row
 from anyep.numerics.formats import Element, ScaleFormat
 from anyep.numerics.fp8 import dequantise_fp8, quantise_fp8
 from anyep.numerics.rounding import round_to
@@ -33,8 +33,8 @@ class ReferenceNumbers:
             row = read(x_addr + t * hidden * dtype.itemsize, dtype, 1, hidden)
             q, scales = quantise_fp8(row, form)
             for rank, place, _ in entry:
-                write(peer(peer_q_addr, rank) + place * q.nbytes, q)
-                write(peer(peer_scales_addr, rank) + place * scales.nbytes, scales)
+                write_row(peer_q_addr, rank, place, q)
+                write_row(peer_scales_addr, rank, place, scales)
 
     def dequantise(
         self,

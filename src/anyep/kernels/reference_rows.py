@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyep.kernels.reference_memory import IDX_DTYPES, entries, peer, read, write
+from anyep.kernels.reference_memory import IDX_DTYPES, entries, read, write, write_row
 
 
 class ReferenceRows:
@@ -55,21 +55,23 @@ class ReferenceRows:
     def place(
         self,
         entry_rank_addr: int,
-        entry_addr: int,
+        entry_slot_addr: int,
         num_tokens: int,
         width: int,
         topk_idx_addr: int,
         idx_bytes: int,
         by_expert: int,
         start_addr: int,
+        entry_row_addr: int,
     ) -> None:
-        for t, entry in enumerate(entries(0, num_tokens, width, entry_rank_addr, entry_addr)):
+        entry_row = torch.full((num_tokens, width), -1, dtype=torch.int32)
+        for t, entry in enumerate(entries(0, num_tokens, width, entry_rank_addr, entry_slot_addr)):
             for rank, slot, j in entry:
                 bin_ = rank
                 if by_expert:
                     bin_ = int(read(topk_idx_addr + (t * width + j) * idx_bytes, IDX_DTYPES[idx_bytes], 1))
-                start = read(start_addr + 4 * bin_, torch.int32, 1)
-                write(entry_addr + 4 * (t * width + j), start + slot)
+                entry_row[t, j] = slot + int(read(start_addr + 4 * bin_, torch.int32, 1))
+        write(entry_row_addr, entry_row)
 
     def scatter(
         self,
@@ -86,7 +88,7 @@ class ReferenceRows:
         for t, entry in enumerate(named, start=first_token):
             row = read(x_addr + t * row_bytes, torch.uint8, row_bytes)
             for rank, place, _ in entry:
-                write(peer(peer_addr, rank) + place * row_bytes, row)
+                write_row(peer_addr, rank, place, row)
 
     def scatter_routing(
         self,
@@ -104,6 +106,7 @@ class ReferenceRows:
         entry_row_addr: int,
         peer_idx_addr: int,
         peer_weights_addr: int,
+        peer_token_addr: int,
     ) -> None:
         K, idx_dtype = num_topk, IDX_DTYPES[idx_bytes]
         named = entries(first_token, last_token, width, entry_rank_addr, entry_row_addr)
@@ -114,11 +117,11 @@ class ReferenceRows:
             for rank, row, j in entry:
                 serves = torch.tensor([k == j if by_expert else ranks[k] == rank for k in range(K)])
                 idx = torch.where(serves, torch.tensor(local), -1).to(idx_dtype)
-                write(peer(peer_idx_addr, rank) + row * K * idx_bytes, idx)
+                write_row(peer_idx_addr, rank, row, idx)
                 if topk_weights_addr:
                     weight_bits = read(topk_weights_addr + t * K * 4, torch.int32, K)
-                    bits = torch.where(serves, weight_bits, torch.zeros_like(weight_bits))
-                    write(peer(peer_weights_addr, rank) + row * K * 4, bits)
+                    write_row(peer_weights_addr, rank, row, torch.where(serves, weight_bits, 0))
+                write_row(peer_token_addr, rank, row, torch.tensor([t], dtype=torch.int32))
 
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         write(destination_addr, read(source_addr, torch.uint8, num_bytes))

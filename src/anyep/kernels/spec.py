@@ -4,8 +4,9 @@ Legend: T tokens, H hidden, K top-k, E experts, R ranks, W entries a token, G sc
 
 Every argument is an integer (an enumeration as ``int(element)``: Numba looks 10 us at an IntEnum). ``*_addr`` is the
 address of a dense row-major array; its dtype and shape stand beside it. A *peer table* is an int64 [R] array of
-addresses, one a rank: where that rank's array begins as seen from here. 0 in a table means that nothing may be written
-there (no entry points to that rank).
+addresses, one a rank: where that rank's array begins as seen from here. 0 in a table: ``scatter``, ``scatter_routing``
+and ``quantise_scatter`` skip the entries that name this rank, and do not even read a token all of whose entries they
+skip; for the others it means that no entry names it.
 
 *Entries* say where a token's rows lie: ``entry_rank`` and ``entry_row`` are int32 [T, W]; entry ``j`` of token
 ``t`` is row ``entry_row[t, j]`` of rank ``entry_rank[t, j]``, and rank -1 means no row.

@@ -43,21 +43,22 @@ class RowKernels(Protocol):
     def place(
         self,
         entry_rank_addr: int,
-        entry_addr: int,
+        entry_slot_addr: int,
         num_tokens: int,
         width: int,
         topk_idx_addr: int,
         idx_bytes: int,
         by_expert: int,
         start_addr: int,
+        entry_row_addr: int,
     ) -> None:
-        """Turn slots into rows in place: row = slot + start of its bin.
+        """Write the row of every entry: its slot + start of its bin, -1 beside rank -1; slots serve other starts later.
 
-        ``entry`` int32 [T, W] holds slots and then rows. ``start`` int32 [R] (compact: bin = entry_rank) or [E]
-        (``by_expert``: bin = topk_idx[t, j]). Entries of rank -1 stay -1.
+        ``entry_slot`` and ``entry_row`` are int32 [T, W]; ``start`` int32 [R] (compact: bin = entry_rank) or [E]
+        (``by_expert``: bin = topk_idx[t, j]).
 
-        >>> # compact, entry_rank=[[0, 1], [0, -1], [1, -1]], entry=[[0, 0], [1, -1], [1, -1]], start=[10, 20]
-        >>> # entry=[[10, 20], [11, -1], [21, -1]]
+        >>> # compact, entry_rank=[[0, 1], [0, -1], [1, -1]], entry_slot=[[0, 0], [1, -1], [1, -1]], start=[10, 20]
+        >>> # entry_row=[[10, 20], [11, -1], [21, -1]]
         """
         ...
 
@@ -77,7 +78,7 @@ class RowKernels(Protocol):
         ``peer`` is the peer table of the destination arrays, which have rows of ``row_bytes`` too.
 
         >>> # x=[[1, 2, 3], [4, 5, 6]] (bytes), entry_rank=[[0, 1], [1, -1]], entry_row=[[0, 1], [0, -1]]
-        >>> # rank 0: [[1, 2, 3]]  rank 1: [[4, 5, 6], [1, 2, 3]]
+        >>> # rank 0: [[1, 2, 3]]  rank 1: [[4, 5, 6], [1, 2, 3]]; with 0 for rank 0: rank 1 the same, nothing else
         """
         ...
 
@@ -97,17 +98,20 @@ class RowKernels(Protocol):
         entry_row_addr: int,
         peer_idx_addr: int,
         peer_weights_addr: int,
+        peer_token_addr: int,
     ) -> None:
-        """Write each row's [K] expert indices and weights beside it at its destination.
+        """Write each row's [K] expert indices and weights, and its token's number, beside it at its destination.
 
         A row keeps its K columns. In a column that the row serves stands the expert's index at its rank
         (``expert_local`` int32 [E]) and its weight; in all others -1 and 0. A compact row serves every column whose
         expert lives at its rank, an expert row only its own column ``j``. Indices keep ``idx_bytes``; weights are fp32
-        [T, K]; ``topk_weights_addr`` 0 (none given) writes no weights and does not read ``peer_weights``.
+        [T, K]. ``peer_token`` is the peer table of int32 [rows]: t of each row. What is not wanted is not written:
+        indices with ``peer_idx_addr`` 0, weights with ``topk_weights_addr`` 0 (``peer_weights`` is not read then),
+        tokens with ``peer_token_addr`` 0. The tables in use have their zeros at the same ranks.
 
         >>> # topk_idx=[[0, 3]], weights=[[0.5, 0.25]], expert_rank=[0, 0, 1, 1], expert_local=[0, 1, 0, 1],
-        >>> # entry_rank=[[0, 1]], entry_row=[[0, 0]]: rank 0: idx=[[0, -1]] weights=[[0.5, 0]]
-        >>> # rank 1: idx=[[-1, 1]] weights=[[0, 0.25]]
+        >>> # entry_rank=[[0, 1]], entry_row=[[0, 0]]: rank 0: idx=[[0, -1]] weights=[[0.5, 0]] token=[0]
+        >>> # rank 1: idx=[[-1, 1]] weights=[[0, 0.25]] token=[0]
         """
         ...
 

@@ -115,11 +115,28 @@ def draw_rows(rng: np.random.Generator, rank_TW: NDArray[np.int32], num_ranks: i
     return Entries(rank_TW=rank_TW, row_TW=row_TW, num_rows_R=num_rows_R)
 
 
-def put_peers(stretch: Stretch, name: str, entries: Entries, row_bytes: int, alignment: int) -> tuple[int, list[int]]:
-    """Cut every rank's array; return the table's address and the arrays'. A rank that no entry names may have 0."""
+def draw_skipped(rng: np.random.Generator, entries: Entries) -> frozenset[int]:
+    """Draw the ranks whose entries are to be skipped: none in half of the cases."""
+    chance = rng.choice([0.0, 0.5, 1.0], p=[0.5, 0.4, 0.1])
+    return frozenset(np.flatnonzero(rng.random(len(entries.num_rows_R)) < chance).tolist())
+
+
+def put_peers(
+    stretch: Stretch,
+    name: str,
+    entries: Entries,
+    row_bytes: int,
+    alignment: int,
+    skipped: frozenset[int] = frozenset(),
+) -> tuple[int, list[int]]:
+    """Cut every rank's array; return the table's address and the arrays'.
+
+    0 stands for the skipped ranks, and may stand for one that no entry names.
+    """
     bases = [stretch.cut(f"{name}[{r}]", n * row_bytes, alignment) for r, n in enumerate(entries.num_rows_R)]
     named = set(entries.rank_TW.ravel().tolist())
-    table = [base if r in named or stretch.rng.random() < 0.5 else 0 for r, base in enumerate(bases)]
+    kept = [r not in skipped and (r in named or stretch.rng.random() < 0.5) for r in range(len(bases))]
+    table = [base if keep else 0 for base, keep in zip(bases, kept, strict=True)]
     return stretch.put(f"table of {name}", np.array(table, np.int64)), bases
 
 

@@ -8,7 +8,7 @@ import torch
 from anyep.kernels.spec import Element, ScaleFormat
 from anyep.numerics.fp8 import quantise_fp8
 from anyep.testing.kernel_case import Case, draw_case_entries
-from anyep.testing.kernel_cases import Entries, Stretch, draw_numbers, put_entries, put_peers
+from anyep.testing.kernel_cases import Entries, Stretch, draw_numbers, draw_skipped, put_entries, put_peers
 
 HIDDEN = (1, 2, 31, 32, 33, 64, 127, 128, 129, 255, 256, 384, 500, 512, 640, 1000, 1024, 1030)
 
@@ -33,8 +33,9 @@ def _run_quantise_scatter(
 ) -> None:
     stretch, hidden = case.stretch, x.shape[1]
     x_addr = stretch.put("x", x)
-    q, _ = put_peers(stretch, "peer_q", entries, hidden, 1)
-    scales, _ = put_peers(stretch, "peer_scales", entries, 4 * scale_format.columns(hidden), 4)
+    skipped = draw_skipped(case.rng, entries)
+    q, _ = put_peers(stretch, "peer_q", entries, hidden, 1, skipped)
+    scales, _ = put_peers(stretch, "peer_scales", entries, 4 * scale_format.columns(hidden), 4, skipped)
     addresses = put_entries(stretch, entries)
     head = (x_addr, int(element), hidden, int(scale_format), first, last)
     case.run("quantise_scatter", *head, entries.width, *addresses, q, scales)

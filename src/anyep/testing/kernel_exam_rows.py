@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from anyep.testing.kernel_case import Case, draw_case_entries, draw_experts
-from anyep.testing.kernel_cases import draw_range, draw_rows, put_entries, put_peers
+from anyep.testing.kernel_cases import Entries, draw_range, draw_rows, draw_skipped, put_entries, put_peers
 
 
 def exam_route(case: Case) -> None:
@@ -39,13 +39,14 @@ def exam_place(case: Case) -> None:
     case.run(
         "place",
         stretch.put("entry_rank", rank_TW),
-        stretch.put("entry", slot_TW),
+        stretch.put("entry_slot", slot_TW),
         T,
         W,
         stretch.put("topk_idx", idx_TK) if by_expert else 0,
         idx_TK.itemsize,
         by_expert,
         stretch.put("start", rng.integers(0, 100000, E if by_expert else R, dtype=np.int32)),
+        stretch.cut("entry_row", 4 * T * W, 4),
     )
 
 
@@ -53,7 +54,8 @@ def exam_scatter(case: Case) -> None:
     entries, first, last = draw_case_entries(case)
     row_bytes = int(case.rng.choice([1, 4, 63, 64, 200, 1023, 1024, 1025, 1088, 2060, 4096]))
     x = case.stretch.cut("x", entries.num_tokens * row_bytes)
-    table, _ = put_peers(case.stretch, "peer", entries, row_bytes, int(case.rng.choice([1, 2, 64])))
+    skipped = draw_skipped(case.rng, entries)
+    table, _ = put_peers(case.stretch, "peer", entries, row_bytes, int(case.rng.choice([1, 2, 64])), skipped)
     addresses = put_entries(case.stretch, entries)
     case.run("scatter", x, row_bytes, first, last, entries.width, *addresses, table)
 
@@ -73,14 +75,23 @@ def exam_scatter_routing(case: Case) -> None:
     weights = stretch.cut("topk_weights", 4 * T * K, 4) if rng.random() < 0.7 else 0
     idx = stretch.put("topk_idx", idx_TK)
     tables = (stretch.put("expert_rank", expert_rank_E), stretch.put("expert_local", np.arange(E, dtype=np.int32)))
-    peer_idx, _ = put_peers(stretch, "peer_idx", entries, idx_TK.itemsize * K, idx_TK.itemsize)
-    peer_weights = put_peers(stretch, "peer_weights", entries, 4 * K, 4)[0] if weights else 0
+    skipped = draw_skipped(rng, entries)
+    peer_idx = _maybe_peers(case, "peer_idx", entries, idx_TK.itemsize * K, idx_TK.itemsize, skipped)
+    peer_weights = put_peers(stretch, "peer_weights", entries, 4 * K, 4, skipped)[0] if weights else 0
+    peer_token = _maybe_peers(case, "peer_token", entries, 4, 4, skipped)
     addresses = put_entries(stretch, entries)
     case.run(
         "scatter_routing",
         *(idx, idx_TK.itemsize, weights, first, last, K, entries.width, by_expert),
-        *(*tables, *addresses, peer_idx, peer_weights),
+        *(*tables, *addresses, peer_idx, peer_weights, peer_token),
     )
+
+
+def _maybe_peers(
+    case: Case, name: str, entries: Entries, row_bytes: int, alignment: int, skipped: frozenset[int]
+) -> int:
+    """Return the address of a peer table that one case in four does without."""
+    return put_peers(case.stretch, name, entries, row_bytes, alignment, skipped)[0] if case.rng.random() < 0.75 else 0
 
 
 def exam_copy(case: Case) -> None:

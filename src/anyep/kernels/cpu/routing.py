@@ -130,22 +130,25 @@ def route(
     return -1
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def place(
     entry_rank_addr: int,
-    entry_addr: int,
+    entry_slot_addr: int,
     num_tokens: int,
     width: int,
     topk_idx_addr: int,
     idx_bytes: int,
     by_expert: int,
     start_addr: int,
+    entry_row_addr: int,
 ) -> None:
     for entry in range(num_tokens * width):
         rank = load_i32(entry_rank_addr, entry)
+        row = -1
         if rank >= 0:
             origin = load_index(topk_idx_addr, idx_bytes, entry) if by_expert else rank
-            store_i32(entry_addr, entry, load_i32(entry_addr, entry) + load_i32(start_addr, origin))
+            row = load_i32(entry_slot_addr, entry) + load_i32(start_addr, origin)
+        store_i32(entry_row_addr, entry, row)
 
 
 @inlined
@@ -183,7 +186,15 @@ def write_weights(row_addr: int, weights_addr: int, num_topk: int, served_key: i
         store_i32(row_addr, k, load_i32(weights_addr, k) if serves else 0)  # bits: a NaN's payload too
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@inlined
+def base_of(table_addr: int, rank: int) -> int:
+    """Return where that rank's array begins, 0 for nowhere: there is no table, or the rank is skipped."""
+    return load_i64(table_addr, rank) if table_addr != 0 else 0
+
+
+@compiled(
+    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)"
+)
 def scatter_routing(
     topk_idx_addr: int,
     idx_bytes: int,
@@ -199,20 +210,33 @@ def scatter_routing(
     entry_row_addr: int,
     peer_idx_addr: int,
     peer_weights_addr: int,
+    peer_token_addr: int,
 ) -> None:
     keys = allocate(16 * num_topk)
     locals_ = keys + 8 * num_topk
+    weights_table_addr = peer_weights_addr if topk_weights_addr != 0 else 0
     for token in range(first_token, last_token):
-        idx = topk_idx_addr + token * num_topk * idx_bytes
-        read_columns(idx, idx_bytes, num_topk, by_expert, expert_rank_addr, expert_local_addr, keys, locals_)
+        columns_are_read = False
         for column in range(width):
-            rank = load_i32(entry_rank_addr, token * width + column)
+            entry = token * width + column
+            rank = load_i32(entry_rank_addr, entry)
             if rank < 0:
                 continue
-            served = column if by_expert else rank
-            first = load_i32(entry_row_addr, token * width + column) * num_topk
-            write_indices(load_i64(peer_idx_addr, rank) + first * idx_bytes, idx_bytes, num_topk, served, keys, locals_)
-            if topk_weights_addr != 0:
+            row = load_i32(entry_row_addr, entry)
+            there_idx, there_weights = base_of(peer_idx_addr, rank), base_of(weights_table_addr, rank)
+            there_token = base_of(peer_token_addr, rank)
+            if there_token != 0:
+                store_i32(there_token, row, token)
+            if there_idx == 0 and there_weights == 0:
+                continue
+            if not columns_are_read:
+                idx = topk_idx_addr + token * num_topk * idx_bytes
+                read_columns(idx, idx_bytes, num_topk, by_expert, expert_rank_addr, expert_local_addr, keys, locals_)
+                columns_are_read = True
+            served, first = column if by_expert else rank, row * num_topk
+            if there_idx != 0:
+                write_indices(there_idx + first * idx_bytes, idx_bytes, num_topk, served, keys, locals_)
+            if there_weights != 0:
                 weights = topk_weights_addr + 4 * token * num_topk
-                write_weights(load_i64(peer_weights_addr, rank) + 4 * first, weights, num_topk, served, keys)
+                write_weights(there_weights + 4 * first, weights, num_topk, served, keys)
     release(keys)

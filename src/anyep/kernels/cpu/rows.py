@@ -55,11 +55,10 @@ def stream(destination: int, source: int, num_bytes: int) -> None:
 
 @inlined
 def place_of(peer_addr: int, entry_rank_addr: int, entry_row_addr: int, entry: int, row_bytes: int) -> int:
-    """Return the address of the row that flat entry ``entry`` names, or 0 where it names none."""
+    """Return the address of the row that flat entry ``entry`` names; 0 where it names none, or a skipped rank's."""
     rank = load_i32(entry_rank_addr, entry)
-    if rank < 0:
-        return 0
-    return load_i64(peer_addr, rank) + load_i32(entry_row_addr, entry) * row_bytes
+    base = load_i64(peer_addr, rank) if rank >= 0 else 0
+    return base + load_i32(entry_row_addr, entry) * row_bytes if base != 0 else 0
 
 
 @inlined
@@ -134,7 +133,8 @@ def scatter(
     places = allocate(8 * width)
     for token in range(first_token, last_token):
         num_places = collect(token * width, width, entry_rank_addr, entry_row_addr, peer_addr, row_bytes, places)
-        spread(x_addr + token * row_bytes, row_bytes, places, num_places)
+        if num_places > 0:
+            spread(x_addr + token * row_bytes, row_bytes, places, num_places)
     release(places)
 
 
