@@ -110,7 +110,7 @@ class Workload:
     def reduce(self, turn: int) -> None:
         first, last, width, ranks, rows = self.entries
         form = (int(Element.BF16), HIDDEN, first, last, width, 1, ranks, rows)
-        self.kernels.reduce(*form, self.table.data_ptr(), 0, 0, self.out.data_ptr())
+        self.kernels.reduce(*form, self.table.data_ptr(), 0, 0, 0, self.out.data_ptr())
 
     def dequantise(self, turn: int) -> None:
         """FP8 to BF16 of T rows: the left half of a peer's memory is read as codes."""

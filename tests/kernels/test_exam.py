@@ -82,6 +82,11 @@ class _ForgetsTheSecondBias(_Faulty):
         super().reduce(*arguments[:-2], 0, arguments[-1])
 
 
+class _ForgetsTheWeights(_Faulty):
+    def reduce(self, *arguments):
+        super().reduce(*arguments[:-4], 0, *arguments[-3:])
+
+
 class _AcceptsAnyExpert(_Faulty):
     def route(self, *arguments):
         super().route(*arguments)

@@ -111,16 +111,18 @@ def test_dequantise(kernels, element):
     assert out.tolist() == [[0.5, -1.0, 224.0]]
 
 
-def test_reduce(kernels):
+@pytest.mark.parametrize(("weights", "expected"), [(None, [11.5, 2.0]), ([[0.5, 4.0]], [12.5, 1.015625])])
+def test_reduce(kernels, weights, expected):
     rank0 = torch.tensor([[9, 9], [1, 2]], dtype=torch.bfloat16)
     rank1 = torch.tensor([[0.5, 2**-8]], dtype=torch.bfloat16)
     bias = torch.tensor([[10, 0]], dtype=torch.bfloat16)
     out = poisoned(1, 2, dtype=torch.bfloat16)
     ranks, rows, peers = i32([[0, 1]]), i32([[1, 0]]), table(rank0, rank1)
     head = (int(Element.BF16), 2, 0, 1, 2, 1, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr())
-    kernels.reduce(*head, bias.data_ptr(), 0, out.data_ptr())
+    factors = torch.tensor(weights or [])
+    kernels.reduce(*head, factors.data_ptr() if weights else 0, bias.data_ptr(), 0, out.data_ptr())
     kernels.fence()
-    assert out.tolist() == [[11.5, 2.0]]
+    assert out.tolist() == [expected]
 
 
 def test_reduce_weights(kernels):

@@ -62,7 +62,7 @@ def test_reduce_is_near_the_exact_sum_and_follows_its_order(element, by_rank):
     out, peers = poisoned(2, 33, dtype=element.dtype), table(*rows)
     KERNELS.reduce(
         *(int(element), 33, 0, 2, 4, by_rank, ranks.data_ptr(), places.data_ptr(), peers.data_ptr()),
-        *(bias.data_ptr(), 0, out.data_ptr()),
+        *(0, bias.data_ptr(), 0, out.data_ptr()),
     )
     named = [[rows[2][5], rows[0][1], rows[2][0], rows[1][3]], [rows[1][4], rows[0][2]]]
     if by_rank:
@@ -84,7 +84,7 @@ def test_a_token_without_rows_is_zero_or_its_biases():
     for biases, expected in (((0, 0), 0.0), ((bias0.data_ptr(), 0), 1.5), ((bias0.data_ptr(), bias1.data_ptr()), 1.75)):
         KERNELS.reduce(
             *(int(Element.FP32), 4, 0, 1, 2, 1, none.data_ptr(), none.data_ptr(), peers.data_ptr()),
-            *(*biases, out.data_ptr()),
+            *(0, *biases, out.data_ptr()),
         )
         assert out.tolist() == [[expected] * 4]
 
@@ -93,6 +93,6 @@ def test_a_lone_row_keeps_the_sign_of_its_zeros():
     row, out = torch.tensor([[-0.0]], dtype=torch.bfloat16), poisoned(1, 1, dtype=torch.bfloat16)
     one, peers = i32([[0]]), table(row)
     KERNELS.reduce(
-        *(int(Element.BF16), 1, 0, 1, 1, 1, one.data_ptr(), one.data_ptr(), peers.data_ptr(), 0, 0, out.data_ptr())
+        *(int(Element.BF16), 1, 0, 1, 1, 1, one.data_ptr(), one.data_ptr(), peers.data_ptr(), 0, 0, 0, out.data_ptr())
     )
     assert torch.signbit(out).item()

@@ -175,6 +175,7 @@ def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | No
             last,
             *entries,
             table[0],
+            0,
             bias[0],
             bias[1],
             back.out.data_ptr(),

@@ -62,6 +62,7 @@ class ReferenceNumbers:
         entry_rank_addr: int,
         entry_row_addr: int,
         peer_addr: int,
+        weights_addr: int,
         bias0_addr: int,
         bias1_addr: int,
         out_addr: int,
@@ -70,10 +71,12 @@ class ReferenceNumbers:
         row_bytes = hidden * dtype.itemsize
         named = entries(first_token, last_token, width, entry_rank_addr, entry_row_addr)
         for t, entry in enumerate(named, start=first_token):
-            addresses = [bias + t * row_bytes for bias in (bias0_addr, bias1_addr) if bias]
-            addresses += [peer(peer_addr, rank) + row * row_bytes for rank, row, _ in _in_order(entry, by_rank)]
-            total = _sum([read(address, dtype, hidden).to(torch.float32) for address in addresses], hidden)
-            write(out_addr + t * row_bytes, round_to(total, dtype))
+            biases = [bias + t * row_bytes for bias in (bias0_addr, bias1_addr) if bias]
+            terms = [read(bias, dtype, hidden).to(torch.float32) for bias in biases]
+            for rank, row, j in _in_order(entry, by_rank):
+                term = read(peer(peer_addr, rank) + row * row_bytes, dtype, hidden).to(torch.float32)
+                terms.append(term * _weight(weights_addr, t * width + j) if weights_addr else term)
+            write(out_addr + t * row_bytes, round_to(_sum(terms, hidden), dtype))
 
     def reduce_weights(
         self,
@@ -99,12 +102,17 @@ class ReferenceNumbers:
             peer_addr,
             0,
             0,
+            0,
             out_addr,
         )
 
 
 def _in_order(entry: list[tuple[int, int, int]], by_rank: int) -> list[tuple[int, int, int]]:
     return sorted(entry, key=lambda triple: (triple[0], triple[2])) if by_rank else entry
+
+
+def _weight(weights_addr: int, entry: int) -> torch.Tensor:
+    return read(weights_addr + 4 * entry, torch.float32, 1)
 
 
 def _sum(terms: list[torch.Tensor], hidden: int) -> torch.Tensor:

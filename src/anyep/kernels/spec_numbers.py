@@ -63,6 +63,7 @@ class NumberKernels(Protocol):
         entry_rank_addr: int,
         entry_row_addr: int,
         peer_addr: int,
+        weights_addr: int,
         bias0_addr: int,
         bias1_addr: int,
         out_addr: int,
@@ -72,10 +73,12 @@ class NumberKernels(Protocol):
         Rows, biases and ``out`` are [., H] of ``element``; a bias address of 0 means none. The sum is fp32: it starts
         from the biases (bias0 + bias1; from the first row where there is no bias; 0 where there is neither) and adds
         the rows one by one, in ascending rank and then column order (``by_rank`` 1) or in column order (0); it rounds
-        once, to nearest even.
+        once, to nearest even. ``weights`` fp32 [T, W] (0: none) has a factor for each entry's row: the product is
+        rounded to fp32 before it is added. Biases have no factor.
 
         >>> # bf16, entry_rank=[[0, 1]], entry_row=[[1, 0]], rank 0: [[9, 9], [1, 2]], rank 1: [[0.5, 2 ** -8]]
         >>> # bias0=[[10, 0]]: out=[[11.5, 2]] (2 + 2 ** -8 rounds to 2)
+        >>> # the same with weights=[[0.5, 4]]: out=[[12.5, 1.015625]]
         """
         ...
 

@@ -67,8 +67,9 @@ def exam_reduce(case: Case) -> None:
     given = [address if rng.random() < 0.4 else 0 for address in bias]
     out = stretch.cut("out", T * row_bytes, int(rng.choice([element.num_bytes, 64])))
     addresses = put_entries(stretch, entries)
+    weights = stretch.put("weights", draw_numbers(rng, T, entries.width, Element.FP32)) if rng.random() < 0.5 else 0
     head = (int(element), hidden, first, last, entries.width, int(rng.integers(0, 2)))
-    case.run("reduce", *head, *addresses, table, *given, out)
+    case.run("reduce", *head, *addresses, table, weights, *given, out)
 
 
 def exam_reduce_weights(case: Case) -> None:
