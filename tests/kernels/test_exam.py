@@ -114,6 +114,16 @@ class _ForgetsTheTokens(_Faulty):
         super().scatter_routing(*arguments[:-1], 0)
 
 
+class _UnpacksOneSource(_Faulty):
+    def unpack(self, row_bytes, num_sources, rows, start, packed, base):
+        super().unpack(row_bytes, min(num_sources, 1), rows, start, packed, base)
+
+
+class _PacksOneBin(_Faulty):
+    def pack(self, row_bytes, num_peers, num_bins, *rest):
+        super().pack(row_bytes, num_peers, 1, *rest)
+
+
 class _FillsWithZeroOnly(_Faulty):
     def fill_rows(self, *arguments):
         super().fill_rows(*arguments[:-1], 0)

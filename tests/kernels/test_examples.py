@@ -145,3 +145,20 @@ def test_fill_rows(kernels):
     rows, begin, end = torch.full((4, 2), 7, dtype=torch.uint8), i32([1]), i32([3])
     kernels.fill_rows(rows.data_ptr(), 2, 1, begin.data_ptr(), end.data_ptr(), 0xFF)
     assert rows.tolist() == [[7, 7], [255, 255], [255, 255], [7, 7]]
+
+
+def test_unpack(kernels):
+    sources = [torch.tensor(rows, dtype=torch.uint8) for rows in ([[1, 2]], [[3, 4], [5, 6]])]
+    base, rows, start, packed = poisoned(4, 2, dtype=torch.uint8), i32([1, 2]), i32([3, 0]), table(*sources)
+    kernels.unpack(2, 2, rows.data_ptr(), start.data_ptr(), packed.data_ptr(), base.data_ptr())
+    kernels.fence()
+    assert base.tolist() == [[3, 4], [5, 6], [255, 255], [1, 2]]
+
+
+def test_pack(kernels):
+    base = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.uint8)
+    there = [poisoned(num_rows, 2, dtype=torch.uint8) for num_rows in (3, 1)]
+    rows, start, packed = i32([[1, 2], [1, 0]]), i32([[3, 0], [2, 0]]), table(*there)
+    kernels.pack(2, 2, 2, rows.data_ptr(), start.data_ptr(), base.data_ptr(), packed.data_ptr())
+    kernels.fence()
+    assert [one.tolist() for one in there] == [[[7, 8], [1, 2], [3, 4]], [[5, 6]]]

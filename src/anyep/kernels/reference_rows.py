@@ -123,6 +123,36 @@ class ReferenceRows:
                     write_row(peer_weights_addr, rank, row, torch.where(serves, weight_bits, 0))
                 write_row(peer_token_addr, rank, row, torch.tensor([t], dtype=torch.int32))
 
+    def unpack(
+        self,
+        row_bytes: int,
+        num_sources: int,
+        rows_addr: int,
+        start_addr: int,
+        packed_addr: int,
+        base_addr: int,
+    ) -> None:
+        rows, start = (read(address, torch.int32, num_sources).tolist() for address in (rows_addr, start_addr))
+        for s, source in enumerate(read(packed_addr, torch.int64, num_sources).tolist()):
+            if source:
+                write(base_addr + start[s] * row_bytes, read(source, torch.uint8, rows[s] * row_bytes))
+
+    def pack(
+        self,
+        row_bytes: int,
+        num_peers: int,
+        num_bins: int,
+        rows_addr: int,
+        start_addr: int,
+        base_addr: int,
+        packed_addr: int,
+    ) -> None:
+        rows, start = (read(address, torch.int32, num_peers, num_bins).tolist() for address in (rows_addr, start_addr))
+        for p, target in enumerate(read(packed_addr, torch.int64, num_peers).tolist()):
+            if target:
+                bins = zip(rows[p], start[p], strict=True)
+                write(target, torch.cat([_rows(base_addr, row_bytes, first, count) for count, first in bins]))
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         write(destination_addr, read(source_addr, torch.uint8, num_bytes))
 
@@ -137,3 +167,7 @@ class ReferenceRows:
 
     def fence(self) -> None:
         """Nothing to do: every store here is an ordinary one, made by calls that the compiler cannot reorder."""
+
+
+def _rows(base_addr: int, row_bytes: int, first: int, count: int) -> torch.Tensor:
+    return read(base_addr + first * row_bytes, torch.uint8, count * row_bytes)

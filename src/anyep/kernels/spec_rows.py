@@ -115,6 +115,44 @@ class RowKernels(Protocol):
         """
         ...
 
+    def unpack(
+        self,
+        row_bytes: int,
+        num_sources: int,
+        rows_addr: int,
+        start_addr: int,
+        packed_addr: int,
+        base_addr: int,
+    ) -> None:
+        """Copy what each source packed to its place: rows [0, rows[s]) at packed[s] become rows start[s], ... of base.
+
+        ``rows`` and ``start`` are int32 [S], ``packed`` int64 [S]: addresses, 0 to skip a source.
+
+        >>> # row_bytes=2, rows=[1, 2], start=[3, 0], source 0: [[1, 2]], source 1: [[3, 4], [5, 6]]
+        >>> # base: [[3, 4], [5, 6], [., .], [1, 2]]
+        """
+        ...
+
+    def pack(
+        self,
+        row_bytes: int,
+        num_peers: int,
+        num_bins: int,
+        rows_addr: int,
+        start_addr: int,
+        base_addr: int,
+        packed_addr: int,
+    ) -> None:
+        """Put each peer's bins one behind the other: packed[p] receives the rows of bin 0, then of bin 1, ...
+
+        Bin b of peer p is rows [start[p, b], start[p, b] + rows[p, b]) at base; ``rows`` and ``start`` are int32
+        [P, B], ``packed`` int64 [P]: addresses, 0 to skip a peer. With one bin the inverse of :meth:`unpack`.
+
+        >>> # row_bytes=2, base: [[1, 2], [3, 4], [5, 6], [7, 8]], rows=[[1, 2], [1, 0]], start=[[3, 0], [2, 0]]
+        >>> # peer 0: [[7, 8], [1, 2], [3, 4]]  peer 1: [[5, 6]]
+        """
+        ...
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         """Copy bytes past the caches (they will be read by another rank, not here)."""
         ...

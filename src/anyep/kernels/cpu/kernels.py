@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyep.kernels.cpu import decode, encode, routing, rows, sums
+from anyep.kernels.cpu import decode, encode, packing, routing, rows, sums
 
 
 class CpuKernels:
@@ -18,6 +18,8 @@ class CpuKernels:
     dequantise = staticmethod(decode.dequantise)
     reduce = staticmethod(sums.reduce)
     reduce_weights = staticmethod(sums.reduce_weights)
+    unpack = staticmethod(packing.unpack)
+    pack = staticmethod(packing.pack)
     copy = staticmethod(rows.copy)
     fill_rows = staticmethod(rows.fill_rows)
     fence = staticmethod(rows.fence)
