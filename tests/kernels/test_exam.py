@@ -124,6 +124,12 @@ class _PacksOneBin(_Faulty):
         super().pack(row_bytes, num_peers, 1, *rest)
 
 
+class _ExpandsOneSource(_Faulty):
+    def expand(self, *arguments):
+        num_sources = 4
+        super().expand(*arguments[:num_sources], min(arguments[num_sources], 1), *arguments[num_sources + 1 :])
+
+
 class _FillsWithZeroOnly(_Faulty):
     def fill_rows(self, *arguments):
         super().fill_rows(*arguments[:-1], 0)

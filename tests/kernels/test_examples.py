@@ -162,3 +162,24 @@ def test_pack(kernels):
     kernels.pack(2, 2, 2, rows.data_ptr(), start.data_ptr(), base.data_ptr(), packed.data_ptr())
     kernels.fence()
     assert [one.tolist() for one in there] == [[[7, 8], [1, 2], [3, 4]], [[5, 6]]]
+
+
+@pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
+def test_expand(kernels, idx_dtype):
+    x, token = torch.tensor([[7], [8]], dtype=torch.uint8), i32([4, 6])
+    idx, weights = torch.tensor([[0, 1], [-1, 0]], dtype=idx_dtype), torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+    rows, start, scratch = i32([2]), i32([[0, 2]]), poisoned(2, dtype=torch.int32)
+    tables = [table(one) for one in (x, idx, weights, token)]
+    out = [poisoned(3, *one.shape[1:], dtype=one.dtype) for one in (x, idx, weights, token)]
+    x_in, *sources = (one.data_ptr() for one in tables)
+    x_out, *there = (one.data_ptr() for one in out)
+    where = (rows.data_ptr(), start.data_ptr(), scratch.data_ptr())
+    kernels.expand(1, 0, 2, idx.itemsize, 1, 2, *where, x_in, 0, *sources, x_out, 0, *there)
+    kernels.fence()
+    expected = (
+        [[7], [8], [7]],
+        [[0, -1], [-1, 0], [-1, 1]],
+        [[0.5, 0.0], [0.0, 1.0], [0.0, 0.25]],
+        [4, 6, 4],
+    )
+    assert tuple(one.tolist() for one in out) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyep.kernels.reference_memory import IDX_DTYPES, entries, read, write, write_row
+from anyep.kernels.reference_memory import IDX_DTYPES, entries, peer, read, write, write_row
 
 
 class ReferenceRows:
@@ -152,6 +152,53 @@ class ReferenceRows:
             if target:
                 bins = zip(rows[p], start[p], strict=True)
                 write(target, torch.cat([_rows(base_addr, row_bytes, first, count) for count, first in bins]))
+
+    def expand(
+        self,
+        x_bytes: int,
+        scale_bytes: int,
+        num_topk: int,
+        idx_bytes: int,
+        num_sources: int,
+        num_local: int,
+        rows_addr: int,
+        start_addr: int,
+        scratch_addr: int,
+        x_addr: int,
+        scales_addr: int,
+        idx_addr: int,
+        weights_addr: int,
+        token_addr: int,
+        out_x_addr: int,
+        out_scales_addr: int,
+        out_idx_addr: int,
+        out_weights_addr: int,
+        out_token_addr: int,
+    ) -> None:
+        K, L, idx_dtype = num_topk, num_local, IDX_DTYPES[idx_bytes]
+        rows = read(rows_addr, torch.int32, num_sources).tolist()
+        for s in range(num_sources):
+            following = read(start_addr + 4 * s * L, torch.int32, L).tolist()
+            idx_NK = read(peer(idx_addr, s), idx_dtype, rows[s], K).tolist() if peer(x_addr, s) else []
+            for n, k, expert in [(n, k, expert) for n, idx_K in enumerate(idx_NK) for k, expert in enumerate(idx_K)]:
+                if expert < 0:
+                    continue
+                row = following[expert]
+                following[expert] += 1
+                if out_x_addr:
+                    write(out_x_addr + row * x_bytes, _rows(peer(x_addr, s), x_bytes, n, 1))
+                if out_scales_addr:
+                    write(out_scales_addr + row * scale_bytes, _rows(peer(scales_addr, s), scale_bytes, n, 1))
+                if out_idx_addr:
+                    idx_K = torch.full((K,), -1, dtype=idx_dtype)
+                    idx_K[k] = expert
+                    write(out_idx_addr + row * K * idx_bytes, idx_K)
+                if out_weights_addr:
+                    bits_K = torch.zeros(K, dtype=torch.int32)
+                    bits_K[k] = read(peer(weights_addr, s) + 4 * (n * K + k), torch.int32, 1)
+                    write(out_weights_addr + row * K * 4, bits_K)
+                if out_token_addr:
+                    write(out_token_addr + 4 * row, _rows(peer(token_addr, s), 4, n, 1))
 
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         write(destination_addr, read(source_addr, torch.uint8, num_bytes))

@@ -153,6 +153,46 @@ class RowKernels(Protocol):
         """
         ...
 
+    def expand(
+        self,
+        x_bytes: int,
+        scale_bytes: int,
+        num_topk: int,
+        idx_bytes: int,
+        num_sources: int,
+        num_local: int,
+        rows_addr: int,
+        start_addr: int,
+        scratch_addr: int,
+        x_addr: int,
+        scales_addr: int,
+        idx_addr: int,
+        weights_addr: int,
+        token_addr: int,
+        out_x_addr: int,
+        out_scales_addr: int,
+        out_idx_addr: int,
+        out_weights_addr: int,
+        out_token_addr: int,
+    ) -> None:
+        """Give every (row, column) of compact rows a row of its own in its expert's bin.
+
+        Source s has ``rows[s]`` compact rows (``rows`` int32 [S]). Tables int64 [S] say where they lie: ``x`` of
+        ``x_bytes`` a row, ``scales`` of ``scale_bytes``, ``idx`` [n, K] of ``idx_bytes`` (experts of this rank,
+        0 to L - 1, or -1), ``weights`` fp32 [n, K], ``token`` int32 [n]. A 0 in ``x`` skips the source.
+
+        Column k of a row, in row order and then column order, that names expert l makes one row: the next of source
+        s and expert l, which begin at ``start[s, l]`` (int32 [S, L]). It gets the row's x, scales and token, and in
+        the [K] columns -1 and 0 except l and the weight in column k. An output address of 0 is not written, and what
+        it would be made of is not read: ``scales_addr``, ``weights_addr`` and ``token_addr`` may be 0 then too.
+        ``scratch`` is int32 [L] with any content.
+
+        >>> # x_bytes=1, scale_bytes=0, K=2, S=1, L=2, rows=[2], start=[[0, 2]]
+        >>> # source 0: x=[[7], [8]], idx=[[0, 1], [-1, 0]], weights=[[0.5, 0.25], [0, 1]], token=[4, 6]
+        >>> # x=[[7], [8], [7]] idx=[[0, -1], [-1, 0], [-1, 1]] weights=[[0.5, 0], [0, 1], [0, 0.25]] token=[4, 6, 4]
+        """
+        ...
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         """Copy bytes past the caches (they will be read by another rank, not here)."""
         ...

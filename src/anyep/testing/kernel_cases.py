@@ -145,14 +145,13 @@ def put_entries(stretch: Stretch, entries: Entries) -> tuple[int, int]:
     return stretch.put("entry_rank", entries.rank_TW), stretch.put("entry_row", entries.row_TW)
 
 
-def draw_bins(rng: np.random.Generator, num_bins: int) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Draw sizes and first rows of bins that lie apart, in any order, with gaps, and how many rows that takes."""
-    rows = rng.integers(0, 7, num_bins, dtype=np.int32)
+def draw_starts(rng: np.random.Generator, rows: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+    """Draw the first rows of bins of these sizes, apart, in any order and with gaps, and how many rows that takes."""
     start, end = np.zeros_like(rows), 0
-    for one in rng.permutation(num_bins):
-        start[one] = end + rng.integers(0, 3)
-        end = int(start[one] + rows[one])
-    return rows, start, end + 1
+    for one in rng.permutation(rows.size):
+        start.flat[one] = end + rng.integers(0, 3)
+        end = int(start.flat[one] + rows.flat[one])
+    return start, end + 1
 
 
 def draw_range(rng: np.random.Generator, num_tokens: int) -> tuple[int, int]:

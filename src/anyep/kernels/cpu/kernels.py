@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyep.kernels.cpu import decode, encode, packing, routing, rows, sums
+from anyep.kernels.cpu import decode, encode, expansion, packing, routing, rows, sums
 
 
 class CpuKernels:
@@ -20,6 +20,7 @@ class CpuKernels:
     reduce_weights = staticmethod(sums.reduce_weights)
     unpack = staticmethod(packing.unpack)
     pack = staticmethod(packing.pack)
+    expand = staticmethod(expansion.expand)
     copy = staticmethod(rows.copy)
     fill_rows = staticmethod(rows.fill_rows)
     fence = staticmethod(rows.fence)
