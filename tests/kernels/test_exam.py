@@ -130,6 +130,12 @@ class _ExpandsOneSource(_Faulty):
         super().expand(*arguments[:num_sources], min(arguments[num_sources], 1), *arguments[num_sources + 1 :])
 
 
+class _TransposesWholeBlocks(_Faulty):
+    def transpose_scales(self, num_blocks, block_rows, columns, counts, source, there):
+        everything = (ctypes.c_int32 * num_blocks)(*[block_rows] * num_blocks)
+        super().transpose_scales(num_blocks, block_rows, columns, ctypes.addressof(everything), source, there)
+
+
 class _FillsWithZeroOnly(_Faulty):
     def fill_rows(self, *arguments):
         super().fill_rows(*arguments[:-1], 0)

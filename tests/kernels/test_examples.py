@@ -183,3 +183,9 @@ def test_expand(kernels, idx_dtype):
         [4, 6, 4],
     )
     assert tuple(one.tolist() for one in out) == expected
+
+
+def test_transpose_scales(kernels):
+    source, there, counts = i32([[[1, 2], [3, 4], [5, 6]]]), poisoned(1, 2, 3, dtype=torch.int32), i32([2])
+    kernels.transpose_scales(1, 3, 2, counts.data_ptr(), source.data_ptr(), there.data_ptr())
+    assert there.tolist() == [[[1, 3, -1], [2, 4, -1]]]

@@ -200,6 +200,21 @@ class ReferenceRows:
                 if out_token_addr:
                     write(out_token_addr + 4 * row, _rows(peer(token_addr, s), 4, n, 1))
 
+    def transpose_scales(
+        self,
+        num_blocks: int,
+        block_rows: int,
+        columns: int,
+        counts_addr: int,
+        source_addr: int,
+        destination_addr: int,
+    ) -> None:
+        for b, count in enumerate(read(counts_addr, torch.int32, num_blocks).tolist()):
+            first = b * block_rows * columns
+            words = read(source_addr + 4 * first, torch.int32, count, columns)
+            for c in range(columns):
+                write(destination_addr + 4 * (first + c * block_rows), words[:, c])
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         write(destination_addr, read(source_addr, torch.uint8, num_bytes))
 

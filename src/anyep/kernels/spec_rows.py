@@ -193,6 +193,25 @@ class RowKernels(Protocol):
         """
         ...
 
+    def transpose_scales(
+        self,
+        num_blocks: int,
+        block_rows: int,
+        columns: int,
+        counts_addr: int,
+        source_addr: int,
+        destination_addr: int,
+    ) -> None:
+        """Turn the rows of each block into columns: destination[b][c][r] = source[b][r][c] for r < counts[b].
+
+        4-byte words: ``source`` [B, block_rows, columns], ``destination`` [B, columns, block_rows]; ``counts``
+        int32 [B]. Grouped matrix products want scales this way round.
+
+        >>> # block_rows=3, columns=2, counts=[2], source=[[[1, 2], [3, 4], [., .]]]
+        >>> # destination=[[[1, 3, .], [2, 4, .]]]
+        """
+        ...
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         """Copy bytes past the caches (they will be read by another rank, not here)."""
         ...

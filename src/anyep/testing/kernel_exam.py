@@ -19,7 +19,7 @@ from anyep.testing.kernel_exam_numbers import (
     exam_reduce,
     exam_reduce_weights,
 )
-from anyep.testing.kernel_exam_packing import exam_expand, exam_pack, exam_unpack
+from anyep.testing.kernel_exam_packing import exam_expand, exam_pack, exam_transpose_scales, exam_unpack
 from anyep.testing.kernel_exam_rows import (
     exam_copy,
     exam_fill_rows,
@@ -62,4 +62,5 @@ _EXAMS: tuple[Callable[[Case], None], ...] = (
     exam_unpack,
     exam_pack,
     exam_expand,
+    exam_transpose_scales,
 )

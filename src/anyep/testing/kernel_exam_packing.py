@@ -76,3 +76,11 @@ def _maybe_cut(case: Case, name: str, num_bytes: int, alignment: int) -> int:
     if case.rng.random() < 0.2:
         return 0
     return case.stretch.cut(name, num_bytes, int(case.rng.choice([alignment, 64])))
+
+
+def exam_transpose_scales(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    B, block_rows, columns = int(rng.integers(0, 4)), int(rng.integers(1, 50)), int(rng.choice([1, 2, 16, 17, 56]))
+    counts_B = rng.integers(0, block_rows + 1, B, dtype=np.int32)
+    arrays = [stretch.cut(name, 4 * B * block_rows * columns, int(rng.choice([4, 64]))) for name in ("source", "there")]
+    case.run("transpose_scales", B, block_rows, columns, stretch.put("counts", counts_B), *arrays)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyep.kernels.cpu import decode, encode, expansion, packing, routing, rows, sums
+from anyep.kernels.cpu import decode, encode, expansion, packing, routing, rows, sums, transposition
 
 
 class CpuKernels:
@@ -21,6 +21,7 @@ class CpuKernels:
     unpack = staticmethod(packing.unpack)
     pack = staticmethod(packing.pack)
     expand = staticmethod(expansion.expand)
+    transpose_scales = staticmethod(transposition.transpose_scales)
     copy = staticmethod(rows.copy)
     fill_rows = staticmethod(rows.fill_rows)
     fence = staticmethod(rows.fence)
