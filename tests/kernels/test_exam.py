@@ -136,6 +136,16 @@ class _TransposesWholeBlocks(_Faulty):
         super().transpose_scales(num_blocks, block_rows, columns, ctypes.addressof(everything), source, there)
 
 
+class _EncodesOneBin(_Faulty):
+    def logfmt_encode(self, x, hidden, num_bins, *rest):
+        super().logfmt_encode(x, hidden, min(num_bins, 1), *rest)
+
+
+class _ForgetsTheLogfmtWeights(_Faulty):
+    def reduce_logfmt(self, *arguments):
+        super().reduce_logfmt(*arguments[:-4], 0, *arguments[-3:])
+
+
 class _FillsWithZeroOnly(_Faulty):
     def fill_rows(self, *arguments):
         super().fill_rows(*arguments[:-1], 0)

@@ -7,6 +7,7 @@ import torch
 
 from anyep.kernels.registry import NAMES, load
 from anyep.kernels.spec import Element, ScaleFormat
+from anyep.numerics.logfmt import logfmt_row_bytes
 from tests.kernels.memory import i32, poisoned, table
 
 TOPK_IDX = [[0, 3], [1, 0], [-1, 2]]
@@ -189,3 +190,29 @@ def test_transpose_scales(kernels):
     source, there, counts = i32([[[1, 2], [3, 4], [5, 6]]]), poisoned(1, 2, 3, dtype=torch.int32), i32([2])
     kernels.transpose_scales(1, 3, 2, counts.data_ptr(), source.data_ptr(), there.data_ptr())
     assert there.tolist() == [[[1, 3, -1], [2, 4, -1]]]
+
+
+def _encoded(kernels):
+    x, rows, start = torch.tensor([[9, 9], [0.5, -0.25]], dtype=torch.bfloat16), i32([1]), i32([1])
+    wire = poisoned(logfmt_row_bytes(2), dtype=torch.uint8)
+    kernels.logfmt_encode(x.data_ptr(), 2, 1, rows.data_ptr(), start.data_ptr(), wire.data_ptr())
+    kernels.fence()
+    return wire
+
+
+def test_logfmt_encode(kernels):
+    wire = _encoded(kernels)
+    assert wire[:4].view(torch.int32).item() == 0x3E803F00
+    assert wire[64:192].tolist() == [255, 1, *[0] * 126]
+    assert wire[192:224].tolist() == [0b01, 0b10, *[0] * 30]
+    assert wire[4:64].tolist() + wire[224:].tolist() == [255] * (60 + 96)
+
+
+def test_reduce_logfmt(kernels):
+    wire = _encoded(kernels)
+    peers, ranks, rows, weights = table(wire), i32([[0]]), i32([[0]]), torch.tensor([[2.0]])
+    bias, out = torch.ones((1, 2), dtype=torch.bfloat16), poisoned(1, 2, dtype=torch.bfloat16)
+    head = (2, 0, 1, 1, 1, ranks.data_ptr(), rows.data_ptr(), peers.data_ptr(), weights.data_ptr())
+    kernels.reduce_logfmt(*head, bias.data_ptr(), 0, out.data_ptr())
+    kernels.fence()
+    assert out.tolist() == [[2.0, 0.5]]

@@ -99,3 +99,41 @@ class NumberKernels(Protocol):
         >>> # entry_rank=[[0, 1]], entry_row=[[0, 0]], rank 0: [[0.5, 0]], rank 1: [[0, 0.25]]: out=[[0.5, 0.25]]
         """
         ...
+
+    def logfmt_encode(
+        self, x_addr: int, hidden: int, num_bins: int, rows_addr: int, start_addr: int, wire_addr: int
+    ) -> None:
+        """Encode the BF16 rows of all bins as LogFMT-10, one wire row behind the other.
+
+        Bin b is rows [start[b], start[b] + rows[b]) of ``x`` [., H]; ``rows`` and ``start`` are int32 [B]. A wire row
+        has the bytes of :func:`~anyep.numerics.logfmt.logfmt_row_bytes`, and begins at a multiple of 4; bytes that no
+        group uses are not written.
+
+        >>> # H=2, rows=[1], start=[1], x=[[9, 9], [0.5, -0.25]]: one coded group, amax 0x3f00, amin 0x3e80
+        >>> # wire: word 0 is 0x3e803f00; bytes from 64 on: 255, 1, 0, ...; from 192 on: 0b01, 0b10, 0, ...; 160 in all
+        """
+        ...
+
+    def reduce_logfmt(
+        self,
+        hidden: int,
+        first_token: int,
+        last_token: int,
+        width: int,
+        by_rank: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_addr: int,
+        weights_addr: int,
+        bias0_addr: int,
+        bias1_addr: int,
+        out_addr: int,
+    ) -> None:
+        """Like :meth:`reduce` for BF16, but the rows are wire rows of :meth:`logfmt_encode`.
+
+        They are decoded to fp32 and not rounded before they are multiplied and added. Biases and ``out`` are BF16.
+
+        >>> # the wire row of logfmt_encode's example at rank 0, entry_rank=[[0]], entry_row=[[0]], weights=[[2]],
+        >>> # bias0=[[1, 1]]: out=[[2, 0.5]]
+        """
+        ...

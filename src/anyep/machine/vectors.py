@@ -106,9 +106,9 @@ class Lanes:
         least = other if isinstance(other, Lanes) else Lanes(self.builder, self._constant(other))
         return (self > least).choose(self, least)
 
-    def at_most(self, other: int) -> Lanes:
+    def at_most(self, other: Lanes | int) -> Lanes:
         """The smaller of two unsigned integers."""
-        most = Lanes(self.builder, self._constant(other))
+        most = other if isinstance(other, Lanes) else Lanes(self.builder, self._constant(other))
         return (self < most).choose(self, most)
 
     def bits(self) -> Lanes:
@@ -202,9 +202,16 @@ def broadcast(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(I32.ir, None))
 
 
-@instruction(types.int64, I32)
-def largest(builder: Any, vector: Any) -> Any:
-    """Return the largest lane of non-negative integers."""
-    kind = ir.FunctionType(ir.IntType(32), [I32.ir])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
-    return builder.sext(builder.call(function, [vector]), ir.IntType(64))
+def _across_lanes(operation: str) -> Callable[..., Any]:
+    @instruction(types.int64, I32)
+    def reduce(builder: Any, vector: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [I32.ir])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{operation}.v{LANES}i32")
+        return builder.sext(builder.call(function, [vector]), ir.IntType(64))
+
+    return reduce
+
+
+largest = _across_lanes("smax")
+"""``largest(vector)``: the largest lane of non-negative integers."""
+smallest = _across_lanes("smin")

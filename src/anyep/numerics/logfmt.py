@@ -24,9 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from anyep.numerics.formats import CHANNELS_PER_SCALE as CHANNELS
-from anyep.numerics.formats import num_scale_groups
+from anyep.numerics.formats import CHANNELS_PER_SCALE, num_scale_groups
 
+CHANNELS = CHANNELS_PER_SCALE
+"""Channels of a group."""
 LOG2_COEFFICIENTS = (
     *(1.442667841911316, -0.7205854654312134, 0.4735533893108368, -0.32590192556381226),
     *(0.19429424405097961, -0.07955766469240189, 0.015529897063970566),
@@ -193,7 +194,7 @@ def _codes(size: torch.Tensor, scale: LogScale) -> torch.Tensor:
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """Return uint8 [N, G, 160] of 10-bit codes [N, G, 128]."""
-    quarters = (codes >> 8).unflatten(2, (4, 32))
+    quarters = (codes >> 8).view(*codes.shape[:2], 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.int32).view(4, 1)
     high = (quarters << shifts).sum(dim=2, dtype=torch.int32)
     return torch.cat([codes & 0xFF, high], dim=2).to(torch.uint8)

@@ -11,6 +11,7 @@ import numpy as np
 
 from anyep.kernels.spec import Element, KernelSet, ScaleFormat
 from anyep.testing.kernel_case import Case, KernelExamError
+from anyep.testing.kernel_exam_logfmt import exam_all_logfmt_inputs, exam_logfmt_encode, exam_reduce_logfmt
 from anyep.testing.kernel_exam_numbers import (
     exam_all_codes,
     exam_all_inputs,
@@ -33,7 +34,7 @@ __all__ = ["KernelExamError", "check_kernels"]
 
 
 def check_kernels(kernels: KernelSet, *, seed: int = 0, rounds: int = 60) -> None:
-    """Compare every function of ``kernels`` with the reference on ``rounds`` random cases each, and all FP8 codes.
+    """Compare every function of ``kernels`` with the reference on ``rounds`` random cases each, and all codes.
 
     Raises KernelExamError at the first difference: a wrong bit, or a byte written outside the named rows. The same seed
     draws the same cases.
@@ -41,6 +42,7 @@ def check_kernels(kernels: KernelSet, *, seed: int = 0, rounds: int = 60) -> Non
     for number, exam in enumerate(_EXAMS):
         for case in range(rounds):
             exam(Case(kernels, np.random.default_rng([seed, number, case])))
+    exam_all_logfmt_inputs(Case(kernels, np.random.default_rng(seed)))
     for element in Element:
         for scale_format in ScaleFormat:
             exam_all_codes(Case(kernels, np.random.default_rng(seed)), element, scale_format)
@@ -63,4 +65,6 @@ _EXAMS: tuple[Callable[[Case], None], ...] = (
     exam_pack,
     exam_expand,
     exam_transpose_scales,
+    exam_logfmt_encode,
+    exam_reduce_logfmt,
 )

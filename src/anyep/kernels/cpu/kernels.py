@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from anyep.kernels.cpu import decode, encode, expansion, packing, routing, rows, sums, transposition
+from anyep.kernels.cpu import (
+    decode,
+    encode,
+    expansion,
+    logfmt_rows,
+    logfmt_sums,
+    packing,
+    routing,
+    rows,
+    sums,
+    transposition,
+)
 
 
 class CpuKernels:
@@ -22,6 +33,8 @@ class CpuKernels:
     pack = staticmethod(packing.pack)
     expand = staticmethod(expansion.expand)
     transpose_scales = staticmethod(transposition.transpose_scales)
+    logfmt_encode = staticmethod(logfmt_rows.logfmt_encode)
+    reduce_logfmt = staticmethod(logfmt_sums.reduce_logfmt)
     copy = staticmethod(rows.copy)
     fill_rows = staticmethod(rows.fill_rows)
     fence = staticmethod(rows.fence)
