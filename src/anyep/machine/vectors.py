@@ -47,7 +47,8 @@ F32 = VectorType("f32", ir.FloatType(), 4)
 class Lanes:
     """A vector while its function is being compiled: operators leave LLVM instructions.
 
-    Integers are compared and widened as unsigned numbers. A Python number beside an operator stands in every lane.
+    Integers are compared and widened as unsigned numbers; a NaN is neither more nor less than anything. A Python
+    number beside an operator stands in every lane.
     """
 
     def __init__(self, builder: Any, value: Any) -> None:
@@ -81,17 +82,19 @@ class Lanes:
     def __or__(self, other: Lanes | int) -> Lanes:
         return self._apply(self.builder.or_, other)
 
-    def __lshift__(self, other: int) -> Lanes:
+    def __lshift__(self, other: Lanes | int) -> Lanes:
         return self._apply(self.builder.shl, other)
 
     def __rshift__(self, other: int) -> Lanes:
         return self._apply(self.builder.lshr, other)
 
-    def __gt__(self, other: Lanes | int) -> Lanes:
-        return self._apply(lambda a, b: self.builder.icmp_unsigned(">", a, b), other)
+    def __gt__(self, other: Lanes | int | float) -> Lanes:
+        compare = self.builder.fcmp_ordered if self._is_float else self.builder.icmp_unsigned
+        return self._apply(lambda a, b: compare(">", a, b), other)
 
-    def __lt__(self, other: Lanes | int) -> Lanes:
-        return self._apply(lambda a, b: self.builder.icmp_unsigned("<", a, b), other)
+    def __lt__(self, other: Lanes | int | float) -> Lanes:
+        compare = self.builder.fcmp_ordered if self._is_float else self.builder.icmp_unsigned
+        return self._apply(lambda a, b: compare("<", a, b), other)
 
     def is_nan(self) -> Lanes:
         return self._apply(lambda a, b: self.builder.fcmp_unordered("uno", a, b), self)
@@ -118,6 +121,10 @@ class Lanes:
     def as_float(self) -> Lanes:
         """32-bit integers as the fp32 numbers that hold the same bits."""
         return Lanes(self.builder, self.builder.bitcast(self.value, F32.ir))
+
+    def as_number(self) -> Lanes:
+        """32-bit integers, signed, as fp32 numbers of the same value."""
+        return Lanes(self.builder, self.builder.sitofp(self.value, F32.ir))
 
     def widen(self) -> Lanes:
         return Lanes(self.builder, self.builder.zext(self.value, I32.ir))
@@ -199,6 +206,14 @@ def broadcast(builder: Any, number: Any) -> Any:
     """Return the number in every lane."""
     undefined = ir.Constant(F32.ir, ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(I32.ir, None))
+
+
+@instruction(I32, types.int64)
+def broadcast_i32(builder: Any, number: Any) -> Any:
+    """Return the low 32 bits of an integer in every lane; as a shift it costs no more than a constant."""
+    undefined = ir.Constant(I32.ir, ir.Undefined)
+    first = builder.insert_element(undefined, builder.trunc(number, I32.lane), ir.Constant(I32.lane, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(I32.ir, None))
 
 

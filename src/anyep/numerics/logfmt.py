@@ -9,7 +9,8 @@ Code 0 is 0; code c = 1 ... 511 is the magnitude exp2((c - 1) * step + log_min),
 max(log2(amin), log_max - 32) and step = (log_max - log_min) / 510. Each magnitude takes the code whose value is nearest
 to it, not the one whose logarithm is: the border between codes c and c + 1, log2 of the mean of their values, lies
 log2((1 + 2 ** step) / 2) / step = 0.5 + step * ln(2) / 8 above c, up to terms of step ** 3 (4e-7 at the most). What is
-below half of the least value becomes a 0 of its sign. 2 ** -90 keeps every value that is not 0 a normal number.
+below half of the least value, zeros and subnormal numbers always, becomes a 0 of its sign: 2 ** -90 keeps the least
+value far above them.
 
 Logarithms count from the power of two below amax, so that they are small where step is small. log2 and exp2 are
 polynomials of fp32 products and sums, each rounded, in the order that stands here: the same bits on every processor.
@@ -55,7 +56,7 @@ WHOLE = float(1 << 23)
 """fp32 numbers from here to twice of it are whole; their low bits count from 0."""
 WHOLE_BITS = 0x4B000000
 NEAREST = 1.5 * WHOLE
-"""Added to a small number and taken away again, it leaves the nearest whole one."""
+"""Added to a small number and taken away again, it leaves the nearest whole one; its low bits count from 0 too."""
 _HEADER_ALIGNMENT = 64
 
 
@@ -99,19 +100,30 @@ class LogfmtRows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogScale:
-    """What a group's header says: fp32 [N, G, 1] each, logarithms relative to ``unit``, a power of two."""
+    """What a group's header says: fp32 [N, G, 1], logarithms relative to 2 ** (exponent - 127), and int32 exponent."""
 
     log_min: torch.Tensor
     log_range: torch.Tensor
-    unit: torch.Tensor
+    exponent: torch.Tensor
 
     @property
     def step(self) -> torch.Tensor:
         return self.log_range / torch.full_like(self.log_range, STEPS)
 
     @property
-    def steps_per_one(self) -> torch.Tensor:
+    def per_one(self) -> torch.Tensor:
+        """Steps in 1."""
         return torch.full_like(self.log_range, STEPS) / self.log_range
+
+    @property
+    def log_zero(self) -> torch.Tensor:
+        """The logarithm that code 0 would have."""
+        return self.log_min - self.step
+
+    @property
+    def origin(self) -> torch.Tensor:
+        """What is added to steps since logarithm 0, so that the border between two codes lies at a half."""
+        return (1.0 - self.step * BORDER) - self.log_min * self.per_one
 
 
 def encode_logfmt(x: torch.Tensor) -> LogfmtRows:
@@ -152,15 +164,16 @@ def log_scale(header: torch.Tensor) -> LogScale:
     log_max = log2_of(mantissa.to(torch.float32) / 128)
     log_min = log2_of((amin & 0x7F).to(torch.float32) / 128) + ((amin >> 7) - exponent).to(torch.float32)
     log_min = torch.maximum(log_min, log_max - MAX_RANGE)
-    return LogScale(log_min=log_min, log_range=log_max - log_min, unit=(exponent << 23).view(torch.float32))
+    return LogScale(log_min=log_min, log_range=log_max - log_min, exponent=exponent)
 
 
 def decode_codes(codes: torch.Tensor, scale: LogScale) -> torch.Tensor:
     """Return the fp32 magnitudes of codes 0 to 511."""
-    power = (codes - 1).to(torch.float32) * scale.step + scale.log_min
-    shifted = power + NEAREST
-    mantissa = exp2_of(power - (shifted - NEAREST)).view(torch.int32)
-    magnitude = (mantissa + (shifted.view(torch.int32) << 23)).view(torch.float32) * scale.unit
+    power = codes.to(torch.float32) * scale.step + scale.log_zero
+    nearest = (scale.exponent - 127).to(torch.float32) + NEAREST
+    shifted = power + nearest
+    mantissa = exp2_of(power - (shifted - nearest)).view(torch.int32)
+    magnitude = (mantissa + (shifted.view(torch.int32) << 23)).view(torch.float32)
     return torch.where(codes == 0, 0.0, magnitude)
 
 
@@ -183,13 +196,10 @@ def _polynomial(x: torch.Tensor, coefficients: tuple[float, ...]) -> torch.Tenso
 
 def _codes(size: torch.Tensor, scale: LogScale) -> torch.Tensor:
     """Return the codes of magnitudes given as BF16 bits. Sizes of raw groups give anything."""
-    fraction = (size & 0x7F).to(torch.float32) / 128
-    log = log2_of(fraction) + ((size >> 7).to(torch.float32) - (scale.unit.view(torch.int32) >> 23).to(torch.float32))
-    offset = 1.0 - scale.step * BORDER
-    count = ((log - scale.log_min) * scale.steps_per_one + offset + WHOLE).view(torch.int32)
+    log = log2_of((size & 0x7F).to(torch.float32) / 128) + ((size >> 7) - scale.exponent).to(torch.float32)
+    count = (log * scale.per_one + scale.origin + WHOLE).view(torch.int32)
     codes = count.clamp_min(WHOLE_BITS + 1) & MAX_CODE
-    least = decode_codes(torch.ones_like(scale.unit, dtype=torch.int32), scale).view(torch.int32)
-    return torch.where(size << 16 < least - (1 << 23), 0, codes)
+    return torch.where(log < scale.log_min - 1.0, 0, codes)
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 
 from anyep.kernels.spec import Element
 from anyep.machine.compiler import inlined
-from anyep.machine.intrinsics import LINE, prefetch
+from anyep.machine.intrinsics import LINE, bits_as_float, load_i32, prefetch
 from anyep.machine.vectors import (
     F32,
     I8,
     I16,
     I32,
     Lanes,
+    broadcast,
     lane_function,
     vector_loader,
     vector_part_loader,
@@ -187,6 +188,12 @@ def load_part(element: int, address: int, count: int) -> Any:
     if element == FP16:
         return widen_fp16(load_part_i16(address, count))
     return widen_fp32(load_part_i32(address, count))
+
+
+@inlined
+def load_number(base: int, index: int) -> Any:
+    """Return one fp32 number in every lane."""
+    return broadcast(bits_as_float(load_i32(base, index)))
 
 
 @inlined

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from anyep.kernels.cpu.codec import larger_16, load_lanes_i16, magnitude_16, store_lanes_i8
+from anyep.kernels.cpu.codec import larger_16, load_lanes_i16, load_number, magnitude_16, store_lanes_i8
 from anyep.kernels.cpu.logfmt_codec import (
     QUARTER,
     encode_log,
-    half_of_least,
     high_bits,
-    log_min_of,
-    log_range_of,
     low_byte,
     magnitude_less_one,
-    offset_of,
     smaller_16,
-    step_of,
-    steps_per_one_of,
-    unit_of,
     widen_bits,
+    write_encoding,
 )
 from anyep.kernels.cpu.scales import groups_of
 from anyep.machine.compiler import compiled, inlined
-from anyep.machine.intrinsics import LINE, copy_bytes, fill_bytes, load_i32, prefetch, stack_block, store_i32
-from anyep.machine.vectors import broadcast, largest, smallest
-from anyep.numerics.logfmt import CHANNELS, CODE_BYTES, LEAST_AMAX_BITS, ONE_BITS, RAW_BYTES, WHOLE
+from anyep.machine.intrinsics import (
+    LINE,
+    allocate,
+    copy_bytes,
+    fill_bytes,
+    load_i32,
+    prefetch,
+    release,
+    stack_block,
+    store_i32,
+)
+from anyep.machine.vectors import largest, smallest
+from anyep.numerics.logfmt import CHANNELS, CODE_BYTES, LEAST_AMAX_BITS, ONE_BITS, RAW_BYTES
 
 REST_BYTES = RAW_BYTES - CODE_BYTES
 """Bytes of a raw group that have no room among the codes."""
-_WHOLE = np.float32(WHOLE)
+_SCALE_BYTES = 16
 _AHEAD = 2048
 _group_on_stack = stack_block(RAW_BYTES)
 
@@ -66,29 +70,32 @@ def header_of(x_addr: int) -> int:
 
 
 @inlined
-def encode_group(x_addr: int, header: int, codes_addr: int) -> None:
+def encode_quarter(x_addr: int, quarter: int, scale_addr: int) -> Any:
+    """Return the 10 bits of 32 BF16 numbers."""
+    return encode_log(
+        load_lanes_i16(x_addr + 2 * QUARTER * quarter),
+        load_number(scale_addr, 0),
+        load_number(scale_addr, 1),
+        load_number(scale_addr, 2),
+        load_number(scale_addr, 3),
+    )
+
+
+@inlined
+def encode_group(x_addr: int, scale_addr: int, codes_addr: int) -> None:
     """Write the 160 bytes of 128 BF16 numbers."""
-    amax = header & 0xFFFF
-    log_min = log_min_of(amax, header >> 16)
-    log_range = log_range_of(amax, log_min)
-    least, unit = broadcast(log_min), broadcast(unit_of(amax))
-    per_one, offset = broadcast(steps_per_one_of(log_range)), broadcast(offset_of(step_of(log_range)))
-    first, half = broadcast(np.float32(amax >> 7) + _WHOLE), half_of_least(least, unit)
-    codes0 = encode_log(load_lanes_i16(x_addr), least, per_one, offset, first, half)
+    codes0, codes1 = encode_quarter(x_addr, 0, scale_addr), encode_quarter(x_addr, 1, scale_addr)
     store_lanes_i8(codes_addr, low_byte(codes0))
-    codes1 = encode_log(load_lanes_i16(x_addr + 2 * QUARTER), least, per_one, offset, first, half)
     store_lanes_i8(codes_addr + QUARTER, low_byte(codes1))
-    codes2 = encode_log(load_lanes_i16(x_addr + 4 * QUARTER), least, per_one, offset, first, half)
+    codes2, codes3 = encode_quarter(x_addr, 2, scale_addr), encode_quarter(x_addr, 3, scale_addr)
     store_lanes_i8(codes_addr + 2 * QUARTER, low_byte(codes2))
-    codes3 = encode_log(load_lanes_i16(x_addr + 6 * QUARTER), least, per_one, offset, first, half)
     store_lanes_i8(codes_addr + 3 * QUARTER, low_byte(codes3))
     store_lanes_i8(codes_addr + 4 * QUARTER, high_bits(codes0, codes1, codes2, codes3))
 
 
 @inlined
-def encode_row(x_addr: int, hidden: int, wire_addr: int, padded: int) -> None:
-    """Encode one row; ``padded`` is room for the last group, if it is short."""
-    codes, rest = wire_addr + codes_offset(hidden), wire_addr + rest_offset(hidden)
+def write_headers(x_addr: int, hidden: int, padded: int, wire_addr: int, scales_addr: int) -> None:
+    """Look through a row, write its headers, and what encoding needs of them; fill up a short last group."""
     for group in range(groups_of(hidden)):
         x, count = x_addr + group * RAW_BYTES, min(CHANNELS, hidden - group * CHANNELS)
         for ahead in range(0, RAW_BYTES, LINE):
@@ -100,7 +107,18 @@ def encode_row(x_addr: int, hidden: int, wire_addr: int, padded: int) -> None:
         header = header_of(x)
         store_i32(wire_addr, group, header)
         if header != 0:
-            encode_group(x, header, codes + group * CODE_BYTES)
+            write_encoding(header, scales_addr + _SCALE_BYTES * group)
+
+
+@inlined
+def encode_row(x_addr: int, hidden: int, wire_addr: int, padded: int, scales_addr: int) -> None:
+    """Encode one row in two passes, so that no group waits for its own header."""
+    write_headers(x_addr, hidden, padded, wire_addr, scales_addr)
+    codes, rest = wire_addr + codes_offset(hidden), wire_addr + rest_offset(hidden)
+    for group in range(groups_of(hidden)):
+        x = padded if hidden - group * CHANNELS < CHANNELS else x_addr + group * RAW_BYTES
+        if load_i32(wire_addr, group) != 0:
+            encode_group(x, scales_addr + _SCALE_BYTES * group, codes + group * CODE_BYTES)
         else:
             copy_bytes(codes + group * CODE_BYTES, x, CODE_BYTES)
             copy_bytes(rest + group * REST_BYTES, x + CODE_BYTES, REST_BYTES)
@@ -109,9 +127,11 @@ def encode_row(x_addr: int, hidden: int, wire_addr: int, padded: int) -> None:
 @compiled("void(int64, int64, int64, int64, int64, int64)")
 def logfmt_encode(x_addr: int, hidden: int, num_bins: int, rows_addr: int, start_addr: int, wire_addr: int) -> None:
     padded = _group_on_stack()
+    scales = allocate(_SCALE_BYTES * groups_of(hidden))
     wire, row_bytes = wire_addr, row_bytes_of(hidden)
     for one in range(num_bins):
         first = load_i32(start_addr, one)
         for row in range(first, first + load_i32(rows_addr, one)):
-            encode_row(x_addr + row * 2 * hidden, hidden, wire, padded)
+            encode_row(x_addr + row * 2 * hidden, hidden, wire, padded, scales)
             wire += row_bytes
+    release(scales)

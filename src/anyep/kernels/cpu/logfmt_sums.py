@@ -10,23 +10,23 @@ from anyep.kernels.cpu.codec import (
     load,
     load_lanes_i8,
     load_lanes_i16,
+    load_number,
     load_part,
     multiply,
     store,
     store_part,
     widen_bf16,
 )
-from anyep.kernels.cpu.logfmt_codec import QUARTER, decode_log, join, log_min_of, log_range_of, step_of, unit_of
+from anyep.kernels.cpu.logfmt_codec import QUARTER, decode_log, write_decoding
 from anyep.kernels.cpu.logfmt_rows import REST_BYTES, codes_offset, rest_offset, row_bytes_of
 from anyep.kernels.cpu.scales import groups_of
-from anyep.kernels.cpu.sums import NOTHING, collect_biases, collect_terms, load_factor
+from anyep.kernels.cpu.sums import NOTHING, collect_biases, collect_terms
 from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import (
     LINE,
     allocate,
     copy_bytes,
     fill_bytes,
-    float_as_bits,
     load_i32,
     load_i64,
     prefetch,
@@ -34,38 +34,22 @@ from anyep.machine.intrinsics import (
     stack_block,
     store_i32,
 )
-from anyep.machine.vectors import broadcast
+from anyep.machine.vectors import broadcast, broadcast_i32
 from anyep.numerics.logfmt import CHANNELS, CODE_BYTES
 
 _AHEAD = 1024
-_SCALE_WORDS = 3
-"""fp32 a term and group: step, log_min and unit, 0 where the group is raw."""
+_SCALE_BYTES = 12
 _ONE_BITS = 0x3F800000
 _quarter_on_stack = stack_block(LINE)
 
 
 @inlined
-def read_header(header: int, scale_addr: int) -> None:
-    """Write what a header says to fp32 [3]."""
-    if header == 0:
-        store_i32(scale_addr, 2, 0)
-        return
-    amax = header & 0xFFFF
-    log_min = log_min_of(amax, (header >> 16) & 0xFFFF)
-    store_i32(scale_addr, 0, float_as_bits(step_of(log_range_of(amax, log_min))))
-    store_i32(scale_addr, 1, float_as_bits(log_min))
-    store_i32(scale_addr, 2, float_as_bits(unit_of(amax)))
-
-
-@inlined
-def read_headers(group: int, codes_begin: int, terms_addr: int, num_terms: int, scales_addr: int) -> None:
-    """Read one group's header of every term, once for its four quarters."""
+def read_headers(num_groups: int, terms_addr: int, num_terms: int, scales_addr: int) -> None:
+    """Write what all headers of a token's rows say to ``scales`` fp32 [G, terms, 3], before anything waits for it."""
     for term in range(num_terms):
         row = load_i64(terms_addr, term)
-        codes = row + codes_begin + group * CODE_BYTES
-        for ahead in range(0, CODE_BYTES, LINE):
-            prefetch(codes + ahead + _AHEAD)
-        read_header(load_i32(row, group), scales_addr + 4 * _SCALE_WORDS * term)
+        for group in range(num_groups):
+            write_decoding(load_i32(row, group), scales_addr + _SCALE_BYTES * (group * num_terms + term))
 
 
 @inlined
@@ -86,8 +70,14 @@ def load_logfmt(quarter: int, codes: int, rest: int, scale_addr: int) -> Any:
     """Return 32 numbers as fp32."""
     if load_i32(scale_addr, 2) == 0:
         return load_raw(quarter, codes, rest)
-    bits = join(quarter, load_lanes_i8(codes + QUARTER * quarter), load_lanes_i8(codes + 4 * QUARTER))
-    return decode_log(bits, load_factor(scale_addr, 0), load_factor(scale_addr, 1), load_factor(scale_addr, 2))
+    return decode_log(
+        load_lanes_i8(codes + QUARTER * quarter),
+        load_lanes_i8(codes + 4 * QUARTER),
+        broadcast_i32(8 - 2 * quarter),
+        load_number(scale_addr, 0),
+        load_number(scale_addr, 1),
+        load_number(scale_addr, 2),
+    )
 
 
 @inlined
@@ -104,8 +94,8 @@ def sum_logfmt_rows(
 ) -> None:
     """out = bias 0 + bias 1 + factor 0 * term 0 + ..., in this order."""
     codes_begin, rest_begin = codes_offset(hidden), rest_offset(hidden)
+    read_headers(groups_of(hidden), terms_addr, num_terms, scales_addr)
     for group in range(groups_of(hidden)):
-        read_headers(group, codes_begin, terms_addr, num_terms, scales_addr)
         codes_of_group, rest_of_group = codes_begin + group * CODE_BYTES, rest_begin + group * REST_BYTES
         for quarter in range(4):
             channel = group * CHANNELS + quarter * QUARTER
@@ -118,9 +108,10 @@ def sum_logfmt_rows(
                 total = add(total, load(BF16, row) if count == QUARTER else load_part(BF16, row, count))
             for term in range(num_terms):
                 row = load_i64(terms_addr, term)
-                scale = scales_addr + 4 * _SCALE_WORDS * term
+                prefetch(row + codes_of_group + QUARTER * quarter + _AHEAD)
+                scale = scales_addr + _SCALE_BYTES * (group * num_terms + term)
                 numbers = load_logfmt(quarter, row + codes_of_group, row + rest_of_group, scale)
-                total = add(total, multiply(numbers, load_factor(factors_addr, term)))
+                total = add(total, multiply(numbers, load_number(factors_addr, term)))
             if count == QUARTER:
                 store(BF16, out_addr + 2 * channel, total, past_caches)
             else:
@@ -144,7 +135,7 @@ def reduce_logfmt(
 ) -> None:
     row_bytes, out_bytes = row_bytes_of(hidden), 2 * hidden
     past_caches = int((out_addr | out_bytes) % LINE == 0)
-    terms = allocate((24 + 4 * _SCALE_WORDS) * width + 16)
+    terms = allocate((24 + _SCALE_BYTES * groups_of(hidden)) * width + 16)
     ranks, biases = terms + 8 * width, terms + 16 * width
     factors = biases + 16
     scales = factors + 8 * width

@@ -6,12 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from anyep.kernels.cpu.codec import FP32, add, bytes_of, load, load_part, multiply, prefetch_lanes, store, store_part
+from anyep.kernels.cpu.codec import (
+    FP32,
+    add,
+    bytes_of,
+    load,
+    load_number,
+    load_part,
+    multiply,
+    prefetch_lanes,
+    store,
+    store_part,
+)
 from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import (
     LINE,
     allocate,
-    bits_as_float,
     fill_bytes,
     load_i32,
     load_i64,
@@ -65,12 +75,6 @@ def collect_terms(
 
 
 @inlined
-def load_factor(factors_addr: int, term: int) -> Any:
-    """Return a term's weight in every lane."""
-    return broadcast(bits_as_float(load_i32(factors_addr, term)))
-
-
-@inlined
 def load_and_prefetch(element: int, address: int) -> Any:
     prefetch_lanes(element, address + _AHEAD)
     return load(element, address)
@@ -117,7 +121,7 @@ def sum_weighted_rows(
             total = add(total, load_and_prefetch(element, load_i64(biases_addr, bias) + offset))
         for term in range(num_terms):
             row = load_and_prefetch(element, load_i64(terms_addr, term) + offset)
-            total = add(total, multiply(row, load_factor(factors_addr, term)))
+            total = add(total, multiply(row, load_number(factors_addr, term)))
         store(element, out_addr + offset, total, past_caches)
     if whole < hidden:
         offset, count = whole * element_bytes, hidden - whole
@@ -126,7 +130,7 @@ def sum_weighted_rows(
             total = add(total, load_part(element, load_i64(biases_addr, bias) + offset, count))
         for term in range(num_terms):
             row = load_part(element, load_i64(terms_addr, term) + offset, count)
-            total = add(total, multiply(row, load_factor(factors_addr, term)))
+            total = add(total, multiply(row, load_number(factors_addr, term)))
         store_part(element, out_addr + offset, total, count)
 
 
