@@ -80,7 +80,8 @@ def _maybe_cut(case: Case, name: str, num_bytes: int, alignment: int) -> int:
 
 def exam_transpose_scales(case: Case) -> None:
     rng, stretch = case.rng, case.stretch
-    B, block_rows, columns = int(rng.integers(0, 4)), int(rng.integers(1, 50)), int(rng.choice([1, 2, 16, 17, 56]))
+    B, columns = int(rng.integers(0, 4)), int(rng.choice([1, 2, 16, 17, 56]))
+    block_rows = int(rng.choice([16, 32, 48, int(rng.integers(1, 50))]))
     counts_B = rng.integers(0, block_rows + 1, B, dtype=np.int32)
     arrays = [stretch.cut(name, 4 * B * block_rows * columns, int(rng.choice([4, 64]))) for name in ("source", "there")]
     case.run("transpose_scales", B, block_rows, columns, stretch.put("counts", counts_B), *arrays)

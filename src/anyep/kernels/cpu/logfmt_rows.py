@@ -34,6 +34,7 @@ from anyep.numerics.logfmt import CHANNELS, CODE_BYTES, LEAST_AMAX_BITS, ONE_BIT
 REST_BYTES = RAW_BYTES - CODE_BYTES
 """Bytes of a raw group that have no room among the codes."""
 _SCALE_BYTES = 16
+"""fp32 [4] a group."""
 _AHEAD = 2048
 _group_on_stack = stack_block(RAW_BYTES)
 

@@ -39,6 +39,7 @@ from anyep.numerics.logfmt import CHANNELS, CODE_BYTES
 
 _AHEAD = 1024
 _SCALE_BYTES = 12
+"""fp32 [3] a term and group."""
 _ONE_BITS = 0x3F800000
 _quarter_on_stack = stack_block(LINE)
 
