@@ -118,7 +118,7 @@ def until_lost(group: Any, rank: int, directory: str, victim: int, busy: bool) -
 
     transport = open_shm(group)
     told = _told(lambda: work(transport))
-    transport.close(Blame(ranks=told[1], timeout=False))
+    transport.leave(Blame(ranks=told[1], timeout=False))
     return told
 
 
@@ -137,7 +137,7 @@ def until_silent(group: Any, rank: int, directory: str) -> Any:
     work.epoch = 0
     transport = open_shm(group, timeout_s=0.5)
     kind, culprits, _, text, _ = _told(lambda: work(transport))
-    transport.close(Blame(ranks=culprits, timeout=True))
+    transport.leave(Blame(ranks=culprits, timeout=True))
     if rank != 1:
         _arrive(directory, f"{rank}-left")
     return kind, culprits, text
@@ -174,7 +174,7 @@ def leave_in_turn(group: Any, rank: int) -> Any:
         exchange(transport, 2, "step 2")
 
     kind, culprits, step, *_ = _told(work)
-    transport.close(Blame(ranks=culprits, timeout=kind == "PeerTimeout"))
+    transport.leave(Blame(ranks=culprits, timeout=kind == "PeerTimeout"))
     return kind, culprits, step
 
 

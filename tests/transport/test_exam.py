@@ -35,40 +35,40 @@ def test_transport_passes(run, exam):
 
 
 class LosesAWord(InProcessTransport):
-    def post(self, lane, epoch, words):
+    def post(self, lane, epoch, words, ranks=None):
         words = words.copy()
         if words.shape[1] > 5 and epoch == 40:
             words[:, 5] = 0
-        super().post(lane, epoch, words)
+        super().post(lane, epoch, words, ranks)
 
 
 class MixesUpDestinations(InProcessTransport):
-    def post(self, lane, epoch, words):
-        super().post(lane, epoch, np.roll(words, 1, axis=0))
+    def post(self, lane, epoch, words, ranks=None):
+        super().post(lane, epoch, np.roll(words, 1, axis=0), ranks)
 
 
 class DoesNotWait(InProcessTransport):
-    def wait(self, lane, epoch, step):
+    def wait(self, lane, epoch, step, ranks=None):
         return self._opened().slots[lane.index][epoch % self._ring].view
 
 
 class TakesAnOldEpoch(InProcessTransport):
     """Compares only 8 bits of the epoch."""
 
-    def post(self, lane, epoch, words):
-        super().post(lane, epoch % 2, words)
+    def post(self, lane, epoch, words, ranks=None):
+        super().post(lane, epoch % 2, words, ranks)
 
-    def wait(self, lane, epoch, step):
-        return super().wait(lane, epoch % 2, step)
+    def wait(self, lane, epoch, step, ranks=None):
+        return super().wait(lane, epoch % 2, step, ranks)
 
 
 class PostsBeforeTheBytes(InProcessTransport):
     """Holds back each rank's signal for nobody: the last rank's bytes are announced one operation early."""
 
-    def wait(self, lane, epoch, step):
+    def wait(self, lane, epoch, step, ranks=None):
         if lane.name == "done" and epoch % 50 == 49:
             return self._opened().slots[lane.index][epoch % self._ring].view
-        return super().wait(lane, epoch, step)
+        return super().wait(lane, epoch, step, ranks)
 
 
 class LocatesEverything(InProcessTransport):
@@ -101,14 +101,14 @@ class NeverTakesBack(InProcessTransport):
 
 
 class BlamesTheMessenger(InProcessTransport):
-    def close(self, blame=None):
-        super().close()
+    def leave(self, blame=None):
+        super().leave()
 
 
 class CallsSilenceALoss(InProcessTransport):
-    def wait(self, lane, epoch, step):
+    def wait(self, lane, epoch, step, ranks=None):
         try:
-            return super().wait(lane, epoch, step)
+            return super().wait(lane, epoch, step, ranks)
         except Exception as error:
             raise PeerLost(str(error), ranks=[0], step=step) from error
 
@@ -116,6 +116,56 @@ class CallsSilenceALoss(InProcessTransport):
 class ForgetsItIsClosed(InProcessTransport):
     def allocate(self, num_bytes):
         return super().allocate(num_bytes) if self._open else None
+
+
+class AwaitsEverybody(InProcessTransport):
+    def wait(self, lane, epoch, step, ranks=None):
+        return super().wait(lane, epoch, step)
+
+
+class CountsRowsFromTheFirst(InProcessTransport):
+    """Sends row i to the i-th of some ranks, not row d to rank d."""
+
+    def post(self, lane, epoch, words, ranks=None):
+        if ranks is not None:
+            words[ranks] = words[: ranks.size].copy()
+        super().post(lane, epoch, words, ranks)
+
+
+class NotesNoLateness(InProcessTransport):
+    def wait(self, lane, epoch, step, ranks=None):
+        before = self.waited_ns.copy()
+        words = super().wait(lane, epoch, step, ranks)
+        self.waited_ns[:] = before
+        return words
+
+
+class BlamesTheFirstForLateness(InProcessTransport):
+    def wait(self, lane, epoch, step, ranks=None):
+        before = self.waited_ns.copy()
+        words = super().wait(lane, epoch, step, ranks)
+        late = (self.waited_ns - before).sum()
+        self.waited_ns[:] = before
+        self.waited_ns[0] += late
+        return words
+
+
+class StaysWhenItLeaves(InProcessTransport):
+    def leave(self, blame=None):
+        if self._kept is None:
+            super().leave(blame)
+
+
+class LosesWhatIsTrimmed(InProcessTransport):
+    def trim(self, block, num_bytes):
+        block.memory = block.memory[:num_bytes]
+        block.num_bytes = num_bytes
+
+
+class TrimsTooMuch(InProcessTransport):
+    def trim(self, block, num_bytes):
+        super().trim(block, num_bytes // 2)
+        block.num_bytes = num_bytes
 
 
 @pytest.mark.parametrize(
@@ -134,6 +184,14 @@ class ForgetsItIsClosed(InProcessTransport):
         (BlamesTheMessenger, cases.blame, 4, (True,)),
         (CallsSilenceALoss, cases.silent, 2, ()),
         (ForgetsItIsClosed, cases.closed, 2, ()),
+        (AwaitsEverybody, cases.subsets, 3, (0, 60, 1.0)),
+        (AwaitsEverybody, cases.silent_for_some, 3, ()),
+        (CountsRowsFromTheFirst, cases.subsets, 3, (0, 60)),
+        (NotesNoLateness, cases.lateness, 2, ()),
+        (BlamesTheFirstForLateness, cases.lateness, 3, ()),
+        (StaysWhenItLeaves, cases.leaves, 2, ()),
+        (LosesWhatIsTrimmed, cases.trimmed_blocks, 1, (60,)),
+        (TrimsTooMuch, cases.trimmed_blocks, 1, (60,)),
     ],
 )
 def test_a_fault_is_found(kind, case, num_ranks, arguments):

@@ -297,7 +297,7 @@ def test_memory_goes_with_its_last_user(monkeypatch):
         gc.enable()
 
 
-def test_closing_under_a_wait_ends_it():
+def test_leaving_under_a_wait_ends_it():
     group = local_group(2)
     transports = group.run(open_on)
     failures = []
@@ -311,11 +311,12 @@ def test_closing_under_a_wait_ends_it():
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    transports[0].close()
+    transports[0].leave()
     thread.join(20)
     assert not thread.is_alive()
     assert len(failures) == 1
-    transports[1].close()
+    for transport in transports:
+        transport.close()
 
 
 def test_a_dead_peers_message_counts(monkeypatch):

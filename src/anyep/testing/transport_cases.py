@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from anyep.errors import ClosedError, PeerError, PeerLost, PeerTimeout
 from anyep.kernels.registry import load
-from anyep.transport.base import Blame, Block, Lane, Place, Transport, Words
+from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Transport, Words
 
 OPEN = Lane(index=0, name="open", words=7)
 DONE = Lane(index=1, name="done", words=1)
@@ -85,8 +86,8 @@ def _wait(transport: Transport, lane: Lane, epoch: int) -> Words:
     return words
 
 
-def _check_messages(transport: Transport, lane: Lane, epoch: int, words: Words) -> None:
-    for source in range(transport.size):
+def _check_messages(transport: Transport, lane: Lane, epoch: int, words: Words, sources: Ranks | None = None) -> None:
+    for source in range(transport.size) if sources is None else sources.tolist():
         expected = _message(lane, epoch, source, transport.rank)
         _require(
             np.array_equal(words[source, : expected.size], expected),
@@ -149,6 +150,97 @@ def operations_in_flight(make: Make, rank: int, seed: int, rounds: int, flights:
             thread.join()
         if failures:
             raise failures[0]
+
+
+def subsets(make: Make, rank: int, seed: int, rounds: int, timeout_s: float = _TIMEOUT_S) -> None:
+    """On later lanes messages go to some ranks, or none, and are awaited from those alone."""
+    rng = np.random.default_rng(seed)  # the same on every rank: who sends to whom
+    own_rng = np.random.default_rng([seed, rank])
+    with _opened(make, timeout_s=timeout_s) as transport:
+        for epoch in range(rounds):
+            _post(transport, OPEN, epoch)
+            _wait(transport, OPEN, epoch)
+            lane = LANES[1 + epoch % 2]
+            sends = rng.random((transport.size, transport.size)) < rng.random()
+            to, sources = (own_rng.permutation(np.flatnonzero(some)) for some in (sends[rank], sends[:, rank]))
+            rows = [_message(lane, epoch, rank, d) for d in range(transport.size)]
+            transport.post(lane, epoch, np.stack(rows), to)
+            words = transport.wait(lane, epoch, f"exam {epoch}: some", sources)
+            _require(words.shape == (transport.size, lane.words), f"wait for some ranks returned {words.shape}")
+            _check_messages(transport, lane, epoch, words, sources)
+        _meet(transport, rounds)
+
+
+def silent_for_some(make: Make, rank: int) -> None:
+    """Only ranks that are awaited are missed; no rank is no wait."""
+    quiet, nobody = 0, np.array([], np.int64)
+    with _opened(make, timeout_s=_SILENCE_S) as transport:
+        _post(transport, OPEN, 0)
+        _wait(transport, OPEN, 0)
+        transport.wait(DONE, 0, "exam 0: nobody", nobody)
+        transport.post(WIDE, 0, np.zeros((transport.size, 1), np.int64), nobody)
+        if rank != quiet:
+            _post(transport, DONE, 0)
+            others = np.arange(1, transport.size)
+            _check_messages(transport, DONE, 0, transport.wait(DONE, 0, "exam 0: others", others), others)
+            some = np.array([quiet, rank])
+            error = _expect(PeerTimeout, lambda: transport.wait(DONE, 0, "exam 0: quiet", some), "a silent rank")
+            _check_error(error, (quiet,), "exam 0: quiet")
+        else:
+            time.sleep(2 * _SILENCE_S)
+        transport.leave(Blame(ranks=(quiet,), timeout=True))
+
+
+def lateness(make: Make, rank: int) -> None:
+    """What a wait takes is put down to the rank that was late, in time that never goes back."""
+    late, late_s = 1, 0.3
+    with _opened(make) as transport:
+        _require(transport.waited_ns.shape == (transport.size,), f"waited_ns is {transport.waited_ns.shape}")
+        for epoch in range(3):
+            _meet(transport, 2 * epoch)
+            before = transport.waited_ns.copy()
+            if rank == late:
+                time.sleep(late_s)
+            _post(transport, OPEN, 2 * epoch + 1)
+            _wait(transport, OPEN, 2 * epoch + 1)
+            told_s = (transport.waited_ns - before) / 1e9
+            _require(bool((told_s >= 0).all()), f"waited_ns fell by {told_s} s")
+            if rank != late:
+                _require(told_s[late] > 0.5 * late_s, f"rank {late} was {late_s} s late, and waited_ns says {told_s}")
+                _require(told_s.argmax() == late, f"rank {late} was late, and waited_ns says {told_s}")
+            else:
+                _require(told_s.max() < 0.5 * late_s, f"nobody but this rank was late, and waited_ns says {told_s}")
+
+
+def leaves(make: Make, rank: int) -> None:
+    """To leave ends waits in other threads and refuses calls, and leaves memory where it is."""
+    ended: list[BaseException] = []
+    with _opened(make) as transport:
+        block = transport.allocate(1 << 10)
+        place = _swap_places(transport, 0, block.place)[(rank + 1) % transport.size]
+        address = transport.address((rank + 1) % transport.size, place)
+
+        def wait() -> None:
+            try:
+                transport.wait(OPEN, 1, "exam 1: for ever")
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        _meet(transport, 0)
+        time.sleep(0.05)  # by now it is asleep
+        began = time.monotonic()
+        transport.leave()
+        transport.leave(Blame(ranks=(0,), timeout=False))
+        thread.join(_TIMEOUT_S / 2)
+        _require([type(error) for error in ended] == [ClosedError], f"a wait under way ended with {ended}")
+        _require(time.monotonic() - began < _TIMEOUT_S / 10, "a wait under way outlived its transport")
+        _expect(ClosedError, lambda: transport.check(1, "exam 1"), "check after leave")
+        _expect(ClosedError, lambda: transport.trim(block, 8), "trim after leave")
+        source = torch.full((1 << 10,), rank, dtype=torch.uint8)
+        load("cpu").copy(source.data_ptr(), address, source.nbytes)  # a copy that is under way goes on
+        time.sleep(0.1)
 
 
 def _swap_places(transport: Transport, epoch: int, place: Place) -> list[Place]:
@@ -254,6 +346,28 @@ def blocks_return(make: Make, rank: int, seed: int, rounds: int) -> None:
         _meet(transport, 0)
 
 
+def trimmed_blocks(make: Make, rank: int, rounds: int) -> None:
+    """The rest of a trimmed block is given out again, and nothing else is; what is kept stays as it was."""
+    with _opened(make, heap_bytes=1 << 20) as transport:
+        held: list[tuple[torch.Tensor, int]] = []
+        for number in range(rounds):
+            block = transport.allocate(600_000)
+            whole = torch.frombuffer(block.memory, dtype=torch.uint8).fill_(number % 251)
+            del whole
+            transport.trim(block, number * 37 % 20_000)
+            _require(len(block.memory) == block.num_bytes == number * 37 % 20_000, "a trimmed block has another size")
+            _expect(ValueError, partial(transport.trim, block, block.num_bytes + 1), "trim to more than there is")
+            if block.num_bytes:
+                held.append((torch.frombuffer(block.memory, dtype=torch.uint8), number % 251))
+            _require(block.place.segment == 0, "the rest of trimmed blocks is lost to the arena")
+            del held[:-8], block
+            for kept, stamp in held:
+                _require(bool((kept == stamp).all()), "what was kept of a trimmed block was given out again")
+        held.clear()
+        _require(transport.allocate(900_000).place.segment == 0, "trimmed blocks did not come back whole")
+        _meet(transport, 0)
+
+
 def valid_after_close(make: Make, rank: int) -> None:
     """Tensors outlive the transport."""
     with _opened(make) as transport:
@@ -314,7 +428,7 @@ def silent(make: Make, rank: int) -> None:
             _require(waited_s < 2.5 * _SILENCE_S, f"timeout_s={_SILENCE_S}, and it took {waited_s:.2f} s")
             _check_error(error, (quiet,), "exam 1: open")
         _require(error.ranks == (quiet,), f"rank {rank} names {error.ranks}, expected the silent rank {quiet}: {error}")
-        transport.close(Blame(ranks=error.ranks, timeout=True))
+        transport.leave(Blame(ranks=error.ranks, timeout=True))
 
 
 def _wait_after_failure(transport: Transport) -> None:
@@ -331,13 +445,13 @@ def blame(make: Make, rank: int, timeout: bool) -> None:
         _post(transport, OPEN, 0)
         _wait(transport, OPEN, 0)
         if rank == messenger:
-            transport.close(Blame(ranks=(culprit,), timeout=timeout))
+            transport.leave(Blame(ranks=(culprit,), timeout=timeout))
         elif rank != culprit:
             _post(transport, OPEN, 1)
             kind = PeerTimeout if timeout else PeerLost
             error = _expect(kind, lambda: transport.wait(OPEN, 1, "exam 1: open"), "a rank that left blaming another")
             _check_error(error, (culprit,), "exam 1: open")
-            transport.close(Blame(ranks=error.ranks, timeout=timeout))
+            transport.leave(Blame(ranks=error.ranks, timeout=timeout))
         else:
             time.sleep(0.2)
 

@@ -51,6 +51,7 @@ def transport_exams(*, seed: int = 0, rounds: int = 300) -> list[Exam]:
         Exam(case=cases.operations_in_flight, num_ranks=n, arguments=(seed, rounds, flights))
         for n, flights in ((2, 2), (4, 3))
     ]
+    exams += [Exam(case=cases.subsets, num_ranks=n, arguments=(seed, rounds)) for n in (1, 2, 5)]
     exams += [
         Exam(case=cases.bytes_before_words, num_ranks=n, arguments=(rounds, words))
         for n, words in ((1, 1000), (2, 8191), (3, 1), (8, 1023))
@@ -61,7 +62,9 @@ def transport_exams(*, seed: int = 0, rounds: int = 300) -> list[Exam]:
         for n in (1, 3)
     ]
     exams += [Exam(case=cases.blocks_return, num_ranks=n, arguments=(seed, 2 * rounds)) for n in (1, 2)]
-    exams += [Exam(case=case, num_ranks=n) for case in (cases.closed, cases.silent) for n in (2, 4)]
+    exams += [Exam(case=cases.trimmed_blocks, num_ranks=n, arguments=(rounds,)) for n in (1, 2)]
+    exams += [Exam(case=case, num_ranks=n) for case in (cases.closed, cases.silent, cases.leaves) for n in (2, 4)]
+    exams += [Exam(case=case, num_ranks=3) for case in (cases.silent_for_some, cases.lateness)]
     exams += [Exam(case=cases.blame, num_ranks=4, arguments=(timeout,)) for timeout in (False, True)]
     return exams
 

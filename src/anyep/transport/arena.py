@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from anyep.errors import CapacityError, ClosedError
-from anyep.layout.regions import aligned
+from anyep.layout.regions import ALIGNMENT_BYTES, aligned
 from anyep.machine.linux import Memory
 from anyep.transport.base import Place
 from anyep.transport.control import MAX_SEGMENTS
@@ -78,7 +78,10 @@ class Heap:
 
 
 class ArenaBlock:
-    """A piece of an arena (``transport/base.py``: Block). 0 bytes are a block too, at the arena's beginning."""
+    """A piece of an arena (``transport/base.py``: Block). 0 bytes are a block too, at the arena's beginning.
+
+    Only :meth:`Arena.trim` changes it.
+    """
 
     __slots__ = ("address", "memory", "num_bytes", "place")
 
@@ -124,19 +127,37 @@ class Arena:
         """Bytes of blocks that somebody still holds."""
         with self._turn:
             self._take_back()
-            return sum(aligned(num_bytes) for _, num_bytes in self._out.values())
+            return sum(num_bytes for _, num_bytes in self._out.values())
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
         """Cut a block, 128-byte aligned; grow when none is free. Raises CapacityError, ValueError, ClosedError."""
         if num_bytes < 0:
             raise ValueError(f"num_bytes must be at least 0, got {num_bytes}")
         with self._turn:
-            if self._closed:
-                raise ClosedError("this arena is closed; open a new transport")
+            self._check_open()
             if num_bytes == 0:
                 return ArenaBlock(Place(segment=0, offset=0), self.segments[0].address, 0, memoryview(bytearray()))
             self._take_back()
             return self._cut(self._heap.take(num_bytes) or self._grow(num_bytes), num_bytes)
+
+    def trim(self, block: ArenaBlock, num_bytes: int) -> None:
+        """Keep the first ``num_bytes`` of a block and take the rest back. Raises ValueError, ClosedError.
+
+        The finalizer stays: it takes back what the block then is. At least one unit is kept, for two blocks may not
+        share a place.
+        """
+        if not 0 <= num_bytes <= block.num_bytes:
+            raise ValueError(f"a block of {block.num_bytes} bytes can be trimmed to 0 up to that many, got {num_bytes}")
+        with self._turn:
+            self._check_open()
+            if block.num_bytes:
+                reference, had = self._out[block.place]
+                kept = aligned(num_bytes) or ALIGNMENT_BYTES
+                if kept < had:
+                    self._out[block.place] = reference, kept
+                    self._heap.give(block.place._replace(offset=block.place.offset + kept), had - kept)
+            block.num_bytes = num_bytes
+            block.memory = block.memory[:num_bytes]
 
     def locate(self, address: int, num_bytes: int) -> Place | None:
         """Return where [address, address + num_bytes) lies in the heap, or None."""
@@ -155,6 +176,10 @@ class Arena:
                 for memory in self.segments:
                     memory.close_fd()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this arena is closed; open a new transport")
+
     def _cut(self, place: Place, num_bytes: int) -> ArenaBlock:
         """Make the block. It comes back when the array under its memoryview dies.
 
@@ -163,7 +188,7 @@ class Arena:
         """
         memory, returned = self.segments[place.segment], self._returned
         array = np.ndarray((num_bytes,), np.uint8, buffer=memory.bytes, offset=place.offset)
-        self._out[place] = weakref.ref(array, lambda _: returned.append(place)), num_bytes
+        self._out[place] = weakref.ref(array, lambda _: returned.append(place)), aligned(num_bytes)
         if self._poison:
             array.fill(_POISON)
         return ArenaBlock(place, memory.address + place.offset, num_bytes, memoryview(array))
