@@ -11,6 +11,8 @@ import pytest
 from anyep.errors import PeerLost
 from anyep.testing import TransportExamError, check_transport
 from anyep.testing import transport_cases as cases
+from anyep.testing import transport_end_cases as end_cases
+from anyep.testing import transport_memory_cases as memory_cases
 from anyep.testing.processes import run_processes
 from anyep.testing.transport_exam import Exam, transport_exams
 from anyep.transport.base import Place
@@ -175,23 +177,23 @@ class TrimsTooMuch(InProcessTransport):
         (MixesUpDestinations, cases.messages, 3, (0, 5, 0, 0.0)),
         (DoesNotWait, cases.messages, 3, (0, 60, 0, 0.0)),
         (TakesAnOldEpoch, cases.messages, 3, (0, 60, 0, 0.05)),
-        (PostsBeforeTheBytes, cases.bytes_before_words, 3, (100, 8191)),
-        (LocatesEverything, cases.strangers, 1, ()),
-        (MisplacesSegments, cases.growth, 2, ()),
-        (GivesOutTwice, cases.growth, 1, ()),
-        (GivesOutTwice, cases.blocks_return, 1, (0, 100)),
-        (NeverTakesBack, cases.blocks_return, 1, (0, 300)),
-        (BlamesTheMessenger, cases.blame, 4, (True,)),
-        (CallsSilenceALoss, cases.silent, 2, ()),
-        (ForgetsItIsClosed, cases.closed, 2, ()),
+        (PostsBeforeTheBytes, memory_cases.bytes_before_words, 3, (100, 8191)),
+        (LocatesEverything, memory_cases.strangers, 1, ()),
+        (MisplacesSegments, memory_cases.growth, 2, ()),
+        (GivesOutTwice, memory_cases.growth, 1, ()),
+        (GivesOutTwice, memory_cases.blocks_return, 1, (0, 100)),
+        (NeverTakesBack, memory_cases.blocks_return, 1, (0, 300)),
+        (BlamesTheMessenger, end_cases.blame, 4, (True,)),
+        (CallsSilenceALoss, end_cases.silent, 2, ()),
+        (ForgetsItIsClosed, end_cases.closed, 2, ()),
         (AwaitsEverybody, cases.subsets, 3, (0, 60, 1.0)),
-        (AwaitsEverybody, cases.silent_for_some, 3, ()),
+        (AwaitsEverybody, end_cases.silent_for_some, 3, ()),
         (CountsRowsFromTheFirst, cases.subsets, 3, (0, 60)),
         (NotesNoLateness, cases.lateness, 2, ()),
         (BlamesTheFirstForLateness, cases.lateness, 3, ()),
-        (StaysWhenItLeaves, cases.leaves, 2, ()),
-        (LosesWhatIsTrimmed, cases.trimmed_blocks, 1, (60,)),
-        (TrimsTooMuch, cases.trimmed_blocks, 1, (60,)),
+        (StaysWhenItLeaves, end_cases.leaves, 2, ()),
+        (LosesWhatIsTrimmed, memory_cases.trimmed_blocks, 1, (60,)),
+        (TrimsTooMuch, memory_cases.trimmed_blocks, 1, (60,)),
     ],
 )
 def test_a_fault_is_found(kind, case, num_ranks, arguments):
