@@ -143,6 +143,19 @@ def until_silent(group: Any, rank: int, directory: str) -> Any:
     return kind, culprits, text
 
 
+def wait_long(group: Any, rank: int, seconds: float) -> float:
+    """Return the CPU seconds of a rank that waits for rank 0."""
+    transport = open_shm(group)
+    exchange(transport, 0)
+    if rank == 0:
+        time.sleep(seconds)
+    before = time.process_time()
+    exchange(transport, 1)
+    used = time.process_time() - before
+    transport.close()
+    return used
+
+
 def interrupted(group: Any, rank: int, directory: str) -> Any:
     """Rank 0 waits for rank 1, which waits for rank 0's next message."""
     transport = open_shm(group, timeout_s=50.0)

@@ -325,12 +325,12 @@ def test_a_dead_peers_message_counts(monkeypatch):
     transports = group.run(open_on)
     real = shared._departures
 
-    def late(opened):
-        departures = real(opened)
+    def late(signals, opened):
+        departures = real(signals, opened)
         if not departures:
             transports[1].post(LANES[0], 0, np.ones((2, 1), np.int64))
             transports[1].close()
-            return real(opened)
+            return real(signals, opened)
         return departures
 
     transports[0].post(LANES[0], 0, np.zeros((2, 1), np.int64))

@@ -90,6 +90,11 @@ def test_nothing_is_left_after_all_are_killed(tmp_path):
     _check_clean(pids)
 
 
+def test_waiting_takes_next_to_no_processor_time():
+    used = run_processes(8, ranks.wait_long, 1.0, timeout_s=60)[1:]
+    assert min(used) < 0.01, f"1 s of waiting took CPU seconds {used}"
+
+
 def test_ctrl_c_while_waiting(tmp_path):
     with RankProcesses(2, ranks.interrupted, str(tmp_path)) as processes:
         _wait_for(tmp_path, 2)

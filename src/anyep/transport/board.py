@@ -78,6 +78,11 @@ class Board:
         return Departure(how="failed", blame=Blame(ranks=ranks, timeout=state == _TIMEOUT))
 
 
+def anybody_left(signals: ModuleType, controls_R: NDArray[np.int64]) -> bool:
+    """Whether a rank has left. One call for all ranks: those that wait ask it each time they wake."""
+    return bool(signals.any_word_above(controls_R, 8 * STATE, _OPEN))
+
+
 def anybody_failed(signals: ModuleType, controls_R: NDArray[np.int64]) -> bool:
-    """Whether a rank has left because of an error. One call for all ranks: operations ask it each time."""
+    """Whether a rank has left because of an error."""
     return bool(signals.any_word_above(controls_R, 8 * STATE, _CLOSED))

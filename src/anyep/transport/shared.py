@@ -6,20 +6,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyep.errors import ClosedError, PeerLost
-from anyep.machine import linux
 from anyep.transport.arena import Arena, ArenaBlock
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
-from anyep.transport.board import Board, anybody_failed
-from anyep.transport.control import DOORBELL_OFFSET, WORDS_OFFSET, ControlLayout
+from anyep.transport.board import Board, anybody_failed, anybody_left
+from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
 from anyep.transport.liveness import Departure, Wait, lost, silent
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
+from anyep.transport.slots import Slot, lay_out
 from anyep.transport.together import load_signals
 
 SLICE_NS = 20_000_000
@@ -48,16 +49,6 @@ class Neighbours(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """One ring slot of a lane: where source 0's mailbox lies, how far the next, where this rank's is, all messages."""
-
-    first: int
-    stride: int
-    own_offset: int
-    view: Words
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Open:
     """What a transport has until it is closed. A call holds it, so that nothing is unmapped under its feet."""
@@ -66,7 +57,7 @@ class _Open:
     neighbours: Neighbours
     controls_R: NDArray[np.int64]
     boards: Sequence[Board]
-    slots: Sequence[Sequence[_Slot]]
+    slots: Sequence[Sequence[Slot]]
 
 
 class SharedTransport:
@@ -102,7 +93,7 @@ class SharedTransport:
             neighbours=neighbours,
             controls_R=np.array(controls, np.int64),
             boards=boards,
-            slots=_lay_out(layout, self.rank, arena.segments[0]),
+            slots=lay_out(layout, self.rank, arena.segments[0]),
         )
         self._open: _Open | None = self._kept
 
@@ -160,8 +151,7 @@ class SharedTransport:
         opened = self._open or self._refuse()
         if not anybody_failed(self._signals, opened.controls_R):
             return
-        told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
-        departures = {rank: left for rank, left in told.items() if left is not None and left.blame is not None}
+        departures = {rank: left for rank, left in _told(opened).items() if left.blame is not None}
         wait = Wait(
             step=step,
             epoch=epoch,
@@ -220,7 +210,7 @@ class SharedTransport:
             raise ValueError(f"ranks must be distinct numbers [m] from 0 to {self.size - 1}, got {ranks.tolist()}")
         return np.array(ranks, order="C")
 
-    def _await(self, slot: _Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
+    def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
         """Look, and sleep up to one slice; return how many messages are missing."""
         deadline_ns = now_ns + SLICE_NS if self._sleeps else 0
         missing: int = self._signals.await_each(
@@ -237,16 +227,17 @@ class SharedTransport:
         )
         return missing
 
-    def _keep_waiting(self, opened: _Open, slot: _Slot, epoch: int, step: str, ranks: Ranks, began_ns: int) -> None:
+    def _keep_waiting(self, opened: _Open, slot: Slot, epoch: int, step: str, ranks: Ranks, began_ns: int) -> None:
         """Wait slice by slice until every message is here, a rank that owes one has left, or time is up."""
         while True:
             # First who has left, then which messages are here: what a rank posted before it left counts.
-            departures = _departures(opened)
-            missing = self._missing(slot, epoch, ranks)
+            departures = _departures(self._signals, opened)
             self._opened()
             now_ns = time.monotonic_ns()
             elapsed_s = (now_ns - began_ns) / 1e9
-            if missing and (elapsed_s >= self._timeout_s or any(rank in departures for rank in missing)):
+            overdue = elapsed_s >= self._timeout_s
+            missing = self._missing(slot, epoch, ranks) if departures or overdue else []
+            if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = Wait(
                     step=step,
                     epoch=epoch,
@@ -263,33 +254,21 @@ class SharedTransport:
             if not self._sleeps:
                 time.sleep(_NAP_S)
 
-    def _missing(self, slot: _Slot, epoch: int, ranks: Ranks) -> list[int]:
+    def _missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
         tag = epoch % _EPOCHS
         words = {source: self._signals.read_word(slot.first + source * slot.stride) for source in ranks.tolist()}
         return sorted(s for s, word in words.items() if (word >> 32) % _EPOCHS != tag or not word % _EPOCHS)
 
 
-def _departures(opened: _Open) -> dict[int, Departure]:
+def _departures(signals: ModuleType, opened: _Open) -> dict[int, Departure]:
     """Return who has left; a rank's own words outweigh what was seen of its end."""
     departures = dict(opened.neighbours.departures())
-    for rank, board in enumerate(opened.boards):
-        told = board.departure()
-        if told is not None:
-            departures[rank] = told
+    if anybody_left(signals, opened.controls_R):
+        departures |= _told(opened)
     return departures
 
 
-def _lay_out(layout: ControlLayout, rank: int, own: linux.Memory) -> list[list[_Slot]]:
-    """Return the slots of every lane, as this rank reads and fills them."""
-
-    def slot_at(lane: int, slot: int) -> _Slot:
-        first, stride = layout.mailbox_offset(lane, slot, 0), layout.mailbox_bytes(lane)
-        shape, strides = (layout.num_ranks, layout.lane_words[lane]), (stride, 8)
-        return _Slot(
-            first=own.address + first,
-            stride=stride,
-            own_offset=layout.mailbox_offset(lane, slot, rank),
-            view=np.ndarray(shape, np.int64, buffer=own.bytes, offset=first + WORDS_OFFSET, strides=strides),
-        )
-
-    return [[slot_at(lane, slot) for slot in range(layout.ring)] for lane in range(len(layout.lane_words))]
+def _told(opened: _Open) -> dict[int, Departure]:
+    """Return what ranks that have left said about it."""
+    told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
+    return {rank: left for rank, left in told.items() if left is not None}

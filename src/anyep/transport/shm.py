@@ -186,6 +186,8 @@ class _Processes:
 
     def departures(self) -> Mapping[int, Departure]:
         dead = self._watch.dead() if self._watch is not None else set()
+        if not dead:
+            return {}
         return {rank: Departure(how="died") for rank, pid in enumerate(self._pids) if pid in dead}
 
     def names(self) -> Mapping[int, str]:
