@@ -11,7 +11,8 @@ import pytest
 
 from anyep.errors import Unavailable
 from anyep.testing.processes import RankProcesses, run_processes
-from anyep.transport.shm import Identity, check_one_host
+from anyep.transport.identity import Identity
+from anyep.transport.shm import check_one_host
 from tests.transport import ranks
 
 R = 4
@@ -116,6 +117,20 @@ def test_descriptors_and_mappings_do_not_pile_up():
         assert after == before
 
 
+def test_dropped_transport_leaves_no_descriptor_and_no_mapping():
+    for before, after in run_processes(3, ranks.open_and_drop, timeout_s=60):
+        assert after == before
+
+
+def test_forked_child_does_not_speak_for_its_parent():
+    for rank, told in enumerate(run_processes(2, ranks.fork_in_the_middle, timeout_s=60)):
+        text, after, mappings = told
+        assert f"transport of rank {rank} belongs to process" in text
+        assert "this is a fork of it; use it there" in text
+        assert after == [[0, 1]] * 2, "and the parent goes on"
+        assert mappings == 0, "the child keeps nothing"
+
+
 def test_closed_transport_unmaps_all_but_tensors():
     for counts in run_processes(3, ranks.mappings_over_life, timeout_s=60):
         assert counts == {"open": 3, "with a tensor": 1, "without": 0}
@@ -149,5 +164,8 @@ def test_one_host_needs_one_process_namespace():
         check_one_host([one, other])
 
 
-def test_segment_of_a_rank_that_has_left_is_a_lost_peer():
-    assert run_processes(2, ranks.map_after_leaving, timeout_s=60)[1] == ("PeerLost", (0,))
+@pytest.mark.parametrize(
+    ("blame", "kind", "culprit"), [(None, "PeerLost", 0), (False, "PeerLost", 2), (True, "PeerTimeout", 2)]
+)
+def test_segment_of_a_rank_that_has_left_names_whom_it_blamed(blame, kind, culprit):
+    assert run_processes(3, ranks.map_after_leaving, blame, timeout_s=60)[1] == (kind, (culprit,))

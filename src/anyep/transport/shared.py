@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.errors import ClosedError, PeerLost
+from anyep.machine.forks import tell_after_fork
 from anyep.transport.arena import Arena, ArenaBlock
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.board import Board, anybody_failed, anybody_left
@@ -81,6 +83,7 @@ class SharedTransport:
         self.waited_ns = np.zeros(self.size, np.int64)
         self._signals = load_signals()
         self._sleeps = bool(self._signals.HAS_FUTEX)
+        self._pid = os.getpid()
         self._ring = layout.ring
         self._timeout_s = timeout_s
         self._doorbell = controls[self.rank] + DOORBELL_OFFSET
@@ -96,6 +99,7 @@ class SharedTransport:
             slots=lay_out(layout, self.rank, arena.segments[0]),
         )
         self._open: _Open | None = self._kept
+        tell_after_fork(self)
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
         return self._opened().arena.allocate(num_bytes)
@@ -108,10 +112,13 @@ class SharedTransport:
         return self._opened().arena.locate(address, num_bytes)
 
     def address(self, rank: int, place: Place) -> int:
+        opened = self._opened()
         try:
-            return self._opened().neighbours.segment_address(rank, place.segment) + place.offset
+            return opened.neighbours.segment_address(rank, place.segment) + place.offset
         except ProcessLookupError as error:
-            raise PeerLost(
+            departures = _departures(self._signals, opened)
+            told = lost(self._facts(opened, None, "address", [rank], sorted({*range(self.size)} - {rank})), departures)
+            raise told or PeerLost(
                 f"rank {rank} is gone, and its memory (segment {place.segment}) with it: {error}. "
                 "Look at its output; close this buffer and make a new one on the ranks that are left",
                 ranks=[rank],
@@ -152,17 +159,8 @@ class SharedTransport:
         if not anybody_failed(self._signals, opened.controls_R):
             return
         departures = {rank: left for rank, left in _told(opened).items() if left.blame is not None}
-        wait = Wait(
-            step=step,
-            epoch=epoch,
-            rank=self.rank,
-            missing=sorted(departures),
-            arrived=[rank for rank in range(self.size) if rank not in departures],
-            elapsed_s=0.0,
-            timeout_s=self._timeout_s,
-            names=opened.neighbours.names(),
-        )
-        error = lost(wait, departures)
+        others = sorted({*range(self.size)} - departures.keys())
+        error = lost(self._facts(opened, epoch, step, sorted(departures), others), departures)
         assert error is not None, "a departure is a reason"
         raise error
 
@@ -180,6 +178,11 @@ class SharedTransport:
             kept.arena.close()
             kept.neighbours.close()
 
+    def after_fork(self) -> None:
+        """Called in a child of this process: it has a copy of this object, and may not speak for the rank."""
+        self._leaving = threading.Lock()  # another thread of the parent may have held it
+        self._open = self._kept = None  # its mappings go, but for those that tensors lie on
+
     def describe(self) -> dict[str, str]:
         arena = self._opened().arena
         how = "then sleep on a futex" if self._sleeps else f"then naps of {_NAP_S * 1e3:g} ms (no futex here)"
@@ -192,6 +195,11 @@ class SharedTransport:
         return self._open or self._refuse()
 
     def _refuse(self) -> _Open:
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the {self.name} transport of rank {self.rank} belongs to process {self._pid}, and this "
+                "is a fork of it; use it there, or make a group and a buffer of this process's own"
+            )
         raise ClosedError(f"the {self.name} transport of rank {self.rank} is closed; open a new one")
 
     def _checked_words(self, lane: Lane, words: Words) -> Words:
@@ -238,21 +246,33 @@ class SharedTransport:
             overdue = elapsed_s >= self._timeout_s
             missing = self._missing(slot, epoch, ranks) if departures or overdue else []
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
-                wait = Wait(
-                    step=step,
-                    epoch=epoch,
-                    rank=self.rank,
-                    missing=missing,
-                    arrived=sorted(set(ranks.tolist()).difference(missing)),
-                    elapsed_s=elapsed_s,
-                    timeout_s=self._timeout_s,
-                    names=opened.neighbours.names(),
-                )
+                arrived = sorted({*ranks.tolist()}.difference(missing))
+                wait = self._facts(opened, epoch, step, missing, arrived, elapsed_s)
                 raise lost(wait, departures) or silent(wait)
             if self._await(slot, epoch, ranks, 0, 0, began_ns, now_ns) == 0:
                 return
             if not self._sleeps:
                 time.sleep(_NAP_S)
+
+    def _facts(
+        self,
+        opened: _Open,
+        epoch: int | None,
+        step: str,
+        missing: Sequence[int],
+        arrived: Sequence[int],
+        elapsed_s: float = 0.0,
+    ) -> Wait:
+        return Wait(
+            step=step,
+            epoch=epoch,
+            rank=self.rank,
+            missing=missing,
+            arrived=arrived,
+            elapsed_s=elapsed_s,
+            timeout_s=self._timeout_s,
+            names=opened.neighbours.names(),
+        )
 
     def _missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
         tag = epoch % _EPOCHS
