@@ -326,7 +326,7 @@ class Buffer:
         blame = (
             Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
         )
-        self._end.transport.close(blame)
+        self._end.transport.leave(blame)
 
     def _count_refusal(self) -> None:
         self._end.counters.refused += 1

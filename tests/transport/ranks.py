@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from anyep.errors import AnyEPError, PeerError
+from anyep.errors import AnyEPError, ClosedError, PeerError
 from anyep.transport.base import Blame, Lane, Place
 from anyep.transport.inprocess import InProcessTransport, local_group
 from anyep.transport.registry import open_transport
@@ -118,7 +118,7 @@ def until_lost(group: Any, rank: int, directory: str, victim: int, busy: bool) -
 
     transport = open_shm(group)
     told = _told(lambda: work(transport))
-    transport.close(Blame(ranks=told[1], timeout=False))
+    transport.leave(Blame(ranks=told[1], timeout=False))
     return told
 
 
@@ -137,10 +137,23 @@ def until_silent(group: Any, rank: int, directory: str) -> Any:
     work.epoch = 0
     transport = open_shm(group, timeout_s=0.5)
     kind, culprits, _, text, _ = _told(lambda: work(transport))
-    transport.close(Blame(ranks=culprits, timeout=True))
+    transport.leave(Blame(ranks=culprits, timeout=True))
     if rank != 1:
         _arrive(directory, f"{rank}-left")
     return kind, culprits, text
+
+
+def wait_long(group: Any, rank: int, seconds: float) -> float:
+    """Return the CPU seconds of a rank that waits for rank 0."""
+    transport = open_shm(group)
+    exchange(transport, 0)
+    if rank == 0:
+        time.sleep(seconds)
+    before = time.process_time()
+    exchange(transport, 1)
+    used = time.process_time() - before
+    transport.close()
+    return used
 
 
 def interrupted(group: Any, rank: int, directory: str) -> Any:
@@ -174,7 +187,7 @@ def leave_in_turn(group: Any, rank: int) -> Any:
         exchange(transport, 2, "step 2")
 
     kind, culprits, step, *_ = _told(work)
-    transport.close(Blame(ranks=culprits, timeout=kind == "PeerTimeout"))
+    transport.leave(Blame(ranks=culprits, timeout=kind == "PeerTimeout"))
     return kind, culprits, step
 
 
@@ -254,20 +267,71 @@ def open_on_hosts(group: Any, rank: int, hosts: list[str]) -> tuple[str, str]:
     return _try_to_open(group)
 
 
-def map_after_leaving(group: Any, rank: int) -> Any:
-    """Rank 1 learns of a segment of rank 0 and maps it only when rank 0 has closed."""
+def map_after_leaving(group: Any, rank: int, blame: bool | None) -> Any:
+    """Rank 1 learns of a segment of rank 0 and maps it only when rank 0 has closed: by itself, or blaming rank 2."""
     transport = open_shm(group)
     block = transport.allocate(10 << 20)
-    transport.post(LANES[0], 0, np.full((2, 2), [block.place.segment, block.place.offset]))
+    transport.post(LANES[0], 0, np.full((group.size, 2), [block.place.segment, block.place.offset]))
     segment, offset, _ = transport.wait(LANES[0], 0, "places")[0].tolist()
     if rank == 0:
+        transport.leave(None if blame is None else Blame(ranks=(2,), timeout=blame))
         transport.close()
-        group.allgather(b"")
-        return None
     group.allgather(b"")
-    kind, culprits, *_ = _told(lambda: transport.address(0, Place(segment=segment, offset=offset)))
+    told = None
+    if rank == 1:
+        told = _told(lambda: transport.address(0, Place(segment=segment, offset=offset)))[:2]
+    group.allgather(b"")
     transport.close()
-    return kind, culprits
+    return told
+
+
+def killed_before_opening(group: Any, rank: int, culprit: int, comes_first: bool) -> Any:
+    if comes_first:
+        group.allgather(b"here")
+    else:
+        time.sleep(0.2)  # so that the culprit has told the store of its process
+    if rank == culprit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    kind, culprits, _, text, now = _told(lambda: open_shm(group))
+    return kind, culprits, text, now - began
+
+
+def open_and_drop(group: Any, rank: int) -> Any:
+    """Return descriptors and mappings before and after a transport that nobody closed."""
+    gc.disable()
+    before = _descriptors(), _mappings()
+    transport = open_shm(group)
+    exchange(transport, 0)
+    tensor = torch.frombuffer(transport.allocate(3 << 20).memory, dtype=torch.uint8)
+    group.allgather(b"")
+    del transport, tensor
+    return before, (_descriptors(), _mappings())
+
+
+def fork_in_the_middle(group: Any, rank: int) -> Any:
+    """Return what a forked child is told, whether its parent can go on, and what the child still maps."""
+    transport = open_shm(group)
+    results = [exchange(transport, 0)]
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            exchange(transport, 1)
+        except ClosedError as error:
+            transport.leave(Blame(ranks=(0,), timeout=False))
+            transport.close()
+            os.write(writing, f"{_mappings()} {error}".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    mappings, _, text = os.read(reading, 10_000).decode().partition(" ")
+    os.close(reading)
+    os.close(writing)
+    results.append(exchange(transport, 1))
+    transport.check(1, "check")
+    transport.close()
+    return text, results, int(mappings)
 
 
 def scaled(group: Any, rank: int, x: torch.Tensor) -> torch.Tensor:

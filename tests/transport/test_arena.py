@@ -163,6 +163,48 @@ def test_negative_size_is_the_callers_mistake():
         make_arena().allocate(-1)
 
 
+def test_trimmed_block_gives_back_its_rest():
+    arena = make_arena()
+    block = arena.allocate(10_000)
+    early = torch.frombuffer(block.memory[:3000], dtype=torch.uint8).fill_(5)
+    place, address = block.place, block.address
+    arena.trim(block, 3000)
+    assert (block.num_bytes, len(block.memory), block.place, block.address) == (3000, 3000, place, address)
+    assert arena.used_bytes == 3072
+    assert arena.allocate(100).place == Place(segment=0, offset=place.offset + 3072), "the rest is free"
+    arena.trim(block, 3000)
+    arena.trim(block, 2900)
+    del block
+    assert arena.used_bytes == 2944, "a tensor from before keeps it"
+    assert bool((early == 5).all())
+    del early
+    assert arena.used_bytes == 0
+    assert arena.allocate(arena.committed_bytes - 2048).place == Place(segment=0, offset=1024), "one range again"
+
+
+def test_block_trimmed_to_nothing_has_its_place_for_itself():
+    arena = make_arena()
+    block = arena.allocate(5000)
+    arena.trim(block, 0)
+    assert (block.num_bytes, len(block.memory), arena.used_bytes) == (0, 0, 128)
+    assert arena.allocate(1).place != block.place
+    arena.trim(block, 0)
+    del block
+    assert arena.used_bytes == 0
+    empty = arena.allocate(0)
+    arena.trim(empty, 0)
+    assert arena.used_bytes == 0
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 1001, 1 << 50])
+def test_trim_does_not_grow(num_bytes):
+    arena = make_arena()
+    block = arena.allocate(1000)
+    with pytest.raises(ValueError, match=f"a block of 1000 bytes can be trimmed .* got {num_bytes}"):
+        arena.trim(block, num_bytes)
+    assert (block.num_bytes, arena.used_bytes) == (1000, 1024)
+
+
 def test_locate_knows_the_heap_and_nothing_else():
     arena = make_arena()
     block = arena.allocate(1000)

@@ -60,6 +60,18 @@ class HeapMachine(RuleBasedStateMachine):
         index, units = place.offset // UNIT, -(-num_bytes // UNIT)
         self.owners[place.segment][index : index + units] = [None] * units
 
+    @rule(target=blocks, block=consumes(blocks), kept=st.integers(1, 20 * UNIT))
+    def give_the_end(self, block, kept):
+        if block is None or block[1] <= kept:
+            return block
+        place, num_bytes = block
+        begin, end = -(-kept // UNIT), -(-num_bytes // UNIT)
+        if begin < end:
+            self.heap.give(Place(place.segment, place.offset + begin * UNIT), (end - begin) * UNIT)
+            index = place.offset // UNIT
+            self.owners[place.segment][index + begin : index + end] = [None] * (end - begin)
+        return place, kept
+
     def free_runs(self):
         runs = []
         for segment, owners in enumerate(self.owners):
@@ -74,9 +86,9 @@ class HeapMachine(RuleBasedStateMachine):
 
     @invariant()
     def free_ranges_are_the_models(self):
-        expected = [(segment, start * UNIT, (start + length) * UNIT) for segment, start, length in self.free_runs()]
-        assert self.heap._free == expected, "merged, ascending, exact"
-        assert self.heap.free_bytes == sum(end - begin for _, begin, end in expected)
+        expected = [(Place(segment, start * UNIT), length * UNIT) for segment, start, length in self.free_runs()]
+        assert self.heap.free_ranges() == expected, "merged, ascending, exact"
+        assert self.heap.free_bytes == sum(num_bytes for _, num_bytes in expected)
 
 
 TestHeap = HeapMachine.TestCase
@@ -102,7 +114,7 @@ def test_everything_given_back_is_one_range(sizes, random):
     random.shuffle(taken)
     for place, size in taken:
         heap.give(place, size)
-    assert heap._free == [(0, 0, 1 << 20)]
+    assert heap.free_ranges() == [(Place(segment=0, offset=0), 1 << 20)]
 
 
 @pytest.mark.parametrize("reserved", [1024, 1025, 5000])

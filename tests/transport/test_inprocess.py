@@ -297,7 +297,7 @@ def test_memory_goes_with_its_last_user(monkeypatch):
         gc.enable()
 
 
-def test_closing_under_a_wait_ends_it():
+def test_leaving_under_a_wait_ends_it():
     group = local_group(2)
     transports = group.run(open_on)
     failures = []
@@ -311,11 +311,12 @@ def test_closing_under_a_wait_ends_it():
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    transports[0].close()
+    transports[0].leave()
     thread.join(20)
     assert not thread.is_alive()
     assert len(failures) == 1
-    transports[1].close()
+    for transport in transports:
+        transport.close()
 
 
 def test_a_dead_peers_message_counts(monkeypatch):
@@ -324,12 +325,12 @@ def test_a_dead_peers_message_counts(monkeypatch):
     transports = group.run(open_on)
     real = shared._departures
 
-    def late(opened):
-        departures = real(opened)
+    def late(signals, opened):
+        departures = real(signals, opened)
         if not departures:
             transports[1].post(LANES[0], 0, np.ones((2, 1), np.int64))
             transports[1].close()
-            return real(opened)
+            return real(signals, opened)
         return departures
 
     transports[0].post(LANES[0], 0, np.zeros((2, 1), np.int64))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from anyep.errors import PeerTimeout
-from anyep.testing.processes import run_processes
+from anyep.testing.processes import RankProcesses, run_processes
+from anyep.transport.identity import Identity
 from anyep.transport.inprocess import local_group
 from anyep.transport.rendezvous import StoreRendezvous, find_rendezvous
 from tests.transport import ranks
@@ -35,7 +37,7 @@ def test_a_store_serves_many_meetings_in_order():
         assert gathered == [[b"0-%d" % call, b"1-%d" % call, b"2-%d" % call] for call in range(3)] * 3
 
 
-def test_meetings_leave_nothing_but_a_counter_in_the_store():
+def test_meetings_leave_nothing_but_who_took_part_in_the_store():
     store = HashStore()
 
     def work(member):
@@ -44,7 +46,7 @@ def test_meetings_leave_nothing_but_a_counter_in_the_store():
             rendezvous.allgather(bytes(call))
 
     local_group(2).run(work)
-    assert store.num_keys() == 2
+    assert store.num_keys() == 4, "a counter and a process of each rank"
 
 
 def test_empty_items_are_items():
@@ -61,6 +63,28 @@ def test_a_rank_that_does_not_come_to_the_store_is_named():
     with pytest.raises(PeerTimeout, match=r"rank 2 did not come .* within 0.3 s") as caught:
         rendezvous.allgather(b"")
     assert (caught.value.ranks, caught.value.step) == ((2,), "opening")
+
+
+@pytest.mark.parametrize("comes_first", [True, False], ids=["after one meeting", "before it came"])
+def test_a_rank_process_that_dies_before_it_comes_is_lost(comes_first):
+    with RankProcesses(3, ranks.killed_before_opening, 1, comes_first) as processes:
+        outcomes = processes.outcomes(timeout_s=60)
+        pid = processes.pids[1]
+    for rank in (0, 2):
+        assert outcomes[rank].how == "returned", outcomes[rank].tell()
+        kind, culprits, text, seconds = outcomes[rank].value
+        assert (kind, culprits) == ("PeerLost", (1,))
+        assert f"rank 1 (process {pid}) ended before it came" in text
+        assert seconds < 10, "by its end, and not by the five minutes of the store"
+
+
+def test_a_rank_of_another_host_cannot_be_seen_to_end():
+    own = Identity.own()
+    assert not own.has_ended()
+    assert replace(own, pid=2**22 + 5).has_ended()
+    assert replace(own, started="1").has_ended(), "another process has that number now"
+    for change in ({"host": "elsewhere"}, {"process_namespace": "pid:1"}, {"started": ""}):
+        assert not replace(own, pid=2**22 + 5, **change).has_ended()
 
 
 def test_torch_process_groups():

@@ -11,7 +11,8 @@ import pytest
 
 from anyep.errors import Unavailable
 from anyep.testing.processes import RankProcesses, run_processes
-from anyep.transport.shm import Identity, check_one_host
+from anyep.transport.identity import Identity
+from anyep.transport.shm import check_one_host
 from tests.transport import ranks
 
 R = 4
@@ -90,6 +91,11 @@ def test_nothing_is_left_after_all_are_killed(tmp_path):
     _check_clean(pids)
 
 
+def test_waiting_takes_next_to_no_processor_time():
+    used = run_processes(8, ranks.wait_long, 1.0, timeout_s=60)[1:]
+    assert min(used) < 0.01, f"1 s of waiting took CPU seconds {used}"
+
+
 def test_ctrl_c_while_waiting(tmp_path):
     with RankProcesses(2, ranks.interrupted, str(tmp_path)) as processes:
         _wait_for(tmp_path, 2)
@@ -109,6 +115,20 @@ def test_first_error_is_what_all_ranks_report():
 def test_descriptors_and_mappings_do_not_pile_up():
     for before, after in run_processes(3, ranks.open_and_close, 50, timeout_s=120):
         assert after == before
+
+
+def test_dropped_transport_leaves_no_descriptor_and_no_mapping():
+    for before, after in run_processes(3, ranks.open_and_drop, timeout_s=60):
+        assert after == before
+
+
+def test_forked_child_does_not_speak_for_its_parent():
+    for rank, told in enumerate(run_processes(2, ranks.fork_in_the_middle, timeout_s=60)):
+        text, after, mappings = told
+        assert f"transport of rank {rank} belongs to process" in text
+        assert "this is a fork of it; use it there" in text
+        assert after == [[0, 1]] * 2, "and the parent goes on"
+        assert mappings == 0, "the child keeps nothing"
 
 
 def test_closed_transport_unmaps_all_but_tensors():
@@ -144,5 +164,8 @@ def test_one_host_needs_one_process_namespace():
         check_one_host([one, other])
 
 
-def test_segment_of_a_rank_that_has_left_is_a_lost_peer():
-    assert run_processes(2, ranks.map_after_leaving, timeout_s=60)[1] == ("PeerLost", (0,))
+@pytest.mark.parametrize(
+    ("blame", "kind", "culprit"), [(None, "PeerLost", 0), (False, "PeerLost", 2), (True, "PeerTimeout", 2)]
+)
+def test_segment_of_a_rank_that_has_left_names_whom_it_blamed(blame, kind, culprit):
+    assert run_processes(3, ranks.map_after_leaving, blame, timeout_s=60)[1] == (kind, (culprit,))

@@ -29,24 +29,38 @@ class Ranks:
         skip = (-self.memory.ctypes.data % 64) // 8
         self.control = self.memory[skip : skip + stride * num_ranks].reshape(num_ranks, stride)
         self.controls_R = np.array([row.ctypes.data for row in self.control], np.int64)
+        self.waited_RR = np.zeros((num_ranks, num_ranks), np.int64)
         for rank in range(num_ranks):
             ctypes.c_int32.from_address(int(self.controls_R[rank]) + DOORBELL_OFFSET).value = counter
 
-    def post(self, rank: int, epoch: int, words: np.ndarray) -> None:
+    def post(
+        self, rank: int, epoch: int, words: np.ndarray, *, to: tuple[int, ...] | None = None, now: int = 0
+    ) -> bool:
         offset = self.layout.mailbox_offset(0, epoch % self.ring, rank)
-        self.signals.post_all(self.controls_R, DOORBELL_OFFSET, offset, rank, words, epoch % 2**32)
+        ranks = np.array(range(self.num_ranks) if to is None else to, np.int64)
+        return self.signals.post_each(self.controls_R, DOORBELL_OFFSET, offset, words, self.words, ranks, epoch, now)
 
-    def wait(self, rank: int, epoch: int, *, spins: int = 0, yields: int = 0, seconds: float = FAR_S) -> int:
+    def wait(
+        self,
+        rank: int,
+        epoch: int,
+        *,
+        sources: tuple[int, ...] | None = None,
+        spins: int = 0,
+        yields: int = 0,
+        seconds: float = FAR_S,
+        began: int = 0,
+    ) -> int:
         base = int(self.controls_R[rank])
+        ranks = np.array(range(self.num_ranks) if sources is None else sources, np.int64)
         deadline_ns = time.monotonic_ns() + int(seconds * 1e9) if seconds else 0
         first = base + self.layout.mailbox_offset(0, epoch % self.ring, 0)
         stride = self.layout.mailbox_bytes(0)
-        return self.signals.await_all(
-            base + DOORBELL_OFFSET, first, stride, self.num_ranks, epoch % 2**32, spins, yields, deadline_ns
-        )
+        doorbell, waited = base + DOORBELL_OFFSET, self.waited_RR[rank]
+        return self.signals.await_each(doorbell, first, stride, ranks, epoch, spins, yields, deadline_ns, began, waited)
 
     def mailbox(self, rank: int, epoch: int, source: int) -> np.ndarray:
-        begin = self.layout.mailbox_offset(0, epoch % self.ring, source) // 8 + 1
+        begin = self.layout.mailbox_offset(0, epoch % self.ring, source) // 8 + 2
         return self.control[rank, begin : begin + self.words]
 
     def sleepers(self, rank: int) -> int:
@@ -172,6 +186,49 @@ def test_who_waits_for_many_is_woken_once():
     ranks.post(4, 0, np.zeros((5, 1), np.int64))
     waiter.join(FAR_S)
     assert not waiter.is_alive()
+
+
+def test_messages_go_to_some_and_are_awaited_from_some():
+    ranks = Ranks(4)
+    words = np.arange(8, dtype=np.int64).reshape(4, 2)
+    assert ranks.post(2, 0, words, to=(3, 0))
+    assert ranks.post(1, 0, words, to=())
+    assert [ranks.wait(rank, 0, seconds=0) for rank in range(4)] == [3, 4, 4, 3]
+    assert [ranks.wait(rank, 0, sources=(2,), seconds=0) for rank in range(4)] == [0, 1, 1, 0]
+    assert ranks.wait(0, 0, sources=(3, 2, 1), seconds=0) == 2
+    assert ranks.wait(1, 0, sources=(), spins=1) == 0
+    assert ranks.wait(1, 0, sources=()) == 0
+    assert [ranks.mailbox(rank, 0, 2)[:2].tolist() for rank in (0, 3)] == [[0, 1], [6, 7]]
+
+
+@pytest.mark.parametrize("wrong", [(4,), (-1,), (0, 1 << 40)])
+def test_what_is_no_rank_is_refused_before_anything_is_done(wrong):
+    ranks = Ranks(4)
+    before = ranks.memory.copy()
+    assert not ranks.post(0, 0, np.zeros((4, 1), np.int64), to=(0, *wrong))
+    assert not ranks.post(0, 0, np.zeros((3, 1), np.int64))
+    assert not ranks.post(0, 0, np.zeros((4, 5), np.int64))
+    assert ranks.wait(0, 0, sources=wrong) == -1
+    np.testing.assert_array_equal(ranks.memory, before)
+
+
+def test_lateness_is_what_was_posted_after_the_wait_began():
+    ranks = Ranks(3)
+    for source, posted in enumerate((900, 1000, 1700)):
+        ranks.post(source, 0, np.zeros((3, 1), np.int64), now=posted)
+    assert ranks.wait(0, 0, sources=(2, 0), began=1000, seconds=0) == 0
+    assert ranks.waited_RR[0].tolist() == [0, 0, 700]
+    assert ranks.wait(0, 0, began=850, spins=1) == 0
+    assert ranks.waited_RR[0].tolist() == [50, 150, 1550]
+    assert ranks.wait(0, 1, began=0, seconds=0) == 3
+    assert ranks.waited_RR[0].tolist() == [50, 150, 1550], "not before all are here"
+
+
+def test_any_word_above():
+    signals = load_signals()
+    words = np.array([[0, 1], [0, 2], [0, 0]], np.int64)
+    bases = np.array([row.ctypes.data for row in words])
+    assert [signals.any_word_above(bases, 8, value) for value in (-1, 1, 2)] == [True, True, False]
 
 
 def test_words_are_published_and_read():

@@ -67,6 +67,12 @@ def add_ordered_i32(builder: Any, address: Any, value: Any) -> Any:
     return builder.sext(before, _I64)
 
 
+@instruction(types.void, _address, types.int64)
+def add_i64(builder: Any, address: Any, value: Any) -> None:
+    """Add to a word that other threads add to; says nothing about other words."""
+    builder.atomic_rmw("add", _pointer(builder, address, _I64), value, "monotonic")
+
+
 @instruction(types.int64, _address, types.int64, types.int64)
 def exchange_if_i64(builder: Any, address: Any, expected: Any, value: Any) -> Any:
     """Write ``value`` if the word is ``expected``, ordered; return what it was."""

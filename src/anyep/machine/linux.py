@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,28 +30,42 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _PR_SET_PDEATHSIG = 1
 
 
+class Descriptor:
+    """Owns an open file's number: closes it when told, or when nobody has this object any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.close = weakref.finalize(self, os.close, fd)
+        self.close.atexit = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Memory:
     """Bytes mapped into this process. They stay mapped while anything refers to ``bytes`` or to a view of it.
 
-    ``fd`` and ``inode`` name shared memory for :func:`map_peer_memory`; both are -1 where nobody else can map it.
+    ``fd`` and ``inode`` name shared memory for :func:`map_peer_memory`; both are -1 where nobody else can map it. The
+    descriptor goes with this object: views of the bytes do not keep it.
     """
 
     bytes: mmap.mmap
     address: int
     size: int
-    fd: int = -1
     inode: int = -1
+    descriptor: Descriptor | None = None
+
+    @property
+    def fd(self) -> int:
+        return -1 if self.descriptor is None else self.descriptor.fd
 
     def close_fd(self) -> None:
-        """Let nobody map it any more. Call once."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        """Let nobody map it any more. Idempotent."""
+        if self.descriptor is not None:
+            self.descriptor.close()
 
 
-def _mapped(bytes_: mmap.mmap, size: int, *, fd: int = -1, inode: int = -1) -> Memory:
+def _mapped(bytes_: mmap.mmap, size: int, *, inode: int = -1, descriptor: Descriptor | None = None) -> Memory:
     address = np.frombuffer(bytes_, np.uint8).ctypes.data
-    return Memory(bytes=bytes_, address=address, size=size, fd=fd, inode=inode)
+    return Memory(bytes=bytes_, address=address, size=size, inode=inode, descriptor=descriptor)
 
 
 def private_memory(num_bytes: int) -> Memory:
@@ -76,15 +91,16 @@ def shared_memory(num_bytes: int) -> Memory:
             "shared memory between processes needs memfd_create (Linux 3.17); here ranks can be threads "
             "of one process: anyep.local_group"
         )
-    fd = os.memfd_create("anyep", os.MFD_CLOEXEC)
+    descriptor = Descriptor(os.memfd_create("anyep", os.MFD_CLOEXEC))
+    fd = descriptor.fd
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, num_bytes)
         os.posix_fallocate(fd, 0, num_bytes)
-        memory = _mapped(mmap.mmap(fd, num_bytes), num_bytes, fd=fd, inode=os.fstat(fd).st_ino)
+        memory = _mapped(mmap.mmap(fd, num_bytes), num_bytes, inode=os.fstat(fd).st_ino, descriptor=descriptor)
         prefault(memory, fresh=True)
     except BaseException:
-        os.close(fd)
+        descriptor.close()  # an error holds this frame
         raise
     return memory
 
@@ -214,13 +230,14 @@ def die_with_parent() -> None:
 class ProcessWatch:
     """Says which of some processes have died. Made while they are known to be alive, so that no number is mistaken.
 
-    By pidfd; where the kernel has none (before 5.3, or a sandbox that forbids it), by number and start time.
+    By pidfd; where the kernel has none (before 5.3, or a sandbox that forbids it), by number and start time. Its
+    descriptors go with this object.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._poll = select.poll()
         self._turn = threading.Lock()  # one poll object serves one thread at a time
-        self._pidfds: dict[int, int] = {}
+        self._pidfds: dict[int, tuple[int, Descriptor]] = {}
         self._started: dict[int, str] = {}
         try:
             for pid in dict.fromkeys(pids):
@@ -231,33 +248,33 @@ class ProcessWatch:
 
     def _add(self, pid: int) -> None:
         try:
-            fd = os.pidfd_open(pid)
+            descriptor = Descriptor(os.pidfd_open(pid))
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EPERM):
                 raise
-            self._started[pid] = _start_time(pid)
+            self._started[pid] = start_time(pid)
             return
-        self._pidfds[fd] = pid
-        self._poll.register(fd, select.POLLIN)
+        self._pidfds[descriptor.fd] = pid, descriptor
+        self._poll.register(descriptor.fd, select.POLLIN)
 
     def dead(self) -> set[int]:
         """Return the processes that have ended; zombies count."""
         with self._turn:
-            dead = {self._pidfds[fd] for fd, _ in self._poll.poll(0)}
-        return dead | {pid for pid, started in list(self._started.items()) if _start_time(pid) != started}
+            dead = {self._pidfds[fd][0] for fd, _ in self._poll.poll(0)}
+        return dead | {pid for pid, started in list(self._started.items()) if start_time(pid) != started}
 
     def close(self) -> None:
         """Idempotent; nobody is dead afterwards."""
         with self._turn:
             self._started.clear()
             while self._pidfds:
-                fd, _ = self._pidfds.popitem()
+                fd, (_, descriptor) = self._pidfds.popitem()
                 self._poll.unregister(fd)
-                os.close(fd)
+                descriptor.close()
 
 
-def _start_time(pid: int) -> str:
-    """Return when the process started, in clock ticks since boot; '' when it has ended."""
+def start_time(pid: int) -> str:
+    """Return when the process started, in clock ticks since boot; '' when it has ended, or where nothing tells."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyep.testing import transport_cases as cases
-from anyep.testing.transport_cases import TransportExamError
+from anyep.testing import transport_end_cases as end_cases
+from anyep.testing import transport_memory_cases as memory_cases
+from anyep.testing.transport_steps import TransportExamError
 
 Run = Callable[..., list[Any]]
 """``run(num_ranks, case, *args)``: call ``case(make, rank, *args)`` on every rank; raise what a rank raises."""
@@ -25,7 +27,7 @@ _WRAP = 1 << 32
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """One question: a function of ``testing/transport_cases.py``, and for how many ranks."""
+    """One question: a function of ``testing/transport_*cases.py``, and for how many ranks."""
 
     case: Callable[..., None]
     num_ranks: int
@@ -51,18 +53,23 @@ def transport_exams(*, seed: int = 0, rounds: int = 300) -> list[Exam]:
         Exam(case=cases.operations_in_flight, num_ranks=n, arguments=(seed, rounds, flights))
         for n, flights in ((2, 2), (4, 3))
     ]
+    exams += [Exam(case=cases.subsets, num_ranks=n, arguments=(seed, rounds)) for n in (1, 2, 5)]
     exams += [
-        Exam(case=cases.bytes_before_words, num_ranks=n, arguments=(rounds, words))
+        Exam(case=memory_cases.bytes_before_words, num_ranks=n, arguments=(rounds, words))
         for n, words in ((1, 1000), (2, 8191), (3, 1), (8, 1023))
     ]
     exams += [
         Exam(case=case, num_ranks=n)
-        for case in (cases.growth, cases.strangers, cases.valid_after_close, cases.several)
+        for case in (memory_cases.growth, memory_cases.strangers, memory_cases.valid_after_close, cases.several)
         for n in (1, 3)
     ]
-    exams += [Exam(case=cases.blocks_return, num_ranks=n, arguments=(seed, 2 * rounds)) for n in (1, 2)]
-    exams += [Exam(case=case, num_ranks=n) for case in (cases.closed, cases.silent) for n in (2, 4)]
-    exams += [Exam(case=cases.blame, num_ranks=4, arguments=(timeout,)) for timeout in (False, True)]
+    exams += [Exam(case=memory_cases.blocks_return, num_ranks=n, arguments=(seed, 2 * rounds)) for n in (1, 2)]
+    exams += [Exam(case=memory_cases.trimmed_blocks, num_ranks=n, arguments=(rounds,)) for n in (1, 2)]
+    exams += [
+        Exam(case=case, num_ranks=n) for case in (end_cases.closed, end_cases.silent, end_cases.leaves) for n in (2, 4)
+    ]
+    exams += [Exam(case=case, num_ranks=3) for case in (end_cases.silent_for_some, cases.lateness)]
+    exams += [Exam(case=end_cases.blame, num_ranks=4, arguments=(timeout,)) for timeout in (False, True)]
     return exams
 
 

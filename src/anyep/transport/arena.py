@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from bisect import bisect_left
@@ -20,6 +21,8 @@ from anyep.transport.control import MAX_SEGMENTS
 SEGMENT_UNIT_BYTES = 2 << 20
 """Segments are whole huge pages."""
 _POISON = 0xFF
+_SEGMENT_SHIFT = 48
+_OFFSET_BITS = (1 << _SEGMENT_SHIFT) - 1
 
 
 def rounded_to_segments(num_bytes: int) -> int:
@@ -30,6 +33,8 @@ def rounded_to_segments(num_bytes: int) -> int:
 class Heap:
     """Which bytes of which segments are free: best fit, neighbours merge. Integers only.
 
+    A position is one number, ``segment << 48 | offset``, and ranges are two lists of them: no objects are made for any.
+
     >>> heap = Heap()
     >>> heap.add_segment(1024, reserved_bytes=128)
     >>> heap.take(200), heap.take(1000)
@@ -37,48 +42,70 @@ class Heap:
     """
 
     def __init__(self) -> None:
-        self._free: list[tuple[int, int, int]] = []  # (segment, begin, end), ascending, never touching
+        self._begins: list[int] = []  # ascending; ranges never touch
+        self._ends: list[int] = []
         self._num_segments = 0
 
     def add_segment(self, num_bytes: int, *, reserved_bytes: int = 0) -> None:
         """Add the next segment; its first ``reserved_bytes`` are never given out."""
         begin = aligned(reserved_bytes)
         if begin < num_bytes:
-            self._free.append((self._num_segments, begin, num_bytes))
+            self._begins.append(self._num_segments << _SEGMENT_SHIFT | begin)
+            self._ends.append(self._num_segments << _SEGMENT_SHIFT | num_bytes)
         self._num_segments += 1
 
     def take(self, num_bytes: int) -> Place | None:
         """Cut ``num_bytes`` (more than 0) from the smallest free range that holds them; None when none does."""
-        need = aligned(num_bytes)
-        fits = [(end - begin, index) for index, (_, begin, end) in enumerate(self._free) if end - begin >= need]
-        if not fits:
+        begins, ends, need = self._begins, self._ends, aligned(num_bytes)
+        best, best_bytes = -1, sys.maxsize
+        for index, begin in enumerate(begins):
+            free_bytes = ends[index] - begin
+            if need <= free_bytes < best_bytes:
+                best, best_bytes = index, free_bytes
+        if best < 0:
             return None
-        _, index = min(fits)
-        segment, begin, end = self._free[index]
-        if begin + need == end:
-            del self._free[index]
+        begin = begins[best]
+        if best_bytes == need:
+            del begins[best], ends[best]
         else:
-            self._free[index] = (segment, begin + need, end)
-        return Place(segment=segment, offset=begin)
+            begins[best] = begin + need
+        return Place(begin >> _SEGMENT_SHIFT, begin & _OFFSET_BITS)
 
     def give(self, place: Place, num_bytes: int) -> None:
-        """Take back what :meth:`take` cut."""
-        segment, begin, end = place.segment, place.offset, place.offset + aligned(num_bytes)
-        index = bisect_left(self._free, (segment, begin, end))
-        if index < len(self._free) and self._free[index][:2] == (segment, end):
-            end = self._free.pop(index)[2]
-        if index > 0 and self._free[index - 1][0] == segment and self._free[index - 1][2] == begin:
-            index -= 1
-            begin = self._free.pop(index)[1]
-        self._free.insert(index, (segment, begin, end))
+        """Take back what :meth:`take` cut, or its end."""
+        begins, ends = self._begins, self._ends
+        begin = place[0] << _SEGMENT_SHIFT | place[1]
+        end = begin + aligned(num_bytes)
+        index = bisect_left(begins, begin)
+        joins_before = index > 0 and ends[index - 1] == begin
+        if index < len(begins) and begins[index] == end:
+            if joins_before:
+                del begins[index], ends[index - 1]
+            else:
+                begins[index] = begin
+        elif joins_before:
+            ends[index - 1] = end
+        else:
+            begins.insert(index, begin)
+            ends.insert(index, end)
 
     @property
     def free_bytes(self) -> int:
-        return sum(end - begin for _, begin, end in self._free)
+        return sum(self._ends) - sum(self._begins)
+
+    def free_ranges(self) -> list[tuple[Place, int]]:
+        """Return where each free range begins, ascending, and its bytes."""
+        return [
+            (Place(begin >> _SEGMENT_SHIFT, begin & _OFFSET_BITS), end - begin)
+            for begin, end in zip(self._begins, self._ends, strict=True)
+        ]
 
 
 class ArenaBlock:
-    """A piece of an arena (``transport/base.py``: Block). 0 bytes are a block too, at the arena's beginning."""
+    """A piece of an arena (``transport/base.py``: Block). 0 bytes are a block too, at the arena's beginning.
+
+    Only :meth:`Arena.trim` changes it.
+    """
 
     __slots__ = ("address", "memory", "num_bytes", "place")
 
@@ -109,6 +136,7 @@ class Arena:
         self._returned: deque[Place] = deque()
         self._closed = False
         self.segments: list[Memory] = []
+        self._arrays: list[Any] = []  # of the segments: a slice is cut in a fifth of an array's time
 
     def begin(self, *, reserved_bytes: int, heap_bytes: int) -> None:
         """Commit segment 0, whose first ``reserved_bytes`` stay outside the heap. Raises CapacityError."""
@@ -131,12 +159,32 @@ class Arena:
         if num_bytes < 0:
             raise ValueError(f"num_bytes must be at least 0, got {num_bytes}")
         with self._turn:
-            if self._closed:
-                raise ClosedError("this arena is closed; open a new transport")
+            self._check_open()
             if num_bytes == 0:
                 return ArenaBlock(Place(segment=0, offset=0), self.segments[0].address, 0, memoryview(bytearray()))
-            self._take_back()
+            if self._returned:
+                self._take_back()
             return self._cut(self._heap.take(num_bytes) or self._grow(num_bytes), num_bytes)
+
+    def trim(self, block: ArenaBlock, num_bytes: int) -> None:
+        """Keep the first ``num_bytes`` of a block and take the rest back. Raises ValueError, ClosedError.
+
+        The finalizer stays, and gives back what the block is by then. A block trimmed to nothing keeps one byte, for
+        two blocks may not share a place.
+        """
+        if not 0 <= num_bytes <= block.num_bytes:
+            raise ValueError(f"a block of {block.num_bytes} bytes can be trimmed to 0 up to that many, got {num_bytes}")
+        with self._turn:
+            self._check_open()
+            if block.num_bytes:
+                segment, offset = place = block.place
+                reference, had = self._out[place]
+                self._out[place] = reference, num_bytes or 1
+                begin, end = offset + aligned(num_bytes or 1), offset + aligned(had)
+                if begin < end:
+                    self._heap.give(Place(segment, begin), end - begin)
+            block.num_bytes = num_bytes
+            block.memory = block.memory[:num_bytes]
 
     def locate(self, address: int, num_bytes: int) -> Place | None:
         """Return where [address, address + num_bytes) lies in the heap, or None."""
@@ -155,18 +203,22 @@ class Arena:
                 for memory in self.segments:
                     memory.close_fd()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this arena is closed; open a new transport")
+
     def _cut(self, place: Place, num_bytes: int) -> ArenaBlock:
         """Make the block. It comes back when the array under its memoryview dies.
 
         Every view of the block keeps that array: tensors, slices, NumPy arrays. (A slice does not keep the memoryview
         it was cut from.) The finalizer is one append: it runs on any thread at any moment, and takes no lock.
         """
-        memory, returned = self.segments[place.segment], self._returned
-        array = np.ndarray((num_bytes,), np.uint8, buffer=memory.bytes, offset=place.offset)
+        (segment, offset), returned = place, self._returned
+        array = self._arrays[segment][offset : offset + num_bytes]
         self._out[place] = weakref.ref(array, lambda _: returned.append(place)), num_bytes
         if self._poison:
             array.fill(_POISON)
-        return ArenaBlock(place, memory.address + place.offset, num_bytes, memoryview(array))
+        return ArenaBlock(place, self.segments[segment].address + offset, num_bytes, memoryview(array))
 
     def _take_back(self) -> None:
         while self._returned:
@@ -190,5 +242,7 @@ class Arena:
                 f"{num_bytes} more; begin with more memory (arena_bytes)"
             )
         size = rounded_to_segments(num_bytes)
-        self.segments.append(self._commit(size))
+        memory = self._commit(size)
+        self._arrays.append(np.frombuffer(memory.bytes, np.uint8))
+        self.segments.append(memory)
         self._heap.add_segment(size, reserved_bytes=reserved_bytes)

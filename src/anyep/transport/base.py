@@ -6,7 +6,8 @@ the same on every rank; :meth:`Transport.address` turns a peer's place into an a
 A *lane* is a ring of mailboxes, one for each (source rank, ring slot), each holding ``words`` int64. Lane slots
 are used again after ``ring`` operations and nobody acknowledges: every operation awaits one message of its first lane
 from every rank, so with F operations in flight no rank can be more than 2 F operations ahead of another, and a ring
-of 2 F slots is never overwritten before it is read.
+of 2 F slots is never overwritten before it is read. On later lanes a message may go to some ranks only, and be awaited
+from some: the first lane alone keeps ranks together.
 
 Memory order, in one sentence: :meth:`Transport.post` fences (non-temporal stores too) and then publishes with release
 order, :meth:`Transport.wait` acquires.
@@ -15,12 +16,13 @@ order, :meth:`Transport.wait` acquires.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.int64]
+Ranks = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,11 @@ class Lane:
     words: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where bytes lie in a rank's arena; the same integers on every rank."""
+class Place(NamedTuple):
+    """Where bytes lie in a rank's arena; the same integers on every rank.
+
+    A tuple, for every allocation makes one and looks it up, which takes twice as long with a frozen dataclass.
+    """
 
     segment: int
     offset: int
@@ -72,11 +76,22 @@ class Transport(Protocol):
     name: str
     rank: int
     size: int
+    waited_ns: Words
+    """Nanoseconds [R] that :meth:`wait` has waited for each rank, in all: how long after a wait began the rank posted
+    what was awaited. It only grows. A message carries the time at which it was posted, by the clock that a host's ranks
+    share (CLOCK_MONOTONIC); between hosts, whose clocks differ, the time at which it arrived stands for it."""
 
     def allocate(self, num_bytes: int) -> Block:
         """Cut a block from this rank's arena, 128-byte aligned; the arena grows when it is full.
 
         Raises CapacityError with the sizes when the machine has no memory for it. 0 bytes are allowed.
+        """
+        ...
+
+    def trim(self, block: Block, num_bytes: int) -> None:
+        """Keep the first ``num_bytes`` of a block and give the rest back: for one cut before its size was known.
+
+        Nothing may lie on the rest. Raises ValueError when the block is smaller than that.
         """
         ...
 
@@ -88,15 +103,19 @@ class Transport(Protocol):
         """Return the address, in this process, of a place in ``rank``'s arena (mapped on first use)."""
         ...
 
-    def post(self, lane: Lane, epoch: int, words: Words) -> None:
-        """Send row d of ``words`` (int64 [R, n], n <= lane.words) to rank d for every d, oneself included."""
+    def post(self, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
+        """Send row d of ``words`` (int64 [R, n], n <= lane.words) to rank d, for each d of ``ranks``.
+
+        ``ranks``: int64 [m], distinct, possibly none; None: every rank, oneself included.
+        """
         ...
 
-    def wait(self, lane: Lane, epoch: int, step: str) -> Words:
-        """Return what every rank posted on ``lane`` for ``epoch``: int64 [R, lane.words], row s from rank s.
+    def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
+        """Return what ``ranks`` (None: all) posted on ``lane`` for ``epoch``: int64 [R, lane.words], row s from rank s.
 
-        A view that is valid until the operation ends: then others may use its slots again. Waits without the GIL and
-        without burning a core. Raises PeerLost or PeerTimeout, naming ranks and ``step``; Ctrl-C works.
+        Rows of other ranks hold anything. A view that is valid until the operation ends: then others may use its slots
+        again. Waits without the GIL and without burning a core. Raises PeerLost or PeerTimeout, naming those of
+        ``ranks`` that are missing (or whom they blame) and ``step``; Ctrl-C works.
         """
         ...
 
@@ -104,11 +123,17 @@ class Transport(Protocol):
         """Raise PeerLost or PeerTimeout if a rank has left because of an error, whatever it had posted before."""
         ...
 
-    def close(self, blame: Blame | None = None) -> None:
-        """Tell the peers, and free the arena once its last tensor is gone. Idempotent, never waits for a peer.
+    def leave(self, blame: Blame | None = None) -> None:
+        """Tell the peers that nothing more will come, and why. Idempotent, never waits for a peer.
 
-        A peer that already has every message it waits for is not disturbed.
+        From then on every call raises ClosedError, and so does, within 25 ms, a wait that is under way in another
+        thread of this rank. All memory stays mapped: such a thread may be copying to a peer. A peer that already has
+        every message it waits for is not disturbed.
         """
+        ...
+
+    def close(self) -> None:
+        """Leave, and free the arena once its last tensor is gone: when no thread works here any more. Idempotent."""
         ...
 
     def describe(self) -> dict[str, str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anyep.machine.linux import Memory
 from anyep.transport.base import Blame
 from anyep.transport.control import BLAMED, GROWING, SEGMENTS, STATE, TABLE, TOKEN
@@ -73,3 +76,13 @@ class Board:
             return Departure(how="closed")
         ranks = tuple(rank for rank in range(self._size) if self._read(BLAMED + rank))
         return Departure(how="failed", blame=Blame(ranks=ranks, timeout=state == _TIMEOUT))
+
+
+def anybody_left(signals: ModuleType, controls_R: NDArray[np.int64]) -> bool:
+    """Whether a rank has left. One call for all ranks: those that wait ask it each time they wake."""
+    return bool(signals.any_word_above(controls_R, 8 * STATE, _OPEN))
+
+
+def anybody_failed(signals: ModuleType, controls_R: NDArray[np.int64]) -> bool:
+    """Whether a rank has left because of an error."""
+    return bool(signals.any_word_above(controls_R, 8 * STATE, _CLOSED))

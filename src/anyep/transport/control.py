@@ -10,7 +10,7 @@ First a header of int64 words, by index::
     16 table     64 x (fd, inode, bytes)
     208 blamed   one word a rank
 
-then each lane's mailboxes [ring, R], in whole cache lines: a signal word, then the lane's words.
+then each lane's mailboxes [ring, R], in whole cache lines: a signal word, the time of posting, the lane's words.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ MAX_SEGMENTS = 64
 BLAMED = TABLE + 3 * MAX_SEGMENTS
 DOORBELL_OFFSET = 64
 _LINE_BYTES = 64
+TIME_OFFSET, WORDS_OFFSET = 8, 16
+"""Bytes from a mailbox's signal word to its time and to its message."""
 
 
 def _lines(num_bytes: int) -> int:
@@ -53,7 +55,7 @@ class ControlLayout:
 
     def mailbox_bytes(self, lane: int) -> int:
         """Return what one mailbox takes, and so how far the next source's is."""
-        return _lines(8 + 8 * self.lane_words[lane])
+        return _lines(WORDS_OFFSET + 8 * self.lane_words[lane])
 
     def mailbox_offset(self, lane: int, slot: int, source: int) -> int:
         """Return where the mailbox of ``source`` in a ring slot begins."""

@@ -22,10 +22,13 @@ class Departure:
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
-    """What is waited for, as error messages tell it. ``names`` says which process or thread a rank is."""
+    """What is waited for, as error messages tell it. ``names`` says which process or thread a rank is.
+
+    ``epoch`` is None for what belongs to no operation.
+    """
 
     step: str
-    epoch: int
+    epoch: int | None
     rank: int
     missing: Sequence[int]
     arrived: Sequence[int]
@@ -34,7 +37,8 @@ class Wait:
     names: Mapping[int, str]
 
     def where(self) -> str:
-        return f"{self.step} (epoch {self.epoch}, rank {self.rank})"
+        epoch = "" if self.epoch is None else f"epoch {self.epoch}, "
+        return f"{self.step} ({epoch}rank {self.rank})"
 
     def progress(self) -> str:
         return f"arrived: {spell_ranks(self.arrived)}; missing: {spell_ranks(self.missing)}"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
-from anyep.errors import PeerTimeout, Unavailable
+from anyep.errors import PeerLost, PeerTimeout, Unavailable
+from anyep.transport.identity import Identity
 from anyep.transport.liveness import spell_ranks
 
 _STORE_TIMEOUT = timedelta(minutes=5)
+_MAKING = "the making of a buffer or transport"
+_LOOK_S = 0.5
+"""How often a rank that waits at a store looks whether those that have not come still live."""
+_SHORT_NAP_S, _LONG_NAP_S = 0.0005, 0.05
 
 
 @runtime_checkable
@@ -27,7 +35,11 @@ class Rendezvous(Protocol):
 
 
 class TorchRendezvous:
-    """A torch.distributed process group (or None: the default one)."""
+    """A torch.distributed process group (or None: the default one).
+
+    How soon a rank that died is noticed is up to the group's backend: gloo sees a broken connection at once, others
+    may wait for the group's timeout (``init_process_group(timeout=)``). A rank that never comes takes that long anyhow.
+    """
 
     def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
@@ -52,7 +64,8 @@ class StoreRendezvous:
     """A torch.distributed store that all ranks reach, for example torchrun's.
 
     ``name`` keeps users of one store apart. Several rendezvous of one name in one job are matched by order: the store
-    itself counts each rank's.
+    itself counts each rank's. A rank of this host whose process has ended is noticed within a second, any other that
+    does not come after ``timeout``.
     """
 
     def __init__(
@@ -63,7 +76,9 @@ class StoreRendezvous:
         self.rank = rank
         self.size = size
         self._timeout = timeout
-        own = PrefixStore(name, store)
+        own: Any = PrefixStore(name, store)
+        own.set(_process_key(rank), json.dumps(asdict(Identity.own())))  # before anybody can miss this rank
+        self._own = own
         self._store: Any = PrefixStore(str(own.add(f"opened/{rank}", 1)), own)
         self._calls = 0
 
@@ -79,22 +94,52 @@ class StoreRendezvous:
         return items
 
     def _await(self, keys: Sequence[str]) -> None:
-        try:
-            self._store.wait(list(keys), self._timeout)
-        except RuntimeError as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            if not missing:
-                return
-            raise PeerTimeout(
-                f"rank {spell_ranks(missing)} did not come to the making of a buffer or transport within "
-                f"{self._timeout.total_seconds():g} s; all {self.size} ranks have to make it: look at their output",
-                ranks=missing,
-                step="opening",
-            ) from error
+        """Look again and again: a store's own wait writes two lines of warnings each time that it gives up."""
+        timeout_s, look_s = self._timeout.total_seconds(), _LOOK_S
+        began = time.monotonic()
+        while not self._store.check(list(keys)):
+            waited_s = time.monotonic() - began
+            if waited_s >= timeout_s:
+                missing = self._missing(keys)
+                if missing:
+                    text = f"rank {spell_ranks(missing)} did not come to {_MAKING} within {timeout_s:g} s"
+                    raise PeerTimeout(self._tale(text), ranks=missing, step="opening")
+            if waited_s >= look_s:
+                self._check_lives(keys)
+                look_s = waited_s + _LOOK_S
+            time.sleep(min(max(waited_s / 4, _SHORT_NAP_S), _LONG_NAP_S))
+
+    def _missing(self, keys: Sequence[str]) -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+
+    def _check_lives(self, keys: Sequence[str]) -> None:
+        """Raise PeerLost for missing ranks whose processes can be seen to have ended."""
+        ended = [rank for rank in self._missing(keys) if self._has_ended(rank)]
+        ended = [rank for rank in ended if not self._store.check([keys[rank]])]  # nor left its item before its end
+        if ended:
+            who = ", ".join(f"{rank} (process {self._identity(rank).pid})" for rank in ended)
+            raise PeerLost(self._tale(f"rank {who} ended before it came to {_MAKING}"), ranks=ended, step="opening")
+
+    def _has_ended(self, rank: int) -> bool:
+        return bool(self._own.check([_process_key(rank)])) and self._identity(rank).has_ended()
+
+    def _identity(self, rank: int) -> Identity:
+        return Identity(**json.loads(self._own.get(_process_key(rank))))
+
+    def _tale(self, text: str) -> str:
+        return f"{text}; all {self.size} ranks have to make it: look at their output"
+
+
+def _process_key(rank: int) -> str:
+    return f"process/{rank}"
 
 
 class MpiRendezvous:
-    """An mpi4py communicator. MPI has no timeout: a rank that never comes is waited for."""
+    """An mpi4py communicator.
+
+    MPI has no timeout: a rank that never comes is waited for. One that dies is its launcher's to notice, which by
+    default ends the whole job at once (mpiexec).
+    """
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyep.errors import ClosedError, PeerLost
-from anyep.machine import linux
+from anyep.machine.forks import tell_after_fork
 from anyep.transport.arena import Arena, ArenaBlock
-from anyep.transport.base import Blame, Lane, Place, Words
-from anyep.transport.board import Board
+from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
+from anyep.transport.board import Board, anybody_failed, anybody_left
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
 from anyep.transport.liveness import Departure, Wait, lost, silent
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
+from anyep.transport.slots import Slot, lay_out
 from anyep.transport.together import load_signals
 
 SLICE_NS = 20_000_000
@@ -48,16 +51,6 @@ class Neighbours(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """One ring slot of a lane: where source 0's mailbox lies, how far the next, where this rank's is, all messages."""
-
-    first: int
-    stride: int
-    own_offset: int
-    view: Words
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Open:
     """What a transport has until it is closed. A call holds it, so that nothing is unmapped under its feet."""
@@ -66,7 +59,7 @@ class _Open:
     neighbours: Neighbours
     controls_R: NDArray[np.int64]
     boards: Sequence[Board]
-    slots: Sequence[Sequence[_Slot]]
+    slots: Sequence[Sequence[Slot]]
 
 
 class SharedTransport:
@@ -87,81 +80,108 @@ class SharedTransport:
     ) -> None:
         self.rank = rendezvous.rank
         self.size = rendezvous.size
+        self.waited_ns = np.zeros(self.size, np.int64)
         self._signals = load_signals()
         self._sleeps = bool(self._signals.HAS_FUTEX)
+        self._pid = os.getpid()
         self._ring = layout.ring
         self._timeout_s = timeout_s
         self._doorbell = controls[self.rank] + DOORBELL_OFFSET
+        self._everybody = np.roll(np.arange(self.size, dtype=np.int64), -self.rank)  # oneself first
         self._leaving = threading.Lock()
         boards = [Board(self._signals, address, self.size) for address in controls]
         maker.peers = [board for rank, board in enumerate(boards) if rank != self.rank]
-        self._open: _Open | None = _Open(
+        self._kept: _Open | None = _Open(
             arena=arena,
             neighbours=neighbours,
             controls_R=np.array(controls, np.int64),
             boards=boards,
-            slots=_lay_out(layout, self.rank, arena.segments[0]),
+            slots=lay_out(layout, self.rank, arena.segments[0]),
         )
+        self._open: _Open | None = self._kept
+        tell_after_fork(self)
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
         return self._opened().arena.allocate(num_bytes)
+
+    def trim(self, block: Block, num_bytes: int) -> None:
+        assert isinstance(block, ArenaBlock), "every block of this transport is one"
+        self._opened().arena.trim(block, num_bytes)
 
     def locate(self, address: int, num_bytes: int) -> Place | None:
         return self._opened().arena.locate(address, num_bytes)
 
     def address(self, rank: int, place: Place) -> int:
+        opened = self._opened()
         try:
-            return self._opened().neighbours.segment_address(rank, place.segment) + place.offset
+            return opened.neighbours.segment_address(rank, place.segment) + place.offset
         except ProcessLookupError as error:
-            raise PeerLost(
+            departures = _departures(self._signals, opened)
+            told = lost(self._facts(opened, None, "address", [rank], sorted({*range(self.size)} - {rank})), departures)
+            raise told or PeerLost(
                 f"rank {rank} is gone, and its memory (segment {place.segment}) with it: {error}. "
                 "Look at its output; close this buffer and make a new one on the ranks that are left",
                 ranks=[rank],
                 step="address",
             ) from error
 
-    def post(self, lane: Lane, epoch: int, words: Words) -> None:
-        opened = self._opened()
-        words = self._checked(lane, words)
+    def post(self, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
+        opened = self._open or self._refuse()
         offset = opened.slots[lane.index][epoch % self._ring].own_offset
-        self._signals.post_all(opened.controls_R, DOORBELL_OFFSET, offset, self.rank, words, epoch % _EPOCHS)
+        to = self._everybody if ranks is None else ranks
+        try:
+            posted = self._signals.post_each(
+                opened.controls_R, DOORBELL_OFFSET, offset, words, lane.words, to, epoch, time.monotonic_ns()
+            )
+        except TypeError:
+            posted = False
+        if not posted:  # wrong arrays, or right ones that are not of the kind that it is compiled for
+            words, to = self._checked_words(lane, words), self._checked_ranks(to)
+            self._signals.post_each(
+                opened.controls_R, DOORBELL_OFFSET, offset, words, lane.words, to, epoch, time.monotonic_ns()
+            )
 
-    def wait(self, lane: Lane, epoch: int, step: str) -> Words:
-        opened = self._opened()
+    def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
+        opened = self._open or self._refuse()
         slot = opened.slots[lane.index][epoch % self._ring]
-        started_ns = time.monotonic_ns()
-        if not self._await(slot, epoch, SPINS, YIELDS, started_ns):
-            self._keep_waiting(opened, slot, epoch, step, started_ns)
+        sources = self._everybody if ranks is None else ranks
+        began_ns = time.monotonic_ns()
+        try:
+            missing = self._await(slot, epoch, sources, SPINS, YIELDS, began_ns, began_ns)
+        except TypeError:
+            missing = -1
+        if missing:
+            self._keep_waiting(opened, slot, epoch, step, self._checked_ranks(sources), began_ns)
         return slot.view
 
     def check(self, epoch: int, step: str) -> None:
-        opened = self._opened()
-        told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
-        departures = {rank: left for rank, left in told.items() if left is not None and left.blame is not None}
-        if not departures:
+        opened = self._open or self._refuse()
+        if not anybody_failed(self._signals, opened.controls_R):
             return
-        wait = Wait(
-            step=step,
-            epoch=epoch,
-            rank=self.rank,
-            missing=sorted(departures),
-            arrived=[rank for rank in range(self.size) if rank not in departures],
-            elapsed_s=0.0,
-            timeout_s=self._timeout_s,
-            names=opened.neighbours.names(),
-        )
-        error = lost(wait, departures)
+        departures = {rank: left for rank, left in _told(opened).items() if left.blame is not None}
+        others = sorted({*range(self.size)} - departures.keys())
+        error = lost(self._facts(opened, epoch, step, sorted(departures), others), departures)
         assert error is not None, "a departure is a reason"
         raise error
 
-    def close(self, blame: Blame | None = None) -> None:
+    def leave(self, blame: Blame | None = None) -> None:
         with self._leaving:
             opened, self._open = self._open, None
-        if opened is None:
-            return
-        opened.boards[self.rank].leave(blame)
-        opened.arena.close()
-        opened.neighbours.close()
+        if opened is not None:
+            opened.boards[self.rank].leave(blame)
+
+    def close(self) -> None:
+        self.leave()
+        with self._leaving:
+            kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.arena.close()
+            kept.neighbours.close()
+
+    def after_fork(self) -> None:
+        """Called in a child of this process: it has a copy of this object, and may not speak for the rank."""
+        self._leaving = threading.Lock()  # another thread of the parent may have held it
+        self._open = self._kept = None  # its mappings go, but for those that tensors lie on
 
     def describe(self) -> dict[str, str]:
         arena = self._opened().arena
@@ -172,85 +192,103 @@ class SharedTransport:
         }
 
     def _opened(self) -> _Open:
-        opened = self._open
-        if opened is None:
-            raise ClosedError(f"the {self.name} transport of rank {self.rank} is closed; open a new one")
-        return opened
+        return self._open or self._refuse()
 
-    def _checked(self, lane: Lane, words: Words) -> Words:
+    def _refuse(self) -> _Open:
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the {self.name} transport of rank {self.rank} belongs to process {self._pid}, and this "
+                "is a fork of it; use it there, or make a group and a buffer of this process's own"
+            )
+        raise ClosedError(f"the {self.name} transport of rank {self.rank} is closed; open a new one")
+
+    def _checked_words(self, lane: Lane, words: Words) -> Words:
         if words.ndim != 2 or words.shape[0] != self.size or words.shape[1] > lane.words:
             raise ValueError(
                 f"lane {lane.name!r} takes words [{self.size}, at most {lane.words}], got {list(words.shape)}"
             )
         if words.dtype != np.int64:
             raise TypeError(f"lane {lane.name!r} takes int64 words, got {words.dtype}")
-        if not (words.flags.c_contiguous and words.flags.writeable):  # the one kind post_all is compiled for
-            return np.array(words, order="C")
-        return words
+        return np.array(words, order="C")
 
-    def _await(self, slot: _Slot, epoch: int, spins: int, yields: int, now_ns: int) -> bool:
-        """Look, and sleep up to one slice; return whether every message is here."""
+    def _checked_ranks(self, ranks: Ranks) -> Ranks:
+        if not isinstance(ranks, np.ndarray) or ranks.dtype != np.int64:
+            raise TypeError(f"ranks must be an int64 array or None, got {getattr(ranks, 'dtype', type(ranks))}")
+        if ranks.ndim != 1 or not ((ranks >= 0) & (ranks < self.size)).all():
+            raise ValueError(f"ranks must be distinct numbers [m] from 0 to {self.size - 1}, got {ranks.tolist()}")
+        return np.array(ranks, order="C")
+
+    def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
+        """Look, and sleep up to one slice; return how many messages are missing."""
         deadline_ns = now_ns + SLICE_NS if self._sleeps else 0
-        missing = self._signals.await_all(
-            self._doorbell, slot.first, slot.stride, self.size, epoch % _EPOCHS, spins, yields, deadline_ns
+        missing: int = self._signals.await_each(
+            self._doorbell,
+            slot.first,
+            slot.stride,
+            ranks,
+            epoch,
+            spins,
+            yields,
+            deadline_ns,
+            began_ns,
+            self.waited_ns,
         )
-        if missing and not self._sleeps:
-            time.sleep(_NAP_S)
-        return not missing
+        return missing
 
-    def _keep_waiting(self, opened: _Open, slot: _Slot, epoch: int, step: str, started_ns: int) -> None:
+    def _keep_waiting(self, opened: _Open, slot: Slot, epoch: int, step: str, ranks: Ranks, began_ns: int) -> None:
         """Wait slice by slice until every message is here, a rank that owes one has left, or time is up."""
         while True:
             # First who has left, then which messages are here: what a rank posted before it left counts.
-            departures = _departures(opened)
-            missing = self._missing(slot, epoch)
-            if not missing:
-                return
+            departures = _departures(self._signals, opened)
             self._opened()
             now_ns = time.monotonic_ns()
-            elapsed_s = (now_ns - started_ns) / 1e9
-            if elapsed_s >= self._timeout_s or any(rank in departures for rank in missing):
-                wait = Wait(
-                    step=step,
-                    epoch=epoch,
-                    rank=self.rank,
-                    missing=missing,
-                    arrived=[rank for rank in range(self.size) if rank not in missing],
-                    elapsed_s=elapsed_s,
-                    timeout_s=self._timeout_s,
-                    names=opened.neighbours.names(),
-                )
+            elapsed_s = (now_ns - began_ns) / 1e9
+            overdue = elapsed_s >= self._timeout_s
+            missing = self._missing(slot, epoch, ranks) if departures or overdue else []
+            if missing and (overdue or not departures.keys().isdisjoint(missing)):
+                arrived = sorted({*ranks.tolist()}.difference(missing))
+                wait = self._facts(opened, epoch, step, missing, arrived, elapsed_s)
                 raise lost(wait, departures) or silent(wait)
-            if self._await(slot, epoch, 0, 0, now_ns):
+            if self._await(slot, epoch, ranks, 0, 0, began_ns, now_ns) == 0:
                 return
+            if not self._sleeps:
+                time.sleep(_NAP_S)
 
-    def _missing(self, slot: _Slot, epoch: int) -> list[int]:
+    def _facts(
+        self,
+        opened: _Open,
+        epoch: int | None,
+        step: str,
+        missing: Sequence[int],
+        arrived: Sequence[int],
+        elapsed_s: float = 0.0,
+    ) -> Wait:
+        return Wait(
+            step=step,
+            epoch=epoch,
+            rank=self.rank,
+            missing=missing,
+            arrived=arrived,
+            elapsed_s=elapsed_s,
+            timeout_s=self._timeout_s,
+            names=opened.neighbours.names(),
+        )
+
+    def _missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
         tag = epoch % _EPOCHS
-        words = [self._signals.read_word(slot.first + source * slot.stride) for source in range(self.size)]
-        return [source for source, word in enumerate(words) if (word >> 32) % _EPOCHS != tag or not word % _EPOCHS]
+        words = {source: self._signals.read_word(slot.first + source * slot.stride) for source in ranks.tolist()}
+        return sorted(s for s, word in words.items() if (word >> 32) % _EPOCHS != tag or not word % _EPOCHS)
 
 
-def _departures(opened: _Open) -> dict[int, Departure]:
+def _departures(signals: ModuleType, opened: _Open) -> dict[int, Departure]:
     """Return who has left; a rank's own words outweigh what was seen of its end."""
     departures = dict(opened.neighbours.departures())
-    for rank, board in enumerate(opened.boards):
-        told = board.departure()
-        if told is not None:
-            departures[rank] = told
+    if anybody_left(signals, opened.controls_R):
+        departures |= _told(opened)
     return departures
 
 
-def _lay_out(layout: ControlLayout, rank: int, own: linux.Memory) -> list[list[_Slot]]:
-    """Return the slots of every lane, as this rank reads and fills them."""
-
-    def slot_at(lane: int, slot: int) -> _Slot:
-        first, stride = layout.mailbox_offset(lane, slot, 0), layout.mailbox_bytes(lane)
-        shape, strides = (layout.num_ranks, layout.lane_words[lane]), (stride, 8)
-        return _Slot(
-            first=own.address + first,
-            stride=stride,
-            own_offset=layout.mailbox_offset(lane, slot, rank),
-            view=np.ndarray(shape, np.int64, buffer=own.bytes, offset=first + 8, strides=strides),
-        )
-
-    return [[slot_at(lane, slot) for slot in range(layout.ring)] for lane in range(len(layout.lane_words))]
+def _told(opened: _Open) -> dict[int, Departure]:
+    """Return what ranks that have left said about it."""
+    told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
+    return {rank: left for rank, left in told.items() if left is not None}

@@ -9,37 +9,20 @@ import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import ModuleType
 
-from anyep import config
 from anyep.errors import CapacityError, Unavailable
 from anyep.machine import linux
 from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
 from anyep.transport.board import Board
+from anyep.transport.identity import Identity
 from anyep.transport.liveness import Departure, spell_ranks
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Where a rank runs."""
-
-    host: str
-    process_namespace: str
-    pid: int
-
-    @classmethod
-    def own(cls) -> Identity:
-        return cls(
-            host=config.host_id() or linux.host_identity(),
-            process_namespace=linux.process_namespace(),
-            pid=os.getpid(),
-        )
 
 
 def check_one_host(identities: Sequence[Identity]) -> None:
@@ -186,6 +169,8 @@ class _Processes:
 
     def departures(self) -> Mapping[int, Departure]:
         dead = self._watch.dead() if self._watch is not None else set()
+        if not dead:
+            return {}
         return {rank: Departure(how="died") for rank, pid in enumerate(self._pids) if pid in dead}
 
     def names(self) -> Mapping[int, str]:

@@ -1,0 +1,34 @@
+"""Where a rank runs: what it tells the others about its process, and what they can see of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from anyep import config
+from anyep.machine import linux
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A rank's process. ``started`` tells it from a later one of the same number; '' where nothing tells."""
+
+    host: str
+    process_namespace: str
+    pid: int
+    started: str = ""
+
+    @classmethod
+    def own(cls) -> Identity:
+        return cls(
+            host=config.host_id() or linux.host_identity(),
+            process_namespace=linux.process_namespace(),
+            pid=os.getpid(),
+            started=linux.start_time(os.getpid()),
+        )
+
+    def has_ended(self) -> bool:
+        """Whether this process has ended; False where it cannot be seen from here."""
+        here = Identity.own()
+        seen = self.started and (self.host, self.process_namespace) == (here.host, here.process_namespace)
+        return bool(seen) and linux.start_time(self.pid) != self.started
