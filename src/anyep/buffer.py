@@ -13,22 +13,23 @@ from typing import Literal, overload
 import torch
 
 from anyep.errors import PeerError, PeerTimeout
-from anyep.exchange import combine as combining
 from anyep.exchange import outgoing as sending
+from anyep.exchange import returning
 from anyep.exchange.arguments import check_choice
-from anyep.exchange.barrier import barrier
-from anyep.exchange.dispatch import dispatch
+from anyep.exchange.barrier import Barrier
+from anyep.exchange.combine import Combine
+from anyep.exchange.dispatch import Dispatch
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
+from anyep.exchange.flights import Flights
 from anyep.exchange.handle import Combined, Handle, Received, check_handle
 from anyep.exchange.options import BufferOptions, placement_tuple
-from anyep.exchange.queue import OperationQueue
 from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Blame
 
-LAYOUTS = ("compact", "expert")
+LAYOUTS = ("compact", "expert", "padded")
 
 
 class Buffer:
@@ -46,8 +47,11 @@ class Buffer:
     for 128 channels; ``scales``: ``"fp32"`` amax / 448, ``"pow2"`` rounded up to a power of two, ``"ue8m0"`` packed 4
     to an int32).
 
+    ``max_in_flight``: how many results of ``wait=False`` may be waited for at a time. ``eager_bytes``: up to how many
+    bytes the rows of a pair of ranks come along with the announcement (0: never); measured if None.
+
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
-    committed at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
+    committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
     ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
 
     Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
@@ -81,6 +85,8 @@ class Buffer:
         arena_bytes: int | None = None,
         timeout_s: float = 30.0,
         record: str | None = None,
+        max_in_flight: int = 4,
+        eager_bytes: int | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -99,14 +105,15 @@ class Buffer:
             arena_bytes=arena_bytes,
             timeout_s=timeout_s,
             record=record,
+            max_in_flight=max_in_flight,
+            eager_bytes=eager_bytes,
         )
         opened = open_endpoint(group, options)
         self._end = opened.endpoint
         self._recorder = options.recorder(self._end.rank)
         self._explanation = opened.explanation
-        self._static_rows = static_rows
         self._identity = object()
-        self._queue = OperationQueue(self._leave, self._count_refusal)
+        self._flights = Flights(max_in_flight, self._leave, self._count_refusal)
         self._closed = False
 
     @property
@@ -161,30 +168,30 @@ class Buffer:
         ``layout="expert"``: one row for each (token, column), grouped by local expert, groups padded to
         ``expert_alignment``; a row's other columns hold -1. Padding rows have index -1 and zeros.
 
+        ``layout="padded"`` (low latency): x is [L, R * max_tokens_per_rank, H]; expert l's rows are the first
+        ``counts[l]`` of its block, one for each (token, column), in the order (source rank, token, column); the rest of
+        a block is undefined. ``topk_weights`` do not travel: combine multiplies with them at the origin.
+
         ``handle`` of an earlier dispatch: the same tokens' places again, without layout and counts; then
-        ``topk_idx`` must be None and ``layout`` is the handle's. ``wait=False`` returns at once; inputs must not
-        change until ``Pending.wait()`` gives the Received.
+        ``topk_idx`` must be None and ``layout`` is the handle's.
+
+        ``wait=False`` sends what needs no answer and returns; ``Pending.wait()`` receives. Rows that are too many to
+        come along with the announcement follow in the background, but for the padded layout, where nothing runs before
+        ``wait``. Inputs must not change until then.
 
         Raises TypeError and ValueError for this rank's arguments (nothing was sent: call again), ValueError on every
         rank where ranks call differently, CapacityError on every rank where one lacks memory or ``static_rows`` is
         too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
         """
-        self._queue.check_open()
+        self._flights.check_open()
         if handle is not None:
             known = check_handle(handle, self._identity)
             outgoing = sending.prepare_cached(self._end, x, topk_idx, topk_weights, known)
         else:
             check_choice("layout", layout, LAYOUTS)
-            outgoing = sending.prepare(
-                self._end, x, topk_idx, topk_weights, layout=layout, static_rows=self._static_rows
-            )
-            if self._recorder is not None:
-                self._recorder.add(outgoing.plan.topk_idx, outgoing.topk_weights)
-
-        def operation(epoch: int) -> Received:
-            return dispatch(self._end, epoch, outgoing, buffer=self._identity)
-
-        return self._queue.run("dispatch", operation) if wait else self._queue.start("dispatch", operation)
+            outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout)
+        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder)
+        return self._flights.run(operation) if wait else self._flights.start(operation)
 
     @overload
     def combine(
@@ -195,7 +202,8 @@ class Buffer:
         topk_weights: None = None,
         bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
         out: torch.Tensor | None = None,
-        reduce: str = "rank",
+        reduce: str | None = None,
+        wire: str | None = None,
         wait: Literal[True] = True,
     ) -> torch.Tensor: ...
 
@@ -208,7 +216,8 @@ class Buffer:
         topk_weights: torch.Tensor,
         bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
         out: torch.Tensor | None = None,
-        reduce: str = "rank",
+        reduce: str | None = None,
+        wire: str | None = None,
         wait: Literal[True] = True,
     ) -> Combined: ...
 
@@ -221,7 +230,8 @@ class Buffer:
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
         out: torch.Tensor | None = None,
-        reduce: str = "rank",
+        reduce: str | None = None,
+        wire: str | None = None,
         wait: Literal[False],
     ) -> Pending[torch.Tensor | Combined]: ...
 
@@ -233,22 +243,28 @@ class Buffer:
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
         out: torch.Tensor | None = None,
-        reduce: str = "rank",
+        reduce: str | None = None,
+        wire: str | None = None,
         wait: bool = True,
     ) -> torch.Tensor | Combined | Pending[torch.Tensor | Combined]:
         """Bring the experts' outputs back and sum them.
 
         ``y`` [N, H] bfloat16, float16 or float32, rows as received. out[t] = bias + sum of t's rows, in fp32, rounded
-        once: ``reduce="rank"`` in ascending order of the destination rank, ``reduce="expert"`` (expert layout) in the
-        order of t's top-k columns, which gives the same bits for every number of ranks. ``bias``: up to two [T, H],
-        added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to [T, K]; the result is then a
-        Combined.
+        once: ``reduce="rank"`` in ascending order of the destination rank, ``reduce="expert"`` (expert and padded
+        layout) in the order of t's top-k columns, which gives the same bits for every number of ranks. ``bias``: up to
+        two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to [T, K]; the result is
+        then a Combined.
+
+        Padded layout: ``y`` [L, R * max_tokens_per_rank, H]; each row is multiplied in fp32 with its weight of
+        ``topk_weights`` [T, K] (default: those of the dispatch, else 1), and they are added in top-k order.
+        ``wire="logfmt10"`` (padded, bfloat16) sends 10 bits a number instead of 16, with an error of up to
+        2.2 % a channel (numerics/logfmt.py).
 
         Without a copy when ``y`` comes from :meth:`empty_output`. Returns when all ranks have read ``y``. Errors as
         :meth:`dispatch`.
         """
-        self._queue.check_open()
-        returning = combining.prepare(
+        self._flights.check_open()
+        back = returning.prepare(
             self._end,
             y,
             check_handle(handle, self._identity),
@@ -256,29 +272,27 @@ class Buffer:
             bias=bias,
             out=out,
             reduce=reduce,
+            wire=wire,
         )
-
-        def operation(epoch: int) -> torch.Tensor | Combined:
-            return combining.combine(self._end, epoch, returning)
-
-        return self._queue.run("combine", operation) if wait else self._queue.start("combine", operation)
+        operation = Combine(self._end, back)
+        return self._flights.run(operation) if wait else self._flights.start(operation)
 
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.
 
         ``dtype``: the wire's, bfloat16 for fp8. Raises CapacityError when the machine lacks memory.
         """
-        self._queue.check_open()
+        self._flights.check_open()
         plain = torch.bfloat16 if self._end.wire.scale_format is not None else self._end.wire.dtype
         chosen = plain if dtype is None else dtype
         if chosen not in ELEMENTS:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
-        return combining.empty_output(self._end, check_handle(handle, self._identity), chosen)
+        return returning.empty_output(self._end, check_handle(handle, self._identity), chosen)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self._queue.check_open()
-        self._queue.run("barrier", lambda epoch: barrier(self._end, epoch))
+        self._flights.check_open()
+        self._flights.run(Barrier(self._end))
 
     def explain(self) -> Explanation:
         """Say which mode, transport, kernels and memory were chosen, and why. ``print`` it."""
@@ -286,19 +300,29 @@ class Buffer:
 
     def stats(self) -> Stats:
         """Return this rank's counters since the buffer was made."""
-        return self._end.counters.snapshot()
+        return self._end.counters.snapshot(self._end.transport.waited_ns)
 
     def close(self) -> None:
         """Leave the group and free the arena; received tensors stay valid. Idempotent.
 
-        Other ranks that already have what they wait for are not disturbed; those that still need this rank get
-        PeerLost.
+        What is in flight is finished first, whatever comes of it (its own waits are bounded by ``timeout_s``). Other
+        ranks that already have what they wait for are not disturbed; those that still need this rank get PeerLost.
         """
+        if self._closed:
+            return
+        try:
+            self._flights.settle()
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave at once: what is in flight ends with ClosedError, here within milliseconds, and PeerLost elsewhere."""
         if self._closed:
             return
         self._closed = True
         try:
-            self._queue.close()
+            self._end.transport.leave()
+            self._flights.close()
             self._end.workers.close()
             self._end.transport.close()
         finally:
@@ -309,7 +333,11 @@ class Buffer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        """Close; after an error without waiting for anybody."""
+        if error is None:
+            self.close()
+        else:
+            self._abandon()
 
     def __del__(self) -> None:
         if not self._closed:

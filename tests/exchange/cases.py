@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from anyep.layout.placement import even_placement
 from anyep.testing.oracle import Exchange, Routing
 
-LAYOUTS = ("compact", "expert")
+LAYOUTS = ("compact", "expert", "padded")
+EAGER_BYTES = (None, 0, 700, 5000, 1 << 20)
+"""Measured, never, rows of some pairs, rows of more pairs, all that a slot can hold."""
 WIRES = ("bf16", "fp16", "fp32", "fp8")
 INPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
@@ -38,6 +40,7 @@ class Case:
     spare_rows: int | None
     num_threads: int
     seed: int
+    eager_bytes: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -53,10 +56,15 @@ class Case:
         """The oracle's view of the case."""
         return self._exchange(self.static_rows)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of an expert's block in the padded layout."""
+        return self.num_ranks * max(self.num_tokens) if self.layout == "padded" else 0
+
     @cached_property
     def static_rows(self) -> int | None:
         """A number of rows that just fits, and the spare ones."""
-        if self.spare_rows is None:
+        if self.spare_rows is None or self.layout == "padded":
             return None
         return max(there.num_rows for there in self._exchange(None).arrivals) + self.spare_rows
 
@@ -68,6 +76,7 @@ class Case:
             layout=self.layout,
             expert_alignment=self.alignment,
             static_rows=static_rows,
+            block_rows=self.block_rows,
         )
 
     def _batch(self, rank: int) -> Batch:
@@ -76,6 +85,8 @@ class Case:
         x = torch.randn(tokens, self.hidden, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
         draw = torch.rand(tokens, self.num_topk, generator=generator) ** self.skew
         idx = (draw * (self.num_experts + 1)).long().clamp(max=self.num_experts) - 1
+        if self.layout == "padded":
+            idx = _without_duplicates(idx)
         weights = torch.rand(tokens, self.num_topk, generator=generator)
         dtype = INPUT_DTYPES[self.wire]
         bias = tuple(torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias))
@@ -85,6 +96,14 @@ class Case:
             topk_weights=weights if self.with_weights else None,
             bias=bias,
         )
+
+
+def _without_duplicates(idx: torch.Tensor) -> torch.Tensor:
+    """Name each expert of a token once: a block of the padded layout holds no more."""
+    for column in range(1, idx.shape[1]):
+        known = (idx[:, :column] == idx[:, column : column + 1]).any(dim=1)
+        idx[known, column] = -1
+    return idx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +135,11 @@ def cases(draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str
         idx_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
         with_weights=draw(st.booleans()),
         num_bias=draw(st.integers(0, 2)),
-        reduce=draw(st.sampled_from(["rank", "expert"])) if layout == "expert" else "rank",
+        reduce="rank" if layout == "compact" else draw(st.sampled_from(["rank", "expert"])),
         skew=draw(st.sampled_from([1.0, 1.0, 3.0, 20.0])),
         placement=draw(st.one_of(st.none(), mapped)),
         spare_rows=draw(st.one_of(st.none(), st.integers(0, 40))),
         num_threads=draw(st.sampled_from([1, 1, 3])),
         seed=draw(st.integers(0, 10_000)),
+        eager_bytes=draw(st.sampled_from(EAGER_BYTES)),
     )

@@ -9,9 +9,11 @@ import torch
 
 import anyep
 from anyep.exchange import setup
-from anyep.testing.oracle import as_bytes, expected_rows, expected_sum
+from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows, expected_sum
 from anyep.transport.registry import open_transport
 from tests.exchange.cases import Case
+
+NAMES = ("x", "scales", "topk_idx", "topk_weights", "source_begin", "source_count", "source_token")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,15 +25,14 @@ class ReceivedCopy:
 
     @classmethod
     def of(cls, received: anyep.Received) -> ReceivedCopy:
-        names = ("x", "scales", "topk_idx", "topk_weights")
-        tensors = {name: tensor for name in names if (tensor := getattr(received, name)) is not None}
+        tensors = {name: tensor for name in NAMES if (tensor := getattr(received, name)) is not None}
         return cls(
-            bytes_of={name: (tensor.dtype, as_bytes(tensor).clone()) for name, tensor in tensors.items()},
+            bytes_of={name: (t.dtype, as_bytes(dense(t))) for name, t in tensors.items()},
             counts=received.counts,
         )
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
-        if name not in ("x", "scales", "topk_idx", "topk_weights"):
+        if name not in NAMES:
             raise AttributeError(name)
         dtype, data = self.bytes_of.get(name, (None, None))
         return None if data is None else data.view(dtype)
@@ -46,6 +47,11 @@ class Outcome:
     y: torch.Tensor
     combined: torch.Tensor
     weights: torch.Tensor | None
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a row-major copy, whose strides are the usual ones also where a size is 1."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def poison_arenas() -> None:
@@ -66,8 +72,7 @@ def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
         static_rows=case.static_rows,
         placement=case.placement,
         num_threads=case.num_threads,
-        timeout_s=60.0,
-        **options,
+        **{"eager_bytes": case.eager_bytes, "timeout_s": 60.0} | options,
     )
 
 
@@ -76,7 +81,7 @@ def play(case: Case, ep: anyep.Buffer) -> Outcome:
     batch = case.batches[ep.rank]
     received = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights, layout=case.layout)
     y = expert_output(case, received, ep)
-    weights = received.topk_weights
+    weights = received.topk_weights  # none in the padded layout, where the dispatch's are applied at the origin
     result = ep.combine(y, received.handle, topk_weights=weights, bias=batch.bias or None, reduce=case.reduce)
     again = ep.dispatch(batch.x, None, batch.topk_weights, handle=received.handle)
     return Outcome(
@@ -106,10 +111,11 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
         expected = expected_sum(
             case.exchange,
             rank,
-            lambda owner, rows: outcomes[owner].y[rows],
+            lambda owner, rows: outcomes[owner].y.view(-1, case.hidden)[rows],
             dtype=outcome.y.dtype,
             reduce=case.reduce,
             bias=case.batches[rank].bias,
+            factors=case.batches[rank].topk_weights if case.layout == "padded" else None,
         )
         assert_same("combined", outcome.combined, expected)
         if outcome.weights is not None:
@@ -129,15 +135,36 @@ def check_received(case: Case, rank: int, received: ReceivedCopy) -> None:
         there, lambda source, token: case.batches[source].x[token], wire=case.wire, scales=case.scales, rows=slice(None)
     )
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
-    assert_same("x", received.x, x)
+    assert received.counts == there.counts
     assert (received.scales is None) == (scales is None)
+    if case.layout == "padded":
+        check_blocks(case, received, there, x, scales)
+        return
+    assert_same("x", received.x, x)
     if scales is not None:
         assert_same("scales", received.scales, scales)
     assert_same("topk_idx", received.topk_idx, there.topk_idx)
     assert (received.topk_weights is None) == (there.topk_weights is None)
     if there.topk_weights is not None:
         assert_same("topk_weights", received.topk_weights, there.topk_weights)
-    assert received.counts == there.counts
+
+
+def check_blocks(
+    case: Case, received: ReceivedCopy, there: Arrivals, x: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    """Compare the defined rows of the padded layout, and what is said of their sources."""
+    shape = (len(there.counts), case.block_rows)
+    defined = there.source != PADDING
+    for name, expected in (("x", x), ("scales", scales), ("source_token", there.token.int())):
+        if expected is not None:
+            got = getattr(received, name)
+            assert got.shape[:2] == shape
+            assert_same(name, got.reshape(expected.shape)[defined], expected[defined])
+    source_LP = there.source.view(shape)
+    for source in range(case.num_ranks):
+        assert received.source_count[:, source].tolist() == (source_LP == source).sum(dim=1).tolist()
+        begins = [int((row < source).sum() - (row == PADDING).sum()) for row in source_LP]
+        assert received.source_begin[:, source].tolist() == begins
 
 
 def assert_same(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -145,4 +172,4 @@ def assert_same(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None
     assert actual.dtype == expected.dtype, name
     assert actual.shape == expected.shape, name
     if actual.numel():
-        assert torch.equal(as_bytes(actual.contiguous()), as_bytes(expected.contiguous())), name
+        assert torch.equal(as_bytes(dense(actual)), as_bytes(dense(expected))), name

@@ -139,18 +139,21 @@ def test_overlapping_operations_in_the_background():
             with pytest.raises(ValueError, match="already waited"):
                 pending.wait()
 
-    on_ranks(CASE, rank_main)
+    on_ranks(CASE, rank_main, max_in_flight=5)
 
 
 def test_a_batch_from_the_background_comes_back_too():
     def rank_main(ep, batch):
+        gc.collect()
+        before = ep._end.transport._open.arena.used_bytes
         held = ep.dispatch(batch.x, batch.topk_idx, wait=False).wait()
         del held
         ep.barrier()
         gc.collect()
-        return ep._end.transport._open.arena.used_bytes
+        return ep._end.transport._open.arena.used_bytes - before
 
-    assert on_ranks(CASE, rank_main) == [0, 0, 0]
+    for eager_bytes in (0, 1 << 20):
+        assert on_ranks(CASE, rank_main, eager_bytes=eager_bytes) == [0, 0, 0]
 
 
 def test_a_default_device_changes_nothing():
@@ -239,7 +242,7 @@ def test_copy_free_and_copied_outputs_agree():
         assert ep.stats().copied_in_bytes - before == received.x.nbytes
         assert_same("combined", inside, outside)
 
-    on_ranks(CASE, rank_main)
+    on_ranks(CASE, rank_main, eager_bytes=0)
 
 
 def test_out_is_written_and_returned():

@@ -38,11 +38,14 @@ def test_threads_and_processes_give_the_same_bits(layout, wire):
             return play(case, ep)
 
     threads = anyep.local_group(3).run(thread_main)
-    for here, there in zip(threads, run_processes(3, play_case, case), strict=True):
-        for name in here.received.bytes_of:
+    processes = run_processes(3, play_case, case)
+    check(case, processes)
+    for here, there in zip(threads, processes, strict=True):
+        for name in here.received.bytes_of if layout != "padded" else ():  # of which some rows are undefined
             assert_same(name, getattr(there.received, name), getattr(here.received, name))
         assert_same("combined", there.combined, here.combined)
-        assert_same("weights", there.weights, here.weights)
+        if here.weights is not None:
+            assert_same("weights", there.weights, here.weights)
         assert there.received.counts == here.received.counts
 
 
@@ -78,7 +81,7 @@ def wait_for_death(group, rank, folder, victim, action):
     """Exchange once, then let the victim act; survivors report how they heard of it and how long that took."""
     x = torch.ones(8, 512, dtype=torch.bfloat16)
     idx = torch.arange(16).view(8, 2) % 8
-    with anyep.Buffer(group, timeout_s=2.0 if action == "stop" else 30.0, **SIZES) as ep:
+    with anyep.Buffer(group, timeout_s=2.0 if action == "stop" else 30.0, eager_bytes=0, **SIZES) as ep:
         received = ep.dispatch(x, idx)
         ep.combine(received.x, received.handle)
         Path(folder, f"ready{rank}").touch()
@@ -145,7 +148,7 @@ def read_late(group, rank):
     torch.set_num_threads(1)
     x = torch.ones(4, 512, dtype=torch.bfloat16)
     idx = torch.tensor([[0, 4]] * 4)
-    with anyep.Buffer(group, timeout_s=0.5, **SIZES) as ep:
+    with anyep.Buffer(group, timeout_s=0.5, eager_bytes=0, **SIZES) as ep:
         received = ep.dispatch(x, idx)
         y = ep.empty_output(received.handle)
         y.fill_(1)

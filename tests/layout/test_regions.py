@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from anyep.layout.regions import RowBytes, account_step, hit_probability, row_region
 
-ROW = RowBytes(x=7168, scales=224, topk_idx=64, topk_weights=32, y=14336)
+ROW = RowBytes(x=7168, scales=224, topk_idx=64, topk_weights=32, token=4, y=14336)
 
 
 def test_hit_probability_counts_distinct_ranks():
@@ -24,11 +24,11 @@ def test_step_at_the_published_shape():
 
 @given(st.integers(0, 1000), st.integers(1, 9999), st.integers(0, 300), st.integers(1, 32))
 def test_regions_do_not_overlap(num_rows, x_bytes, scale_bytes, topk):
-    row = RowBytes(x=x_bytes, scales=scale_bytes, topk_idx=8 * topk, topk_weights=4 * topk, y=2 * x_bytes)
+    row = RowBytes(x=x_bytes, scales=scale_bytes, topk_idx=8 * topk, topk_weights=4 * topk, token=4, y=2 * x_bytes)
     region = row_region(row, num_rows)
-    if scale_bytes:
-        assert region.scales_offset >= row.x * num_rows
-        assert region.scales_offset % 128 == 0
+    assert region.scales_offset >= row.x * num_rows
+    assert region.scales_offset % 128 == region.weights_offset % 128 == region.token_offset % 128 == 0
     assert region.data_bytes >= (row.x + row.scales) * num_rows
     assert region.weights_offset >= row.topk_idx * num_rows
-    assert region.routing_bytes == region.weights_offset + row.topk_weights * num_rows
+    assert region.token_offset >= region.weights_offset + row.topk_weights * num_rows
+    assert region.routing_bytes == region.token_offset + row.token * num_rows

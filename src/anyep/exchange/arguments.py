@@ -26,6 +26,25 @@ def check_tensor(
     ``legend`` names the expected shape for the message, for example ``"[T, hidden]"``. Raises TypeError for another
     type or dtype, ValueError for another shape, device or memory order.
     """
+    if (
+        type(value) is torch.Tensor
+        and value.dtype in dtypes
+        and value.is_cpu
+        and len(value.shape) == len(shape)
+        and value.is_contiguous()
+        and value.layout is torch.strided
+        and (value.data_ptr() != 0 or value.numel() == 0)
+        and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+    ):
+        return value
+    _refuse(name, value, dtypes=dtypes, shape=shape, legend=legend)
+    return value  # type: ignore[return-value]  # a subclass that is as good
+
+
+def _refuse(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], legend: str
+) -> None:
+    """Say what is wrong with a tensor; nothing may be, where it is of a subclass."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {legend}, got {type(value).__name__}")
     if value.device.type != "cpu":
@@ -41,7 +60,6 @@ def check_tensor(
         )
     if not value.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: pass {name}.contiguous()")
-    return value
 
 
 def _has_memory(value: torch.Tensor) -> bool:

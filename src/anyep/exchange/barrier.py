@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.opening import Kind, Opening, check_agreement, message
+from anyep.exchange.opening import BODY, Kind, Opening, check_agreement
 
 
-def barrier(end: Endpoint, epoch: int) -> None:
-    """Return when every rank has called it. Collective; errors as dispatch."""
-    step = f"barrier {epoch}"
-    opening = Opening(kind=Kind.BARRIER)
-    check_agreement(opening, end.exchange(end.lanes.open, epoch, message(opening, end.num_ranks, 0), step), step)
-    end.counters.barriers += 1
+class Barrier:
+    """Ends when every rank has begun it."""
+
+    label = "barrier"
+
+    def __init__(self, end: Endpoint) -> None:
+        self._end = end
+        self._epoch = 0
+
+    def wants_background(self) -> bool:
+        return False
+
+    def ready(self) -> bool:
+        """Whether every rank's announcement is here."""
+        return self._end.transport.arrived(self._end.lanes.open, self._epoch)
+
+    def post(self, epoch: int) -> None:
+        """Tell every rank."""
+        self._epoch = epoch
+        words_RW = self._end.desk(epoch).places_RW
+        words_RW[:, :BODY] = Opening(kind=Kind.BARRIER).header()
+        self._end.transport.post(self._end.lanes.open, epoch, words_RW)
+
+    def finish(self) -> None:
+        """Wait for every rank. Raises RefusedError, PeerLost and PeerTimeout."""
+        step = f"{self.label} {self._epoch}"
+        opened_RW = self._end.wait(self._end.lanes.open, self._epoch, step)
+        check_agreement(Opening(kind=Kind.BARRIER), opened_RW, step)
+        self._end.counters.barriers += 1

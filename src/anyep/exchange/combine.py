@@ -1,194 +1,217 @@
 """Combine: say where the experts' outputs lie, pull every token's rows, sum them once in fp32, done.
 
+::
+
+    prepare      check                                                        alone: exchange/returning.py
+    post         say where this rank's rows lie; small pairs' rows come along            lane "announcement"
+    finish       read every token's rows where they lie, or in the eager slot, and sum
+                 done, to the owners whose rows were read where they lie                 lane "rows"
+
 The owner's call returns when all ranks have read its rows, so that it may write over them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from anyep.errors import CapacityError
-from anyep.exchange.arguments import check_choice, check_tensor
-from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.handle import Combined, Handle
-from anyep.exchange.opening import BODY, LAYOUT_CODES, REDUCE_CODES, Kind, Opening, check_agreement, message
-from anyep.exchange.receive import tensor_on
+from anyep.exchange import ledger
+from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.handle import Combined
+from anyep.exchange.opening import (
+    BODY,
+    COMBINE_WIRE_CODES,
+    LAYOUT_CODES,
+    REDUCE_CODES,
+    STATUS,
+    Kind,
+    Opening,
+    check_agreement,
+)
+from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.wire import ELEMENTS
-from anyep.transport.base import Block, Place, Words
+from anyep.layout.regions import aligned
+from anyep.transport.base import Words
 
-REDUCES = ("rank", "expert")
-_BODY_WORDS = 4
-"""Segment and offset of y, segment and offset of its weights."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Returning:
-    """Checked outputs of this rank's experts, and where the sum goes."""
-
-    y: torch.Tensor
-    topk_weights: torch.Tensor | None
-    bias: tuple[torch.Tensor, ...]
-    out: torch.Tensor
-    reduce: str
-    handle: Handle
+_NO_PLACES: Words = np.array([0, -1, 0, -1, 0], np.int64)
+"""Dense or not; segment and offset of the rows; segment and offset of the weights."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Loan:
-    """A tensor's bytes where peers can read them; ``block`` keeps a copy alive, None if it lay there already."""
+class Combine:
+    """One combine of one rank: :meth:`post` lends or sends the outputs, :meth:`finish` sums and waits for readers."""
 
-    place: Place
-    block: Block | None
+    label = "combine"
 
-
-_NOWHERE = Loan(place=Place(segment=-1, offset=0), block=None)
-
-
-def prepare(
-    end: Endpoint, y: object, handle: Handle, *, topk_weights: object, bias: object, out: object, reduce: object
-) -> Returning:
-    """Check the caller's tensors. Raises TypeError and ValueError; exchanges nothing."""
-    how = check_choice("reduce", reduce, REDUCES)
-    if how == "expert" and handle.layout != "expert":
-        raise ValueError(
-            f"reduce='expert' sums one row for each (token, expert), but this handle's layout is {handle.layout!r}: "
-            "dispatch with layout='expert', or use reduce='rank'"
+    def __init__(self, end: Endpoint, back: Returning) -> None:
+        self._end = end
+        self._back = back
+        self._epoch = 0
+        self._step = self.label
+        self._loans: list[Loan] = []
+        self._limit_rows = 0
+        self._weights_offset = 0
+        self._opening = Opening(
+            kind=Kind.COMBINE,
+            layout=LAYOUT_CODES[back.handle.layout],
+            has_weights=int(back.topk_weights is not None),
+            handle_epoch=back.handle.epoch,
+            element=ELEMENTS[back.y.dtype],
+            reduce=REDUCE_CODES[back.reduce],
+            combine_wire=COMBINE_WIRE_CODES[back.wire],
         )
-    checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[handle.num_rows, end.hidden], legend="[N, hidden]")
-    weights = None
-    if topk_weights is not None:
-        shape = [handle.num_rows, end.num_topk]
-        weights = check_tensor(
-            "topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend="[N, num_topk]"
-        )
-    target = _check_out(end, out, handle, checked)
-    biases = _check_bias(end, bias, handle, checked.dtype)
-    if any(_overlap(target, one) and target.data_ptr() != one.data_ptr() for one in biases):
-        raise ValueError(
-            "out overlaps bias in other rows, which would be read after they were written; pass another out"
-        )
-    return Returning(
-        y=checked,
-        topk_weights=weights,
-        bias=biases,
-        out=target,
-        reduce=how,
-        handle=handle,
-    )
+        self._header = end.header(self._opening)
 
+    def wants_background(self) -> bool:
+        """Whether there are likely rows to be read where they lie; low latency never computes behind one's back."""
+        plan = self._back.handle.send
+        return not plan.geometry.padded and int(plan.numbers("rank_entries").max()) > self._limit_rows
 
-def _check_bias(end: Endpoint, bias: object, handle: Handle, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    if bias is None:
-        return ()
-    given = bias if isinstance(bias, (tuple, list)) else (bias,)
-    if len(given) > 2:
-        raise ValueError(f"bias takes at most 2 tensors, got {len(given)}")
-    return tuple(
-        check_tensor("bias", one, dtypes=[dtype], shape=[handle.num_tokens, end.hidden], legend="[T, hidden]")
-        for one in given
-    )
+    def ready(self) -> bool:
+        """Whether every rank's announcement is here."""
+        return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
-
-def _check_out(end: Endpoint, out: object, handle: Handle, y: torch.Tensor) -> torch.Tensor:
-    shape = [handle.num_tokens, end.hidden]
-    if out is None:
-        return torch.empty(shape, dtype=y.dtype, device="cpu")
-    target = check_tensor("out", out, dtypes=[y.dtype], shape=shape, legend="[T, hidden]")
-    if _overlap(target, y):
-        raise ValueError("out overlaps y, which other ranks are still reading; pass another tensor")
-    return target
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def combine(end: Endpoint, epoch: int, back: Returning) -> torch.Tensor | Combined:
-    """Run the protocol. Collective; raises RefusedError where all ranks refuse, PeerLost and PeerTimeout."""
-    step = f"combine {epoch}"
-    opening = Opening(
-        kind=Kind.COMBINE,
-        layout=LAYOUT_CODES[back.handle.layout],
-        has_weights=int(back.topk_weights is not None),
-        handle_epoch=back.handle.epoch,
-        element=ELEMENTS[back.y.dtype],
-        reduce=REDUCE_CODES[back.reduce],
-    )
-    words_RW, loans = _lend(end, opening, back)
-    opened_RW = end.exchange(end.lanes.open, epoch, words_RW, step)
-    check_agreement(opening, opened_RW, step)
-    weights = _pull(end, back, opened_RW[:, BODY:])
-    read = np.zeros((end.num_ranks, 1), np.int64)
-    end.exchange(end.lanes.done, epoch, read, step)
-    end.transport.check(epoch, step)  # a lender that gave up on somebody may have written over what was just read
-    del loans  # kept until here: peers were reading them
-    end.counters.returned(back.y.itemsize * end.hidden, int(back.handle.send.rank_rows.sum()))
-    return back.out if weights is None else Combined(x=back.out, topk_weights=weights)
-
-
-def _lend(end: Endpoint, opening: Opening, back: Returning) -> tuple[Words, list[Loan]]:
-    """Put y and weights where peers can read them; without memory say so, and let all ranks refuse together."""
-    try:
-        loans = [
-            _loan(end, back.y),
-            _NOWHERE if back.topk_weights is None else _loan(end, back.topk_weights),
-        ]
-    except CapacityError:
-        return message(opening, end.num_ranks, _BODY_WORDS, status=back.y.nbytes), []
-    words_RW = message(opening, end.num_ranks, _BODY_WORDS)
-    words_RW[:, BODY:] = [number for loan in loans for number in (loan.place.segment, loan.place.offset)]
-    return words_RW, loans
-
-
-def _loan(end: Endpoint, tensor: torch.Tensor) -> Loan:
-    if tensor.nbytes == 0:
-        return _NOWHERE
-    place = end.transport.locate(tensor.data_ptr(), tensor.nbytes)
-    if place is not None:
-        return Loan(place=place, block=None)
-    block = end.transport.allocate(tensor.nbytes)
-    end.workers.copy(end.kernels, tensor.data_ptr(), block.address, tensor.nbytes)
-    end.counters.copied_in_bytes += tensor.nbytes
-    return Loan(place=block.place, block=block)
-
-
-def _pull(end: Endpoint, back: Returning, places_RW: Words) -> torch.Tensor | None:
-    places_WR = places_RW[:, :_BODY_WORDS].T
-    table = end.peer_tables(places_WR[[0, 2]], places_WR[[1, 3]])
-    send = back.handle.send
-    entries = (send.width, int(back.reduce == "rank"), send.entry_rank.data_ptr(), send.entry_row.data_ptr())
-    bias = [one.data_ptr() for one in back.bias] + [0, 0]
-    weights = (
-        None
-        if back.topk_weights is None
-        else torch.empty((send.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
-    )
-
-    def tokens(first: int, last: int) -> None:
-        end.kernels.reduce(
-            int(ELEMENTS[back.y.dtype]),
-            end.hidden,
-            first,
-            last,
-            *entries,
-            table[0],
+    def post(self, epoch: int) -> None:
+        """Say where the rows lie, and let those of small pairs come along."""
+        end, back, plan = self._end, self._back, self._back.handle.send
+        desk = end.desk(epoch)
+        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        weights_bytes = 0 if back.topk_weights is None else 4 * end.num_topk
+        if back.wire == "none":
+            capacity = end.slots.capacity(back.row_bytes + weights_bytes)
+            self._limit_rows = end.rule.limit_rows(back.row_bytes + weights_bytes, capacity)
+            self._weights_offset = aligned(capacity * back.row_bytes)
+        end.books.announce(
+            desk.places_RW,
+            self._header,
+            _NO_PLACES,
             0,
-            bias[0],
-            bias[1],
-            back.out.data_ptr(),
+            0,
+            plan.field("source_entries"),
+            self._limit_rows,
+            desk.send_slots_R,
+            np.array([0, self._weights_offset], np.int64),
+            desk.back.values,
+            desk.tally,
         )
-        if weights is not None:
-            end.kernels.reduce_weights(end.num_topk, first, last, *entries, table[1], weights.data_ptr())
-        end.kernels.fence()
+        eager_rows, direct_rows, *_ = desk.tally.tolist()
+        if eager_rows:
+            self._send_back(desk)
+        if direct_rows:
+            self._lend(desk)
+        end.counters.sent_back(eager_rows, direct_rows)
+        end.transport.post(end.lanes.open, epoch, desk.places_RW)
 
-    end.workers.over(send.num_tokens, end.row.y * send.width, tokens)
-    return weights
+    def finish(self) -> torch.Tensor | Combined:
+        """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
+        end, back, desk = self._end, self._back, self._end.desk(self._epoch)
+        opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
+        if not end.books.agree(opened_RW, self._header):
+            check_agreement(self._opening, opened_RW, self._step)
+        self._connect(desk, opened_RW)
+        moved, _, num_to, num_from, num_rows = desk.tally.tolist()
+        weights = self._sum(self._rows(desk) if moved else None, desk)
+        if num_to:
+            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
+        if num_from:
+            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
+        if num_to:  # a lender that gave up on somebody may have written over what was just read
+            end.transport.check(self._epoch, self._step)
+        self._loans = []  # kept until here: peers were reading them
+        end.counters.combined(num_rows, back.row_bytes)
+        return back.out if weights is None else Combined(x=back.out, topk_weights=weights)
 
+    def _send_back(self, desk: Desk) -> None:
+        """Copy rows, and weights, to the slots of their origins."""
+        end, back, plan = self._end, self._back, self._back.handle.send
+        bins = (end.num_ranks, plan.geometry.shape.num_recv_bins, plan.field("recv_rows"), plan.field("recv_start"))
+        rows_slot, weights_slot = desk.back.addr
+        end.kernels.pack(back.row_bytes, *bins, back.y.data_ptr(), rows_slot)
+        if back.topk_weights is not None:
+            end.kernels.pack(4 * end.num_topk, *bins, back.topk_weights.data_ptr(), weights_slot)
 
-def empty_output(end: Endpoint, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialised [N, H] tensor in the arena: combine reads it where it lies."""
-    block = end.transport.allocate(handle.num_rows * end.hidden * dtype.itemsize)
-    return tensor_on(block, 0, (handle.num_rows, end.hidden), dtype)
+    def _lend(self, desk: Desk) -> None:
+        """Put y and weights where peers can read them; without memory say so, and let all ranks refuse together."""
+        end, back = self._end, self._back
+        try:
+            rows = lend_rows(end, back)
+            weights = NOWHERE if back.topk_weights is None else lend(end, back.topk_weights)
+        except CapacityError:
+            desk.places_RW[:, STATUS] = back.y.nbytes
+            return
+        self._loans = [rows, weights]
+        first = BODY + ledger.CAPACITY
+        desk.places_RW[:, first : first + len(_NO_PLACES)] = [
+            int(rows.dense),
+            rows.place.segment,
+            rows.place.offset,
+            weights.place.segment,
+            weights.place.offset,
+        ]
+
+    def _connect(self, desk: Desk, opened_RW: Words) -> None:
+        end, plan = self._end, self._back.handle.send
+        while True:
+            unknown = end.books.connect_back(
+                opened_RW,
+                BODY,
+                end.bases.base_RS,
+                plan.geometry.shape.dims,
+                plan.geometry.shape.offsets,
+                plan.ledger_addr,
+                end.tables.rank_E.data_ptr(),
+                self._limit_rows,
+                desk.recv_slots_R,
+                self._weights_offset,
+                desk.lent.values,
+                desk.starts.data_ptr(),
+                desk.to_R,
+                desk.from_R,
+                desk.tally,
+            )
+            if unknown < 0:
+                return
+            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
+
+    def _rows(self, desk: Desk) -> torch.Tensor:
+        """Return where this rank's rows lie, int32 [T, W], where that is not where the dispatch placed them."""
+        plan = self._back.handle.send
+        rows = torch.empty(plan.num_tokens * plan.width, dtype=torch.int32, device="cpu")
+        self._end.kernels.place(
+            plan.entry_rank_addr,
+            plan.entry_slot_addr,
+            plan.num_tokens,
+            plan.width,
+            plan.topk_idx.data_ptr(),
+            plan.topk_idx.itemsize,
+            int(plan.geometry.by_expert),
+            desk.starts.data_ptr(),
+            rows.data_ptr(),
+        )
+        return rows
+
+    def _sum(self, moved_rows: torch.Tensor | None, desk: Desk) -> torch.Tensor | None:
+        end, back, plan = self._end, self._back, self._back.handle.send
+        kernels = end.kernels
+        row_addr = plan.entry_row_addr if moved_rows is None else moved_rows.data_ptr()
+        entries = (plan.width, int(back.reduce == "rank"), plan.entry_rank_addr, row_addr)
+        rows_table, weights_table = desk.lent.addr
+        factors = 0 if back.factors is None else back.factors.data_ptr()
+        bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
+        out = back.out.data_ptr()
+        weights = None
+        if back.topk_weights is not None:
+            weights = torch.empty((plan.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
+
+        def tokens(first: int, last: int) -> None:
+            if back.wire == "none":
+                element = int(ELEMENTS[back.y.dtype])
+                kernels.reduce(element, end.hidden, first, last, *entries, rows_table, factors, bias0, bias1, out)
+            else:
+                kernels.reduce_logfmt(end.hidden, first, last, *entries, rows_table, factors, bias0, bias1, out)
+            if weights is not None:
+                kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, weights.data_ptr())
+            kernels.fence()
+
+        end.workers.over(plan.num_tokens, back.row_bytes * plan.width, tokens)
+        return weights

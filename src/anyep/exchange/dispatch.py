@@ -1,209 +1,269 @@
-"""Dispatch: announce, offer, write every row straight to its final place, done.
+"""Dispatch: announce all counts to all, write rows straight to their final places, done.
 
 ::
 
     prepare      check, route                     alone: exchange/outgoing.py
-    announce     counts to every rank             lane "announcement"
-    offer        receivers cut the final tensors  lane "offer"
-    scatter      rows to their final places
-    done                                          lane "rows"
+    post         announce counts, and where a batch may be put; small pairs' rows come along      lane "announcement"
+    finish       everybody works out every place                                                exchange/ledger.py
+                 where the memory that was offered is too small, offer again                      lane "offer"
+                 rows to their final places; rows that came along are unpacked
+                 done, from those whose rows did not come along                                    lane "rows"
 
-A cached dispatch knows the counts: its announcement is already the offer.
+A cached dispatch knows the counts: it announces where its batch may be put, and nothing else.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from anyep.errors import CapacityError
-from anyep.exchange.endpoint import OFFER_WORDS, Endpoint
+from anyep.exchange import ledger
+from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.handle import Handle, Received, SendPlan
-from anyep.exchange.opening import (
-    BODY,
-    LAYOUT_CODES,
-    Kind,
-    Opening,
-    RefusedError,
-    check_agreement,
-    check_memory,
-    message,
-)
+from anyep.exchange.opening import BODY, LAYOUT_CODES, Kind, Opening, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.receive import Landing, cut_landing, finish
-from anyep.layout.arrival import Arrival, compact_arrival, expert_arrival
+from anyep.exchange.receive import NO_LANDING, Landing, cut_landing, fill_gaps, trim, try_landing, wrap
+from anyep.exchange.scatter import Route, send_rows
+from anyep.layout.regions import RowRegion, row_region
+from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
 
 
-def dispatch(end: Endpoint, epoch: int, out: Outgoing, *, buffer: object) -> Received:
-    """Run the protocol. Collective; raises RefusedError where all ranks refuse, PeerLost and PeerTimeout."""
-    if out.cached is not None:
-        return _dispatch_cached(end, epoch, out, out.cached)
-    step = f"dispatch {epoch}"
-    opening = _opening(out, Kind.DISPATCH)
-    announced_RW = end.exchange(end.lanes.open, epoch, _announcement(end, opening, out.plan), step)
-    check_agreement(opening, announced_RW, step)
-    arrival = _plan_arrival(end, announced_RW, out)
-    landing, offer_RW = _make_offer(end, arrival, out)
-    offers_RW = end.exchange(end.lanes.offer, epoch, offer_RW, step)
-    _check_offers(offers_RW, out.static_rows, step)
-    assert landing is not None, "a rank without memory reports it in its offer"
-    _place(end, offers_RW, out.plan)
-    handle = Handle(
-        buffer=buffer,
-        epoch=epoch,
-        layout=out.layout,
-        send=out.plan,
-        arrival=arrival,
-        has_weights=out.topk_weights is not None,
-        static_rows=out.static_rows,
-    )
-    end.counters.dispatches += 1
-    return _deliver(end, epoch, out, offers_RW[:, :OFFER_WORDS], landing, handle, step)
+class Dispatch:
+    """One dispatch of one rank: :meth:`post` sends what needs no answer, :meth:`finish` does the rest."""
 
+    def __init__(self, end: Endpoint, out: Outgoing, *, buffer: object, recorder: TraceRecorder | None = None) -> None:
+        self._end = end
+        self._recorder = recorder
+        self._out = out
+        self._buffer = buffer
+        self.label = "dispatch" if out.cached is None else "cached dispatch"
+        self._step = self.label
+        self._epoch = 0
+        self._geometry = out.plan.geometry
+        self._landing: Landing | None = None
+        self._eager_rows = self._direct_rows = 0
+        cached = out.cached
+        self._opening = Opening(
+            kind=Kind.DISPATCH if cached is None else Kind.CACHED_DISPATCH,
+            layout=LAYOUT_CODES[out.layout],
+            idx_bytes=out.plan.topk_idx.itemsize,
+            has_weights=int(out.topk_weights is not None),
+            handle_epoch=-1 if cached is None else cached.epoch,
+        )
+        self._header = end.header(self._opening)
 
-def _dispatch_cached(end: Endpoint, epoch: int, out: Outgoing, handle: Handle) -> Received:
-    step = f"cached dispatch {epoch}"
-    opening = _opening(out, Kind.CACHED_DISPATCH)
-    landing, offer_RW = _make_offer(end, handle.arrival, out)
-    words_RW = message(opening, end.num_ranks, OFFER_WORDS, status=int(offer_RW[0, 0]))
-    words_RW[:, BODY:] = offer_RW[:, :OFFER_WORDS]
-    opened_RW = end.exchange(end.lanes.open, epoch, words_RW, step)
-    check_agreement(opening, opened_RW, step)
-    assert landing is not None, "a rank without memory reports it in its status"
-    end.counters.cached_dispatches += 1
-    return _deliver(end, epoch, out, opened_RW[:, BODY : BODY + OFFER_WORDS], landing, handle, step)
+    def wants_background(self) -> bool:
+        """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
+        return self._direct_rows > 0 and not self._geometry.padded
 
+    def ready(self) -> bool:
+        """Whether every rank's announcement is here."""
+        return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
-def _opening(out: Outgoing, kind: Kind) -> Opening:
-    return Opening(
-        kind=kind,
-        layout=LAYOUT_CODES[out.layout],
-        idx_bytes=out.plan.topk_idx.itemsize,
-        has_weights=int(out.topk_weights is not None),
-        static_rows=-1 if out.static_rows is None else out.static_rows,
-        handle_epoch=-1 if out.cached is None else out.cached.epoch,
-    )
+    def post(self, epoch: int) -> None:
+        """Announce, and let the rows of small pairs come along."""
+        end, plan, cached = self._end, self._out.plan, self._out.cached
+        geometry, desk = self._geometry, end.desk(epoch)
+        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
+        landing = self._landing = try_landing(end, geometry, rows)
+        words_RW = desk.words_RW if cached is None else desk.places_RW
+        end.books.announce(
+            words_RW,
+            self._header,
+            NO_LANDING if landing is None else landing.places(),
+            plan.field("rank_rows"),
+            end.num_ranks + end.placement.num_experts if cached is None else 0,
+            plan.field("rank_rows"),
+            geometry.limit_rows,
+            desk.send_slots_R,
+            geometry.slot_offsets,
+            desk.eager.values,
+            desk.tally,
+        )
+        self._eager_rows, self._direct_rows, *_ = desk.tally.tolist()
+        if self._eager_rows:
+            slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=False)
+            send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
+        end.transport.post(end.lanes.open, epoch, words_RW)
 
+    def finish(self) -> Received:
+        """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
+        end, out = self._end, self._out
+        plan, desk = out.plan, end.desk(self._epoch)
+        opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
+        if not end.books.agree(opened_RW, self._header):
+            check_agreement(self._opening, opened_RW, self._step)
+        offered_RW, offer = (opened_RW, BODY) if self._settle(opened_RW) else (self._offer_again(desk), 0)
+        landing = self._landing
+        assert landing is not None, "a rank without memory reports it in its offer"
+        self._connect(desk, opened_RW, offered_RW, offer)
+        came_rows, _, num_to, num_from, num_rows = desk.tally.tolist()
+        region = row_region(plan.geometry.row, num_rows)
+        trim(end, landing, region)
+        if out.cached is None:
+            self._place(plan)
+        if self._direct_rows:
+            final = Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=plan.geometry.by_expert)
+            send_rows(end, out, final, desk.direct.addr, plan.geometry.row)
+        if num_to:
+            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
+        if came_rows:
+            self._unpack(desk, landing, region)
+        fill_gaps(end, plan, landing, region)
+        if num_from:
+            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
+        if self._recorder is not None and out.cached is None:
+            self._recorder.add(plan.topk_idx, out.topk_weights)
+        end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, plan, cached=out.cached is not None)
+        return wrap(end, landing, region, out.cached or self._handle(num_rows), plan.topk_idx.dtype)
 
-def _announcement(end: Endpoint, opening: Opening, plan: SendPlan) -> Words:
-    words_RW = message(opening, end.num_ranks, 1 + end.placement.max_local_experts)
-    words_RW[:, BODY] = plan.rank_rows.numpy()
-    placement = end.placement
-    words_RW[placement.expert_rank_E, BODY + 1 + placement.expert_local_E] = plan.expert_rows.numpy()
-    return words_RW
+    def _handle(self, num_rows: int) -> Handle:
+        plan, out = self._out.plan, self._out
+        shape = plan.geometry.shape
+        padded = plan.geometry.padded
+        return Handle(
+            buffer=self._buffer,
+            epoch=self._epoch,
+            layout=out.layout,
+            send=plan,
+            num_rows=num_rows,
+            shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
+            counts=plan.numbers("counts").tolist(),
+            has_weights=out.topk_weights is not None,
+            topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
+        )
 
+    def _settle(self, opened_RW: Words) -> bool:
+        """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
+        end, plan = self._end, self._out.plan
+        if self._out.cached is not None:
+            return bool((opened_RW[:, BODY + ledger.CAPACITY] >= plan.numbers("batch_rows")).all())
+        shape = plan.geometry.shape
+        found = end.books.settle(
+            opened_RW,
+            BODY,
+            shape.dims,
+            shape.offsets,
+            end.tables.rank_E.data_ptr(),
+            end.tables.local_E.data_ptr(),
+            plan.ledger_addr,
+            end.counters.rows_by_source,
+            end.counters.rows_by_expert,
+        )
+        if found == ledger.STATIC_TOO_SMALL:
+            raise RefusedError(CapacityError(self._too_many_rows(plan)))
+        if found == ledger.BLOCK_TOO_SMALL:
+            raise RefusedError(CapacityError(self._too_many_for_an_expert(plan)))
+        plan.geometry.note_rows(int(plan.numbers("filled_rows")[end.rank]))
+        return bool(found == ledger.SETTLED)
 
-def _plan_arrival(end: Endpoint, announced_RW: Words, out: Outgoing) -> Arrival:
-    local = int(end.placement.experts_per_rank_R[end.rank])
-    expert_rows_RL = announced_RW[:, BODY + 1 : BODY + 1 + local]
-    if out.plan.by_expert:
-        return expert_arrival(expert_rows_RL, alignment=end.expert_alignment, static_rows=out.static_rows)
-    return compact_arrival(announced_RW[:, BODY], expert_rows_RL, static_rows=out.static_rows)
+    def _too_many_rows(self, plan: SendPlan) -> str:
+        limit = plan.geometry.shape.static_rows
+        rows = plan.numbers("filled_rows").tolist()
+        over = ", ".join(f"rank {rank} would receive {n}" for rank, n in enumerate(rows) if n > limit)
+        return f"{self._step}: static_rows={limit} is too small: {over}; raise static_rows or send fewer tokens"
 
+    def _too_many_for_an_expert(self, plan: SendPlan) -> str:
+        rows = plan.geometry.shape.block_rows
+        return (
+            f"{self._step}: an expert would receive more than R * max_tokens_per_rank = {rows} rows, which a block of "
+            "the padded layout holds: topk_idx names one expert twice for a token; name each once, or use "
+            "layout='expert'"
+        )
 
-def _make_offer(end: Endpoint, arrival: Arrival, out: Outgoing) -> tuple[Landing | None, Words]:
-    """Cut the final tensors and say where they lie; without memory say so, and let all ranks refuse together."""
-    offer_RW = np.zeros((end.num_ranks, OFFER_WORDS + arrival.start_RB.shape[1]), np.int64)
-    offer_RW[:, 1] = arrival.num_filled
-    offer_RW[:, OFFER_WORDS:] = arrival.start_RB
-    if out.static_rows is not None and arrival.num_filled > out.static_rows:
-        return None, offer_RW
-    try:
-        landing = cut_landing(end, arrival, out.plan.topk_idx.dtype, has_weights=out.topk_weights is not None)
-    except CapacityError:
-        offer_RW[:, 0] = end.row.x * arrival.num_rows
-        return None, offer_RW
-    offer_RW[:, 2:OFFER_WORDS] = landing.places()
-    return landing, offer_RW
+    def _offer_again(self, desk: Desk) -> Words:
+        """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
+        end, plan = self._end, self._out.plan
+        needed = int(plan.numbers("batch_rows")[end.rank])
+        desk.offers_RW[:, 0] = 0
+        if self._landing is None or self._landing.capacity < needed:
+            self._landing = None
+            try:
+                self._landing = cut_landing(end, plan.geometry, needed)
+            except CapacityError:
+                desk.offers_RW[:, 0] = max(1, row_region(plan.geometry.row, needed).data_bytes)
+        if self._landing is not None:
+            desk.offers_RW[:, 1:] = self._landing.places()
+        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
+        offers_RW = end.wait(end.lanes.offer, self._epoch, self._step)
+        check_memory(offers_RW[:, 0], self._step)
+        end.counters.second_offers += 1
+        return offers_RW
 
-
-def _check_offers(offers_RW: Words, static_rows: int | None, step: str) -> None:
-    check_memory(offers_RW[:, 0], step)
-    if static_rows is None or int(offers_RW[:, 1].max()) <= static_rows:
-        return
-    over = ", ".join(
-        f"rank {rank} would receive {int(offers_RW[rank, 1])}" for rank in np.flatnonzero(offers_RW[:, 1] > static_rows)
-    )
-    raise RefusedError(
-        CapacityError(f"{step}: static_rows={static_rows} is too small: {over}; raise static_rows or send fewer tokens")
-    )
-
-
-def _place(end: Endpoint, offers_RW: Words, plan: SendPlan) -> None:
-    """Turn slots into rows, now that every receiver has said where this rank's rows begin."""
-    if plan.by_expert:
-        placement = end.placement
-        starts = offers_RW[placement.expert_rank_E, OFFER_WORDS + placement.expert_local_E]
-    else:
-        starts = offers_RW[:, OFFER_WORDS]
-    start = torch.from_numpy(starts.astype(np.int32))
-    end.kernels.place(
-        plan.entry_rank.data_ptr(),
-        plan.entry_row.data_ptr(),
-        plan.num_tokens,
-        plan.width,
-        plan.topk_idx.data_ptr(),
-        plan.topk_idx.itemsize,
-        int(plan.by_expert),
-        start.data_ptr(),
-        plan.entry_row.data_ptr(),
-    )
-
-
-def _deliver(
-    end: Endpoint, epoch: int, out: Outgoing, places_RW: Words, landing: Landing, handle: Handle, step: str
-) -> Received:
-    _scatter(end, out, places_RW)
-    landing.fill_gaps(end, handle.arrival)
-    rows_sent = out.plan.rank_rows.numpy()
-    end.exchange(end.lanes.done, epoch, rows_sent.astype(np.int64)[:, None], step)
-    end.counters.sent(landing.row_bytes(end.row), int(rows_sent.sum()), handle.num_rows)
-    return finish(end, landing, handle)
-
-
-def _scatter(end: Endpoint, out: Outgoing, places_RW: Words) -> None:
-    places_WR = places_RW[:, 2:OFFER_WORDS].T  # segment, x, scales, segment, topk_idx, weights: see Landing.places
-    table = end.peer_tables(places_WR[[0, 0, 3, 3]], places_WR[[1, 2, 4, 5]])
-    x_table, scales_table, idx_table, weights_table = (table[column] for column in range(4))
-    plan, rows, tables = out.plan, out.rows, end.tables
-    entries = (plan.width, plan.entry_rank.data_ptr(), plan.entry_row.data_ptr())
-
-    def rows_of(first: int, last: int) -> None:
-        if rows.quantise_from is not None:
-            assert end.wire.scale_format is not None
-            end.kernels.quantise_scatter(
-                rows.x.data_ptr(),
-                int(rows.quantise_from),
-                end.hidden,
-                int(end.wire.scale_format),
-                first,
-                last,
-                *entries,
-                x_table,
-                scales_table,
+    def _connect(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
+        end, plan = self._end, self._out.plan
+        while True:
+            unknown = end.books.connect(
+                opened_RW,
+                BODY,
+                offered_RW,
+                offer,
+                end.bases.base_RS,
+                plan.geometry.part_bytes,
+                end.rank,
+                plan.geometry.limit_rows,
+                plan.field("rank_rows"),
+                plan.field("batch_rows"),
+                desk.recv_slots_R,
+                plan.field("source_rows"),
+                plan.geometry.slot_offsets,
+                desk.direct.values,
+                desk.arrived.values,
+                desk.to_R,
+                desk.from_R,
+                desk.tally,
             )
-        else:
-            end.kernels.scatter(rows.x.data_ptr(), end.row.x, first, last, *entries, x_table)
-        if rows.scales is not None:
-            end.kernels.scatter(rows.scales.data_ptr(), end.row.scales, first, last, *entries, scales_table)
-        end.kernels.scatter_routing(
+            if unknown < 0:
+                return
+            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
+
+    def _place(self, plan: SendPlan) -> None:
+        self._end.kernels.place(
+            plan.entry_rank_addr,
+            plan.entry_slot_addr,
+            plan.num_tokens,
+            plan.width,
             plan.topk_idx.data_ptr(),
             plan.topk_idx.itemsize,
-            0 if out.topk_weights is None else out.topk_weights.data_ptr(),
-            first,
-            last,
-            end.num_topk,
-            plan.width,
-            int(plan.by_expert),
-            tables.rank_E.data_ptr(),
-            tables.local_E.data_ptr(),
-            plan.entry_rank.data_ptr(),
-            plan.entry_row.data_ptr(),
-            idx_table,
-            weights_table,
-            0,
+            int(plan.geometry.by_expert),
+            plan.field("send_start"),
+            plan.entry_row_addr,
         )
-        end.kernels.fence()
 
-    end.workers.over(plan.num_tokens, end.row.x * plan.width, rows_of)
+    def _unpack(self, desk: Desk, landing: Landing, region: RowRegion) -> None:
+        """Bring rows that came along to their final places."""
+        end, plan = self._end, self._out.plan
+        row = plan.geometry.row
+        data, routing = landing.data.address, landing.routing.address
+        final = (
+            data,
+            data + region.scales_offset if row.scales else 0,
+            routing if row.topk_idx else 0,
+            routing + region.weights_offset if row.topk_weights else 0,
+            routing + region.token_offset if row.token else 0,
+        )
+        arrived = desk.arrived.addr
+        rows, starts = plan.field("source_rows"), plan.field("recv_start")
+        if not plan.geometry.by_expert:
+            for part_bytes, packed, base in zip(row.parts(), arrived, final, strict=True):
+                if base:
+                    end.kernels.unpack(part_bytes, end.num_ranks, rows, starts, packed, base)
+            return
+        eager = plan.geometry.eager_row
+        end.kernels.expand(
+            row.x,
+            row.scales,
+            end.num_topk,
+            plan.topk_idx.itemsize,
+            end.num_ranks,
+            plan.geometry.shape.num_local,
+            rows,
+            starts,
+            desk.starts.data_ptr(),
+            arrived[0],
+            arrived[1] if eager.scales else 0,
+            arrived[2],
+            arrived[3] if eager.topk_weights else 0,
+            arrived[4] if eager.token else 0,
+            *final,
+        )

@@ -1,36 +1,40 @@
-"""What every operation of one rank stands on: transport, kernels, placement, sizes and lanes."""
+"""What every operation of one rank stands on: transport, kernels, sizes, lanes, and memory for operations in flight."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anyep.exchange.opening import BODY
+from anyep.exchange.eager import EagerRule, EagerSlots
+from anyep.exchange.geometry import Geometry, GeometryKey
+from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
+from anyep.exchange.opening import BODY, Opening
 from anyep.exchange.stats import Counters
 from anyep.exchange.wire import Wire
 from anyep.kernels.spec import KernelSet
 from anyep.layout.placement import Placement
-from anyep.layout.regions import RowBytes
 from anyep.transport.base import Lane, Place, Transport, Words
 
-OFFER_WORDS = 8
-"""Status, rows, segment and offset of x, offset of scales, segment and offset of topk_idx, offset of weights."""
+OFFER_WORDS = ROUTING_OFFSET + 1
+"""A status, rows that fit, segment and offset of the rows, segment and offset of their routing."""
 
 _COPY_UNIT_BYTES = 1 << 16
 _GRAIN_BYTES = 1 << 16
 """Handing work to a thread takes as long as moving this much."""
 
+Addresses = NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lanes:
-    """The three messages of an operation: what I am about to do, where to put it, done."""
+    """The messages of an operation: what I am about to do, where to put it if that was not said yet, done."""
 
     open: Lane
     offer: Lane
@@ -41,11 +45,11 @@ class Lanes:
 
 
 def lanes_for(placement: Placement) -> Lanes:
-    """Size the lanes: counts and first rows of every local expert must fit."""
-    most = placement.max_local_experts
+    """Size the lanes: the first message holds a rank's counts for every rank and expert."""
+    num_counts = placement.num_ranks + placement.num_experts
     return Lanes(
-        open=Lane(index=0, name="announcement", words=BODY + max(OFFER_WORDS, 1 + most)),
-        offer=Lane(index=1, name="offer", words=OFFER_WORDS + max(1, most)),
+        open=Lane(index=0, name="announcement", words=BODY + COUNTS + (num_counts + 1) // 2),
+        offer=Lane(index=1, name="offer", words=OFFER_WORDS),
         done=Lane(index=2, name="rows", words=1),
     )
 
@@ -95,24 +99,94 @@ class ExpertTables:
         return cls(rank_E=torch.from_numpy(placement.expert_rank_E), local_E=torch.from_numpy(placement.expert_local_E))
 
 
+class AddressTable:
+    """Peer tables for one operation, int64 [n, R]; ``addr[i]`` is where table i begins."""
+
+    def __init__(self, num_tables: int, num_ranks: int) -> None:
+        self.values: Addresses = np.zeros((num_tables, num_ranks), np.int64)
+        first: int = self.values.__array_interface__["data"][0]
+        self.addr = [first + 8 * num_ranks * i for i in range(num_tables)]
+
+
+class Desk:
+    """Memory that an operation in flight writes on; the operation ``ring`` epochs later uses it again."""
+
+    def __init__(self, index: int, slots: EagerSlots, lanes: Lanes, num_experts: int) -> None:
+        ranks = slots.num_ranks
+        self.send_slots_R = slots.sending(index)
+        self.recv_slots_R = slots.receiving(index)
+        self.words_RW: Words = np.zeros((ranks, lanes.open.words), np.int64)
+        self.places_RW: Words = np.zeros((ranks, BODY + COUNTS), np.int64)
+        """the shorter messages, without counts"""
+        self.eager = AddressTable(PARTS, ranks)
+        self.direct = AddressTable(PARTS, ranks)
+        self.arrived = AddressTable(PARTS, ranks)
+        self.offers_RW: Words = np.zeros((ranks, OFFER_WORDS), np.int64)
+        self.back = AddressTable(2, ranks)
+        """slots at the origins for rows and weights that go back"""
+        self.done_RW: Words = np.zeros((ranks, 1), np.int64)
+        self.lent = AddressTable(2, ranks)
+        """where this rank's rows and weights lie at their owners"""
+        self.starts = torch.zeros(ranks + num_experts, dtype=torch.int32, device="cpu")
+        self.to_R: Words = np.zeros(ranks, np.int64)
+        self.from_R: Words = np.zeros(ranks, np.int64)
+        self.tally: Words = np.zeros(5, np.int64)
+
+
+class SegmentBases:
+    """Addresses of the peers' segments, int64 [R, segments]; 0 where nobody has looked yet."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.base_RS: Addresses = np.zeros((num_ranks, 4), np.int64)
+        self._growing = threading.Lock()
+
+    def look_up(self, transport: Transport, rank: int, segment: int) -> None:
+        """Map a peer's segment and remember where it lies."""
+        address = transport.address(rank, Place(segment=segment, offset=0))
+        with self._growing:
+            grown = self.base_RS
+            if segment >= grown.shape[1]:
+                grown = np.pad(grown, ((0, 0), (0, segment + 4 - grown.shape[1])))
+            grown[rank, segment] = address
+            self.base_RS = np.ascontiguousarray(grown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """The compiled bookkeeping of operations: exchange/settle.py and exchange/connect.py."""
+
+    announce: Callable[..., None]
+    agree: Callable[..., int]
+    settle: Callable[..., int]
+    connect: Callable[..., int]
+    connect_back: Callable[..., int]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Endpoint:
     """One rank's side of a buffer. Lives as long as the buffer; operations borrow it."""
 
     transport: Transport
     kernels: KernelSet
+    books: Books
     placement: Placement
     tables: ExpertTables
     lanes: Lanes
     wire: Wire
-    row: RowBytes
     hidden: int
     num_topk: int
     max_tokens: int
     expert_alignment: int
+    static_rows: int | None
+    max_in_flight: int
     workers: Workers
     counters: Counters
     bases: SegmentBases
+    slots: EagerSlots
+    rule: EagerRule
+    desks: tuple[Desk, ...]
+    geometries: dict[GeometryKey, Geometry] = field(default_factory=dict)
+    headers: dict[Opening, Words] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -122,58 +196,37 @@ class Endpoint:
     def num_ranks(self) -> int:
         return self.transport.size
 
-    def exchange(self, lane: Lane, epoch: int, words_RW: Words, step: str) -> Words:
-        """Post a row to every rank and await theirs."""
-        self.transport.post(lane, epoch, words_RW)
-        return self.await_all(lane, epoch, step)
+    def desk(self, epoch: int) -> Desk:
+        return self.desks[epoch % len(self.desks)]
 
-    def await_all(self, lane: Lane, epoch: int, step: str) -> Words:
-        """Await every rank's message; the time goes to the statistics."""
-        begin = time.perf_counter()
-        try:
-            return self.transport.wait(lane, epoch, f"{step}: {lane.name}")
-        finally:
-            self.counters.waiting_s += time.perf_counter() - begin
+    def geometry(self, layout: str, idx_bytes: int, has_weights: bool) -> Geometry:
+        """Return the sizes and offsets of a kind of dispatch, made once."""
+        key = GeometryKey(layout, idx_bytes, has_weights)
+        known = self.geometries.get(key)
+        if known is None:
+            known = self.geometries[key] = Geometry(
+                key,
+                self.placement,
+                self.rank,
+                self.wire,
+                num_topk=self.num_topk,
+                max_tokens=self.max_tokens,
+                alignment=self.expert_alignment,
+                static_rows=self.static_rows,
+                slots=self.slots,
+                rule=self.rule,
+            )
+        return known
 
-    def peer_tables(self, segments_nR: Words, offsets_nR: Words) -> PeerTables:
-        """Return n peer tables: where place (segment, offset) of each rank lies here; 0 where the segment is -1."""
-        bases_nR = self.bases.of(self.transport, segments_nR)
-        return PeerTables(np.where(segments_nR < 0, 0, bases_nR + offsets_nR))
+    def header(self, opening: Opening) -> Words:
+        """Return the words of a header, made once for each that does not name a handle."""
+        if opening.handle_epoch >= 0:
+            return opening.header()
+        known = self.headers.get(opening)
+        if known is None:
+            known = self.headers[opening] = opening.header()
+        return known
 
-
-class SegmentBases:
-    """Addresses of the peers' segments, int64 [R, segments], looked up once each: most steps use the same few."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._ranks_R = np.arange(num_ranks)
-        self._base_RS = np.zeros((num_ranks, 1), np.int64)
-
-    def of(self, transport: Transport, segments_nR: Words) -> Words:
-        """Return the base of segment ``segments_nR[i, r]`` of rank r; anything where that is -1."""
-        most = int(segments_nR.max())
-        if most >= self._base_RS.shape[1]:
-            self._base_RS = np.pad(self._base_RS, ((0, 0), (0, most + 1 - self._base_RS.shape[1])))
-        bases_nR = self._base_RS[self._ranks_R, segments_nR]
-        if not bases_nR.all():
-            self._look_up(transport, segments_nR)
-            bases_nR = self._base_RS[self._ranks_R, segments_nR]
-        return bases_nR
-
-    def _look_up(self, transport: Transport, segments_nR: Words) -> None:
-        for row in segments_nR.tolist():
-            for rank, segment in enumerate(row):
-                if segment >= 0 and not self._base_RS[rank, segment]:
-                    self._base_RS[rank, segment] = transport.address(rank, Place(segment=segment, offset=0))
-
-
-class PeerTables:
-    """Peer tables as kernels read them, int64 [n, R]."""
-
-    def __init__(self, addresses: NDArray[np.int64]) -> None:
-        self._addresses = addresses  # keeps the memory that the numbers below point to
-        first: int = addresses.__array_interface__["data"][0]
-        self._addr = [first + row * addresses.strides[0] for row in range(len(addresses))]
-
-    def __getitem__(self, column: int) -> int:
-        """Return where a column's table begins."""
-        return self._addr[column]
+    def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
+        """Await messages of all ranks, or of some."""
+        return self.transport.wait(lane, epoch, f"{step}: {lane.name}", ranks)

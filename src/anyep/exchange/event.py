@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable
 from typing import Generic, TypeVar
-
-from anyep.errors import ClosedError
 
 Result = TypeVar("Result")
 
 
 class Pending(Generic[Result]):
-    """An operation that runs in the background, without the GIL. Its input tensors must not change until ``wait``."""
+    """An operation whose first half is done. Its input tensors must not change until ``wait``.
 
-    def __init__(self, future: Future[Result], label: str) -> None:
-        self._future = future
+    Dropped without waiting, the operation is finished all the same, when the buffer next waits for anything.
+    """
+
+    def __init__(self, label: str, done: Callable[[], bool], land: Callable[[], Result]) -> None:
         self._label = label
-        self._taken = False
+        self._done = done
+        self._land: Callable[[], Result] | None = land
 
     def done(self) -> bool:
-        """Return whether ``wait`` would return at once."""
-        return self._future.done()
+        """Return whether ``wait`` need not wait for any rank's announcement, or all is over already."""
+        return self._done()
 
     def wait(self) -> Result:
-        """Return the operation's result, or raise its error. Once: a second call is a ValueError."""
-        if self._taken:
+        """Do the second half, or await it, and return the result or raise the operation's error.
+
+        Once: a second call is a ValueError. The errors are those of the call that returned this object, and
+        ClosedError when the buffer was closed meanwhile.
+        """
+        land, self._land = self._land, None
+        if land is None:
             raise ValueError(f"this {self._label} was already waited for; keep the result of the first wait()")
-        self._taken = True
-        try:
-            return self._future.result()
-        except CancelledError as error:
-            raise ClosedError(f"the buffer was closed before this {self._label} began") from error
+        return land()

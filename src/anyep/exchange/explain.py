@@ -30,15 +30,30 @@ class Explanation:
         return "\n".join([*lines, f"{'memory':<{width}}  {self.memory}"])
 
 
+def _mode(end: Endpoint) -> str:
+    limit, slot = end.rule.pair_bytes, end.slots.slot_bytes
+    if min(limit, slot) <= 0:
+        return "every row straight to its final place"
+    return (
+        f"pairs of ranks with up to {min(limit, slot) / 1024:.1f} KiB send rows along with the announcement "
+        f"(a slot holds {slot / 1024:.1f} KiB), larger ones straight to their final place"
+    )
+
+
 def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads_by_default: bool) -> Explanation:
     """Describe an endpoint that has just been opened."""
     scales = "no scales" if end.wire.scale_format is None else f"scales {end.wire.scale_format.name} per 128 channels"
     threads = "cores divided by ranks" if threads_by_default else "num_threads was given"
     facts = end.transport.describe()
     choices = [
-        Choice(topic="mode", chosen="rendezvous", reason="counts first, then every row straight to its final place"),
+        Choice(topic="mode", chosen=_mode(end), reason=end.rule.reason),
+        Choice(
+            topic="in flight",
+            chosen=f"up to {end.max_in_flight} operations",
+            reason="max_in_flight; rows that are left to be sent go in one background thread, in low latency never",
+        ),
         Choice(topic="transport", chosen=end.transport.name, reason=transport_reason),
-        Choice(topic="wire", chosen=end.wire.name, reason=f"{end.row.x} bytes a row, {scales}"),
+        Choice(topic="wire", chosen=end.wire.name, reason=f"{end.wire.row_bytes} bytes a row, {scales}"),
         Choice(topic="kernels", chosen=end.kernels.name, reason=f"{end.workers.num_threads} threads a rank: {threads}"),
         *(Choice(topic=topic, chosen=fact, reason="so the transport says") for topic, fact in facts.items()),
     ]

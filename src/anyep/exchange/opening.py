@@ -36,10 +36,12 @@ class RefusedError(Exception):
         self.error = error
 
 
-_LAYOUTS = {0: "none", 1: "compact", 2: "expert"}
+_LAYOUTS = {0: "none", 1: "compact", 2: "expert", 3: "padded"}
 _REDUCES = {0: "none", 1: "rank", 2: "expert"}
 LAYOUT_CODES = {name: code for code, name in _LAYOUTS.items()}
 REDUCE_CODES = {name: code for code, name in _REDUCES.items()}
+_COMBINE_WIRES = {0: "none", 1: "logfmt10"}
+COMBINE_WIRE_CODES = {name: code for code, name in _COMBINE_WIRES.items()}
 _ELEMENTS = {-1: "none", 0: "bfloat16", 1: "float16", 2: "float32"}
 
 
@@ -59,6 +61,11 @@ class Opening:
     handle_epoch: int = -1
     element: int = -1
     reduce: int = 0
+    combine_wire: int = 0
+
+    def header(self, status: int = 0) -> Words:
+        """Return the header and the status behind it, int64 [BODY]."""
+        return np.array([*self.words(), status], np.int64)
 
     def words(self) -> list[int]:
         return [
@@ -70,6 +77,7 @@ class Opening:
             self.handle_epoch,
             int(self.element),
             self.reduce,
+            self.combine_wire,
         ]
 
 
@@ -83,6 +91,7 @@ _TEXT: dict[str, Callable[[int], str]] = {
     "handle_epoch": lambda value: f"of dispatch {value}" if value >= 0 else "none",
     "element": lambda value: _ELEMENTS[value],
     "reduce": lambda value: repr(_REDUCES[value]),
+    "combine_wire": lambda value: repr(_COMBINE_WIRES[value]),
 }
 _NAMES = {
     "kind": "the operation",
@@ -93,20 +102,13 @@ _NAMES = {
     "handle_epoch": "the handle",
     "element": "the dtype of y",
     "reduce": "reduce",
+    "combine_wire": "the wire of combine",
 }
 
 STATUS = len(_FIELDS)
 """Column of the status: 0, or the bytes that a rank could not allocate."""
 BODY = STATUS + 1
 """First column of the body."""
-
-
-def message(opening: Opening, num_ranks: int, body_words: int, *, status: int = 0) -> Words:
-    """Return the message int64 [R, BODY + body_words] with an empty body."""
-    words_RW = np.zeros((num_ranks, BODY + body_words), np.int64)
-    words_RW[:, :STATUS] = opening.words()
-    words_RW[:, STATUS] = status
-    return words_RW
 
 
 def check_agreement(opening: Opening, received_RW: Words, step: str) -> None:

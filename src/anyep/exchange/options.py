@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from anyep.exchange.arguments import check_integer
+from anyep.exchange.eager import slot_bytes_for
 from anyep.exchange.endpoint import Lanes, lanes_for
 from anyep.exchange.wire import Wire, make_wire
 from anyep.layout.placement import Placement, even_placement, mapped_placement
@@ -20,8 +21,7 @@ from anyep.transport.registry import check_name
 _MOST = 2**31 - 1
 """Row numbers and sizes are int32 in kernels."""
 _MOST_EXPERTS = 1 << 20
-RING = 2
-"""Ring slots a lane: twice the operations in flight (transport/base.py has the argument)."""
+_MOST_IN_FLIGHT = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,13 @@ class BufferOptions:
     arena_bytes: int | None = None
     timeout_s: float = 30.0
     record: str | None = None
+    max_in_flight: int = 4
+    eager_bytes: int | None = None
+
+    @property
+    def ring(self) -> int:
+        """Ring slots a lane: twice the operations in flight (transport/base.py has the argument)."""
+        return 2 * self.max_in_flight
 
     def check(self) -> None:
         """Raise TypeError, ValueError or OSError, naming the argument."""
@@ -51,9 +58,11 @@ class BufferOptions:
         check_integer("num_topk", self.num_topk, at_least=1, at_most=_MOST_EXPERTS)
         check_integer("max_tokens_per_rank", self.max_tokens_per_rank, at_least=0, at_most=_MOST)
         check_integer("expert_alignment", self.expert_alignment, at_least=1, at_most=_MOST_EXPERTS)
+        check_integer("max_in_flight", self.max_in_flight, at_least=1, at_most=_MOST_IN_FLIGHT)
         for name, value, least in (
             ("static_rows", self.static_rows, 0),
             ("num_threads", self.num_threads, 1),
+            ("eager_bytes", self.eager_bytes, 0),
             ("arena_bytes", self.arena_bytes, 0),
         ):
             if value is not None:
@@ -107,6 +116,7 @@ class BufferOptions:
             scales=wire.scale_bytes,
             topk_idx=8 * self.num_topk,
             topk_weights=4 * self.num_topk,
+            token=4,
             y=self.hidden * combine_dtype.itemsize,
         )
 
@@ -124,14 +134,23 @@ class BufferOptions:
             num_experts=self.num_experts,
             local_experts=int(placement.experts_per_rank_R[rank]),
         )
-        heap_bytes = step.balanced_bytes + step.balanced_bytes // 4 if self.arena_bytes is None else self.arena_bytes
-        control_bytes = ControlLayout.of(self.lanes(num_ranks).all(), RING, num_ranks).num_bytes
+        tensors_bytes = step.balanced_bytes + step.balanced_bytes // 4 if self.arena_bytes is None else self.arena_bytes
+        eager_bytes = self.ring * num_ranks * self.slot_bytes(num_ranks)
+        control_bytes = ControlLayout.of(self.lanes(num_ranks).all(), self.ring, num_ranks).num_bytes
         return MemoryAccount(
             step=step,
             control_bytes=control_bytes,
-            heap_bytes=heap_bytes,
-            committed_bytes=rounded_to_segments(control_bytes + heap_bytes),
+            eager_bytes=eager_bytes,
+            heap_bytes=eager_bytes + tensors_bytes,
+            committed_bytes=rounded_to_segments(control_bytes + eager_bytes + tensors_bytes),
         )
+
+    def slot_bytes(self, num_ranks: int) -> int:
+        """Return the size of an eager slot; 0 for a single rank, which writes to itself."""
+        if num_ranks == 1:
+            return 0
+        widest = max(self.row_bytes().sent, self.row_bytes().y)
+        return slot_bytes_for(widest, self.max_tokens_per_rank, self.ring * num_ranks, self.eager_bytes)
 
 
 def placement_tuple(placement: object) -> tuple[int, ...] | None:
@@ -157,6 +176,8 @@ def memory_account(
     scales: str = "fp32",
     placement: Sequence[int] | None = None,
     arena_bytes: int | None = None,
+    max_in_flight: int = 4,
+    eager_bytes: int | None = None,
 ) -> MemoryAccount:
     """Return the memory that :class:`anyep.Buffer` with these arguments commits on ``rank``, without allocating it.
 
@@ -164,7 +185,7 @@ def memory_account(
 
     >>> account = memory_account(8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8")
     >>> account.step.balanced_rows, account.step.worst_rows, account.committed_bytes >> 20
-    (21687, 32768, 566)
+    (21687, 32768, 630)
     """
     options = BufferOptions(
         hidden=hidden,
@@ -175,6 +196,8 @@ def memory_account(
         scales=scales,
         placement=placement_tuple(placement),
         arena_bytes=arena_bytes,
+        max_in_flight=max_in_flight,
+        eager_bytes=eager_bytes,
     )
     options.check()
     check_integer("num_ranks", num_ranks, at_least=1)

@@ -11,6 +11,7 @@ import torch
 
 from anyep.exchange.arguments import check_tensor
 from anyep.exchange.endpoint import Endpoint
+from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, SendPlan
 from anyep.exchange.wire import Rows, check_rows
 
@@ -25,24 +26,26 @@ class Outgoing:
     topk_weights: torch.Tensor | None
     plan: SendPlan
     layout: str
-    static_rows: int | None
     cached: Handle | None
 
 
-def prepare(
-    end: Endpoint, x: object, topk_idx: object, topk_weights: object, *, layout: str, static_rows: int | None
-) -> Outgoing:
+def prepare(end: Endpoint, x: object, topk_idx: object, topk_weights: object, *, layout: str) -> Outgoing:
     """Check the caller's tensors and decide who gets what. Raises TypeError and ValueError; exchanges nothing."""
     rows = check_rows(end.wire, x)
-    _check_num_tokens(end, rows.num_tokens)
-    shape = [rows.num_tokens, end.num_topk]
+    num_tokens = rows.num_tokens
+    if num_tokens > end.max_tokens:
+        raise ValueError(
+            f"x has {num_tokens} tokens, but this buffer was made with max_tokens_per_rank={end.max_tokens}; "
+            "split the batch or make a larger buffer"
+        )
+    shape = [num_tokens, end.num_topk]
     idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]")
+    weights = _check_weights(topk_weights, shape)
     return Outgoing(
         rows=rows,
-        topk_weights=_check_weights(topk_weights, shape),
-        plan=_route(end, idx, by_expert=layout == "expert"),
+        topk_weights=weights,
+        plan=_plan(end, idx, end.geometry(layout, idx.itemsize, weights is not None)),
         layout=layout,
-        static_rows=static_rows,
         cached=None,
     )
 
@@ -59,17 +62,8 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
         topk_weights=_check_weights(topk_weights, [handle.num_tokens, end.num_topk]),
         plan=handle.send,
         layout=handle.layout,
-        static_rows=handle.static_rows,
         cached=handle,
     )
-
-
-def _check_num_tokens(end: Endpoint, num_tokens: int) -> None:
-    if num_tokens > end.max_tokens:
-        raise ValueError(
-            f"x has {num_tokens} tokens, but this buffer was made with max_tokens_per_rank={end.max_tokens}; "
-            "split the batch or make a larger buffer"
-        )
 
 
 def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | None:
@@ -78,40 +72,59 @@ def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | Non
     return check_tensor("topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend="[T, num_topk]")
 
 
-def _route(end: Endpoint, topk_idx: torch.Tensor, *, by_expert: bool) -> SendPlan:
+def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
     num_tokens, num_topk = topk_idx.shape
-    width = num_topk if by_expert else min(num_topk, end.num_ranks)
-    num_experts = end.placement.num_experts
+    compact_width = min(num_topk, end.num_ranks)
+    width = num_topk if geometry.by_expert else compact_width
+    compact, entries = num_tokens * compact_width, num_tokens * width
+    ledger = geometry.shape.num_words
+    num_arrays = 2 * compact + (3 * entries if geometry.by_expert else entries)
+    memory = torch.empty(ledger + num_arrays, dtype=torch.int32, device="cpu")
+    first: int = memory.data_ptr()
+    compact_rank = first + 4 * ledger
+    compact_slot = compact_rank + 4 * compact
+    rest = compact_slot + 4 * compact
     plan = SendPlan(
         num_tokens=num_tokens,
-        width=width,
-        by_expert=by_expert,
+        geometry=geometry,
+        memory=memory,
+        ledger=memory.numpy(),
         topk_idx=topk_idx.clone(),
-        entry_rank=torch.empty((num_tokens, width), dtype=torch.int32, device="cpu"),
-        entry_row=torch.empty((num_tokens, width), dtype=torch.int32, device="cpu"),
-        rank_rows=torch.empty(end.num_ranks, dtype=torch.int32, device="cpu"),
-        expert_rows=torch.empty(num_experts, dtype=torch.int32, device="cpu"),
+        ledger_addr=first,
+        compact_width=compact_width,
+        compact_rank_addr=compact_rank,
+        compact_slot_addr=compact_slot,
+        width=width,
+        entry_rank_addr=rest if geometry.by_expert else compact_rank,
+        entry_slot_addr=rest + 4 * entries if geometry.by_expert else compact_slot,
+        entry_row_addr=rest + 8 * entries if geometry.by_expert else rest,
     )
-    scratch = torch.empty(end.num_ranks + num_experts, dtype=torch.int32, device="cpu")
+    if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
+        _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
+    _route(end, plan, 0, compact_rank, compact_slot)
+    return plan
+
+
+def _route(end: Endpoint, plan: SendPlan, by_expert: int, entry_rank_addr: int, entry_slot_addr: int) -> None:
+    num_experts = end.placement.num_experts
     bad = end.kernels.route(
         plan.topk_idx.data_ptr(),
-        topk_idx.itemsize,
-        num_tokens,
-        num_topk,
+        plan.topk_idx.itemsize,
+        plan.num_tokens,
+        end.num_topk,
         num_experts,
         end.num_ranks,
         end.tables.rank_E.data_ptr(),
-        int(by_expert),
-        plan.entry_rank.data_ptr(),
-        plan.entry_row.data_ptr(),
-        plan.rank_rows.data_ptr(),
-        plan.expert_rows.data_ptr(),
-        scratch.data_ptr(),
+        by_expert,
+        entry_rank_addr,
+        entry_slot_addr,
+        plan.field("rank_rows"),
+        plan.field("expert_rows"),
+        plan.field("scratch"),
     )
     if bad >= 0:
-        token, column = divmod(bad, num_topk)
-        value = int(topk_idx[token, column])
+        token, column = divmod(bad, end.num_topk)
         raise ValueError(
-            f"topk_idx[{token}, {column}] is {value}; experts are 0 to {num_experts - 1}, and -1 means none"
+            f"topk_idx[{token}, {column}] is {int(plan.topk_idx[token, column])}; experts are 0 to {num_experts - 1}, "
+            "and -1 means none"
         )
-    return plan

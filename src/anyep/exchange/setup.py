@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from anyep.exchange.endpoint import Endpoint, ExpertTables, Lanes, SegmentBases, Workers
+import numpy as np
+
+from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
+from anyep.exchange.eager import EagerSlots
+from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers
 from anyep.exchange.explain import Explanation, explain
-from anyep.exchange.options import PRIVATE, RING, BufferOptions
+from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.stats import Counters
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
-from anyep.transport.base import Transport
+from anyep.transport.base import Block, Place, Transport, Words
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.together import together
@@ -38,7 +42,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         rendezvous,
         transport=options.transport,
         lanes=lanes.all(),
-        ring=RING,
+        ring=options.ring,
         heap_bytes=account.heap_bytes,
         timeout_s=options.timeout_s,
     )
@@ -47,23 +51,45 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
 
 
 def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
+    """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
     placement = options.place_experts(transport.size)
+    area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
+    bases_R = _swap_areas(transport, lanes, area, epoch=-NUM_EPOCHS)
+    slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
+    if options.eager_bytes is None:
+        rule = measured_rule(transport, lanes, kernels, area, epoch=1 - NUM_EPOCHS)
+    else:
+        rule = given_rule(options.eager_bytes)
     return Endpoint(
         transport=transport,
         kernels=kernels,
+        books=load_books(),
         placement=placement,
         tables=ExpertTables.of(placement),
         lanes=lanes,
         wire=options.make_wire(),
-        row=options.row_bytes(),
         hidden=options.hidden,
         num_topk=options.num_topk,
         max_tokens=options.max_tokens_per_rank,
         expert_alignment=options.expert_alignment,
+        static_rows=options.static_rows,
+        max_in_flight=options.max_in_flight,
         workers=Workers(options.num_threads or _default_threads(transport.size)),
-        counters=Counters(),
+        counters=Counters(transport.size, int(placement.experts_per_rank_R[transport.rank])),
         bases=SegmentBases(transport.size),
+        slots=slots,
+        rule=rule,
+        desks=tuple(Desk(index, slots, lanes, placement.num_experts) for index in range(options.ring)),
     )
+
+
+def _swap_areas(transport: Transport, lanes: Lanes, area: Block, *, epoch: int) -> Words:
+    """Tell every rank where this rank's eager slots lie; return where theirs lie here, int64 [R]."""
+    words_RW = np.tile(np.array([area.place.segment, area.place.offset], np.int64), (transport.size, 1))
+    transport.post(lanes.open, epoch, words_RW)
+    told_R2 = transport.wait(lanes.open, epoch, "opening: eager slots")[:, :2].tolist()
+    addresses = [transport.address(rank, Place(segment=s, offset=o)) for rank, (s, o) in enumerate(told_R2)]
+    return np.array(addresses, np.int64)
 
 
 def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
@@ -74,6 +100,7 @@ def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
         options.check()
         options.place_experts(rendezvous.size)
         loaded.append(load(options.kernels))
+        load_books()
         return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
 
     _check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
@@ -89,6 +116,21 @@ def _check_equal(rank: int, told: list[dict[str, str]]) -> None:
                     f"{name} differs between ranks: {mine} on rank {rank}, {theirs} on rank {other}; "
                     "every rank must make its buffer with the same arguments"
                 )
+
+
+def load_books() -> Books:
+    """Import the compiled bookkeeping; it compiles on its first use on a machine, under its lock."""
+    from anyep.machine.compiler import compiling
+
+    with compiling():
+        from anyep.exchange import connect, settle
+    return Books(
+        announce=settle.announce,
+        agree=settle.agree,
+        settle=settle.settle,
+        connect=connect.connect,
+        connect_back=connect.connect_back,
+    )
 
 
 def _default_threads(num_ranks: int) -> int:

@@ -1,11 +1,18 @@
-"""Counters of one rank: what moved, how often, and how long it waited."""
+"""Counters of one rank: what moved, how often, which way, and for whom it waited."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 
-@dataclass(frozen=True, kw_only=True)
+from anyep.exchange.handle import SendPlan
+from anyep.transport.base import Words
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stats:
     """A snapshot; all numbers count from the buffer's construction, on this rank alone."""
 
@@ -23,13 +30,27 @@ class Stats:
     """expert outputs that lay outside the arena and were copied in first"""
     refused: int
     """operations that every rank refused together"""
+    eager_rows: int
+    """rows that came along with an announcement, to or back from a rank"""
+    direct_rows: int
+    """rows that were written to, or read from, their final place"""
+    second_offers: int
+    """dispatches in which a rank's first offer of memory was too small"""
     waiting_s: float
+    """the sum over all sources of what each was waited for"""
+    waiting_s_by_source: torch.Tensor
+    """float64 [R]: how long after this rank had begun to wait each rank's messages were sent"""
+    rows_by_source: torch.Tensor
+    """int64 [R]: rows received from each rank"""
+    rows_by_expert: torch.Tensor
+    """int64 [L]: rows received for each local expert"""
 
 
 class Counters:
-    """Counts in place; operations of one buffer run one after another, so no lock is needed."""
+    """Counts in place, from the caller's thread and the background."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int, num_local: int) -> None:
+        self._adding = threading.Lock()
         self.dispatches = 0
         self.cached_dispatches = 0
         self.combines = 0
@@ -40,18 +61,48 @@ class Counters:
         self.bytes_combined = 0
         self.copied_in_bytes = 0
         self.refused = 0
-        self.waiting_s = 0.0
+        self.eager_rows = 0
+        self.direct_rows = 0
+        self.second_offers = 0
+        self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
+        self.rows_by_expert: Words = np.zeros(num_local, np.int64)
 
-    def sent(self, row_bytes: int, rows_sent: int, rows_received: int) -> None:
-        """Count one dispatch's rows."""
-        self.rows_sent += rows_sent
-        self.rows_received += rows_received
-        self.bytes_sent += rows_sent * row_bytes
+    def dispatched(self, eager_rows: int, direct_rows: int, received: int, plan: SendPlan, *, cached: bool) -> None:
+        """Count one dispatch; ``eager_rows`` and ``direct_rows`` count each token once a rank."""
+        sent = int(plan.numbers("rank_entries").sum()) if plan.geometry.by_expert else eager_rows + direct_rows
+        with self._adding:
+            if cached:
+                self.cached_dispatches += 1
+                self.rows_by_source += plan.numbers("source_entries")
+                self.rows_by_expert += plan.numbers("counts")
+            else:
+                self.dispatches += 1
+            self.eager_rows += eager_rows
+            self.direct_rows += direct_rows
+            self.rows_sent += sent
+            self.rows_received += received
+            self.bytes_sent += sent * plan.geometry.row.sent
 
-    def returned(self, row_bytes: int, rows: int) -> None:
-        """Count one combine's rows."""
-        self.combines += 1
-        self.bytes_combined += rows * row_bytes
+    def sent_back(self, eager_rows: int, direct_rows: int) -> None:
+        """Count the first half of a combine."""
+        with self._adding:
+            self.eager_rows += eager_rows
+            self.direct_rows += direct_rows
 
-    def snapshot(self) -> Stats:
-        return Stats(**vars(self))
+    def combined(self, num_rows: int, row_bytes: int) -> None:
+        """Count the rows of a finished combine."""
+        with self._adding:
+            self.combines += 1
+            self.bytes_combined += row_bytes * num_rows
+
+    def snapshot(self, waited_ns_R: Words) -> Stats:
+        """Return a copy of all counters."""
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        by_source = torch.from_numpy(waited_ns_R.astype(np.float64) / 1e9)
+        return Stats(
+            **counts,
+            waiting_s=float(by_source.sum()),
+            waiting_s_by_source=by_source,
+            rows_by_source=torch.from_numpy(self.rows_by_source.copy()),
+            rows_by_expert=torch.from_numpy(self.rows_by_expert.copy()),
+        )

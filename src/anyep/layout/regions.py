@@ -22,11 +22,18 @@ class RowBytes:
     scales: int
     topk_idx: int
     topk_weights: int
+    token: int
+    """the source's token number"""
     y: int
 
-    def with_index(self, num_bytes: int) -> RowBytes:
-        """Return the same row with indices of ``num_bytes`` a row."""
-        return self if num_bytes == self.topk_idx else replace(self, topk_idx=num_bytes)
+    @property
+    def sent(self) -> int:
+        """Bytes that travel in a dispatch."""
+        return self.x + self.scales + self.topk_idx + self.topk_weights + self.token
+
+    def parts(self) -> list[int]:
+        """Return the five parts that travel, in the order in which they lie."""
+        return [self.x, self.scales, self.topk_idx, self.topk_weights, self.token]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +46,25 @@ class RowRegion:
     scales_offset: int
     data_bytes: int
     weights_offset: int
+    token_offset: int
     routing_bytes: int
 
 
 def row_region(row: RowBytes, num_rows: int) -> RowRegion:
-    """Lay out ``num_rows`` received rows.
+    """Lay out ``num_rows`` received rows. Every rank does so for every other's batch (``exchange/ledger.py``).
 
-    >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, y=200), 3)
-    RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, routing_bytes=152)
+    >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, token=0, y=200), 3)
+    RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, token_offset=256, routing_bytes=256)
     """
-    x_bytes = row.x * num_rows
-    scales_offset = aligned(x_bytes) if row.scales else 0
+    scales_offset = aligned(row.x * num_rows)
     weights_offset = aligned(row.topk_idx * num_rows)
+    token_offset = aligned(weights_offset + row.topk_weights * num_rows)
     return RowRegion(
         scales_offset=scales_offset,
-        data_bytes=scales_offset + row.scales * num_rows if row.scales else x_bytes,
+        data_bytes=scales_offset + row.scales * num_rows,
         weights_offset=weights_offset,
-        routing_bytes=weights_offset + row.topk_weights * num_rows,
+        token_offset=token_offset,
+        routing_bytes=token_offset + row.token * num_rows,
     )
 
 
@@ -83,6 +92,9 @@ class StepAccount:
     balanced_bytes: int
     worst_rows: int
     worst_bytes: int
+    padded_rows: int
+    """of the padded layout: max_tokens rows for each source and local expert, filled or not"""
+    padded_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +103,21 @@ class MemoryAccount:
 
     step: StepAccount
     control_bytes: int
+    eager_bytes: int
+    """for small batches that arrive with their announcement"""
     heap_bytes: int
-    """for tensors; more is added when a step needs it"""
+    """the eager slots and what is for tensors; more is added when a step needs it"""
     committed_bytes: int
     """control words and heap, in whole segments"""
 
     def __str__(self) -> str:
         gib = 1 << 30
         return (
-            f"{self.committed_bytes / gib:.3f} GiB committed ({self.control_bytes / 2**10:.0f} KiB of control words); "
+            f"{self.committed_bytes / gib:.3f} GiB committed ({self.control_bytes / 2**10:.0f} KiB of control words, "
+            f"{self.eager_bytes / 2**20:.1f} MiB of eager slots); "
             f"a balanced step {self.step.balanced_rows} rows, {self.step.balanced_bytes / gib:.3f} GiB; "
-            f"the worst step {self.step.worst_rows} rows, {self.step.worst_bytes / gib:.3f} GiB"
+            f"the worst step {self.step.worst_rows} rows, {self.step.worst_bytes / gib:.3f} GiB; "
+            f"a padded step (low latency) {self.step.padded_rows} rows, {self.step.padded_bytes / gib:.3f} GiB"
         )
 
 
@@ -112,11 +128,14 @@ def account_step(
     reach = hit_probability(num_experts, local_experts, num_topk)
     balanced_rows = ceil(reach * max_tokens * num_ranks)
     worst_rows = max_tokens * num_ranks
+    padded_rows = worst_rows * local_experts
     return StepAccount(
         balanced_rows=balanced_rows,
-        balanced_bytes=_step_bytes(row, balanced_rows),
+        balanced_bytes=_step_bytes(replace(row, token=0), balanced_rows),
         worst_rows=worst_rows,
-        worst_bytes=_step_bytes(row, worst_rows),
+        worst_bytes=_step_bytes(replace(row, token=0), worst_rows),
+        padded_rows=padded_rows,
+        padded_bytes=_step_bytes(replace(row, topk_idx=0, topk_weights=0), padded_rows),
     )
 
 

@@ -30,7 +30,7 @@ from anyep.errors import Unavailable
 from anyep.version import __version__
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_BELOW_ALL = ("machine", "numerics")
+_BELOW_ALL = ("layout", "machine", "numerics")
 """Packages whose functions and constants compiled code of every package may hold."""
 _CHECKSUM_BYTES = 32
 _LOCK_TIMEOUT_S = 300.0

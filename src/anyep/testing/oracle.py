@@ -78,6 +78,8 @@ class Exchange:
     layout: str = "compact"
     expert_alignment: int = 1
     static_rows: int | None = None
+    block_rows: int = 0
+    """padded layout: rows of each expert's block"""
 
     @property
     def num_ranks(self) -> int:
@@ -86,7 +88,7 @@ class Exchange:
     @cached_property
     def arrivals(self) -> list[Arrivals]:
         """What each rank receives. ValueError if a rank needs more than ``static_rows``."""
-        receive = {"compact": self._compact, "expert": self._by_expert}[self.layout]
+        receive = {"compact": self._compact, "expert": self._by_expert, "padded": self._by_expert}[self.layout]
         return [self._with_tail(receive(rank)) for rank in range(self.num_ranks)]
 
     def local_experts(self, rank: int) -> list[int]:
@@ -115,7 +117,9 @@ class Exchange:
                 serves_NK[torch.arange(len(token)), column] = True
                 pieces.append(self._piece(rank, source, token, column, serves_NK))
                 num_rows += len(token)
-            pieces.append(self._padding(-num_rows % self.expert_alignment))
+            pieces.append(self._padding(-num_rows % (self.block_rows or self.expert_alignment)))
+            if self.block_rows and not num_rows:
+                pieces.append(self._padding(self.block_rows))
         return self._joined(rank, pieces)
 
     def _piece(
@@ -224,12 +228,14 @@ def expected_sum(
     dtype: torch.dtype,
     reduce: str = "rank",
     bias: Sequence[torch.Tensor] = (),
+    factors: torch.Tensor | None = None,
     tokens: slice = slice(None),
 ) -> torch.Tensor:
     """Return what combine must give ``rank`` for ``tokens``: biases, then rows one by one in fp32, rounded once.
 
     ``outputs`` gives rows of a rank's expert output [N, H] (or of anything else that lies beside them). The order is by
-    rank and then top-k column (``reduce="rank"``), or by column (``"expert"``).
+    rank and then top-k column (``reduce="rank"``), or by column (``"expert"``). ``factors`` fp32 [T, K]: each row is
+    multiplied by its token's number of its column, and that product rounded to fp32, before it is added.
     """
     first, last, _ = tokens.indices(len(exchange.routing[rank].topk_idx))
     empty = outputs(0, torch.zeros(0, dtype=torch.int64))
@@ -244,7 +250,10 @@ def expected_sum(
         here = term.of_tokens(first, last)
         rows = outputs(here.destination, here.row)
         assert isinstance(rows, torch.Tensor)
-        total.index_add_(0, here.token - first, rows.float())
+        addends = rows.float()
+        if factors is not None:
+            addends = addends * factors[here.token, here.column][:, None]
+        total.index_add_(0, here.token - first, addends)
         begun[here.token - first] = True
     total[~begun] = 0.0
     return round_to(total, dtype)

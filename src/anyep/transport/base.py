@@ -119,6 +119,10 @@ class Transport(Protocol):
         """
         ...
 
+    def arrived(self, lane: Lane, epoch: int) -> bool:
+        """Return whether :meth:`wait` for all ranks would return at once. Never waits."""
+        ...
+
     def check(self, epoch: int, step: str) -> None:
         """Raise PeerLost or PeerTimeout if a rank has left because of an error, whatever it had posted before."""
         ...

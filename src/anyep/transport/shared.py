@@ -141,6 +141,10 @@ class SharedTransport:
                 opened.controls_R, DOORBELL_OFFSET, offset, words, lane.words, to, epoch, time.monotonic_ns()
             )
 
+    def arrived(self, lane: Lane, epoch: int) -> bool:
+        opened = self._open or self._refuse()
+        return not self._missing(opened.slots[lane.index][epoch % self._ring], epoch, self._everybody)
+
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
         opened = self._open or self._refuse()
         slot = opened.slots[lane.index][epoch % self._ring]

@@ -206,7 +206,7 @@ def _outside(received: Received) -> Received:
         received,
         x=received.x.clone(),
         scales=copy(received.scales),
-        topk_idx=received.topk_idx.clone(),
+        topk_idx=copy(received.topk_idx),
         topk_weights=copy(received.topk_weights),
     )
 

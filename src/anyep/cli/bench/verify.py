@@ -21,6 +21,7 @@ def check_received(received: Received, exchange: Exchange, rank: int, tape: Tape
     if received.counts != arrivals.counts:
         return f"counts on rank {rank} are {received.counts}, expected {arrivals.counts}"
     parts = (received.x,) if received.scales is None else (received.x, received.scales)
+    assert received.topk_idx is not None, "only the padded layout has none"
     return (
         _routing_differs(arrivals, rank, received.topk_idx, received.topk_weights)
         or _shape_differs(parts[0], arrivals, rank)

@@ -1,0 +1,218 @@
+"""Operations in flight: each is posted in the caller's thread and finished later, in any order, by whoever waits.
+
+An operation has two halves. ``post`` sends what needs no answer from a peer. ``finish`` waits for the peers and does
+the rest: in the caller's thread when it waits, or in one background thread where rows are left to be sent.
+
+Who finishes an operation finishes older ones of the foreground first: a peer may wait for what only their second half
+sends. So on every rank the oldest operations advance whenever somebody waits, and no rank waits for one that cannot.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+from anyep.errors import ClosedError
+from anyep.exchange.event import Pending
+from anyep.exchange.opening import RefusedError
+
+Result = TypeVar("Result")
+Out = TypeVar("Out", covariant=True)
+
+
+class Operation(Protocol[Out]):
+    """One rank's part in something that all ranks do together."""
+
+    label: str
+
+    def post(self, epoch: int) -> None: ...
+
+    def wants_background(self) -> bool: ...
+
+    def ready(self) -> bool: ...
+
+    def finish(self) -> Out: ...
+
+
+class Flight(Generic[Result]):
+    """An operation that was posted, and its outcome once it is finished."""
+
+    def __init__(self, operation: Operation[Result], epoch: int) -> None:
+        self.operation: Operation[Result] | None = operation
+        self.label = operation.label
+        self.epoch = epoch
+        self.turn = threading.Lock()
+        self.future: Future[None] | None = None
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self.pending: weakref.ref[Pending[Result]] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.operation is None and not self.turn.locked()
+
+    def ready(self) -> bool:
+        """Whether its second half is over, or could begin without waiting for an announcement."""
+        operation = self.operation
+        if self.future is not None or operation is None:
+            return self.finished
+        return operation.ready()
+
+    def take(self) -> Result:
+        """Return the outcome, once; a batch must not live as long as the operation that brought it."""
+        result, error = self.result, self.error
+        self.result = self.error = None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # it holds this frame, and the frame holds it
+        return result  # type: ignore[return-value]
+
+
+class Flights:
+    """Gives each operation its number (the *epoch*, equal on all ranks) and sees to its end.
+
+    ``on_break`` is called once, with the error that ended the buffer: after an operation that broke off in the middle
+    peers may still write where they were told to, so nothing may be allocated there again.
+    """
+
+    def __init__(
+        self, max_in_flight: int, on_break: Callable[[BaseException], None], on_refusal: Callable[[], None]
+    ) -> None:
+        self.max_in_flight = max_in_flight
+        self._posting = threading.Lock()
+        self._background: ThreadPoolExecutor | None = None
+        self._flying: list[Flight[Any]] = []  # by epoch; only those that are not finished, or not waited for
+        self._epoch = 0
+        self._on_break = on_break
+        self._on_refusal = on_refusal
+        self.broken: BaseException | None = None
+        self.closed = False
+
+    def run(self, operation: Operation[Result]) -> Result:
+        """Post and finish."""
+        flight = self._post(operation)
+        self._finish_up_to(flight)
+        return flight.take()
+
+    def start(self, operation: Operation[Result]) -> Pending[Result]:
+        """Post; the second half comes with ``Pending.wait()``, or goes on in the background."""
+        self._check_room(operation)
+        flight = self._post(operation)
+        pending = Pending(flight.label, flight.ready, lambda: self._land(flight))
+        flight.pending = weakref.ref(pending, lambda _: self._forget_dropped(flight))
+        if operation.wants_background():
+            if self._background is None:
+                self._background = ThreadPoolExecutor(1, thread_name_prefix="anyep-operations")
+            flight.future = self._background.submit(self._finish, flight)
+        return pending
+
+    def check_open(self) -> None:
+        """Raise ClosedError if no operation can run any more."""
+        if self.broken is not None:
+            raise ClosedError(
+                f"this buffer ended with {type(self.broken).__name__}: {self.broken}; close it and make a new one"
+            ) from self.broken
+        if self.closed:
+            raise ClosedError("this buffer is closed; make a new one")
+
+    def settle(self) -> None:
+        """Finish everything that is under way, whatever comes of it; each wait is bounded by its own time limit."""
+        for flight in list(self._flying):
+            if self.broken is not None:
+                return
+            self._finish_up_to(flight)
+
+    def close(self) -> None:
+        """Let nothing begin any more, and wait for the background thread, whose waits the transport has ended."""
+        self.closed = True
+        if self._background is not None:
+            self._background.shutdown(wait=True, cancel_futures=True)
+
+    def _check_room(self, operation: Operation[Any]) -> None:
+        waiting = [f for f in self._flying if f.pending is not None and f.pending() is not None]
+        if len(waiting) >= self.max_in_flight:
+            names = ", ".join(f"{flight.label} {flight.epoch}" for flight in waiting)
+            raise ValueError(
+                f"{len(waiting)} operations are in flight ({names}), and this buffer was made with "
+                f"max_in_flight={self.max_in_flight}: wait for one before this {operation.label}, or make a buffer "
+                "with a larger max_in_flight"
+            )
+
+    def _post(self, operation: Operation[Result]) -> Flight[Result]:
+        with self._posting:
+            self.check_open()
+            epoch = self._epoch + 1
+            for old in [flight for flight in self._flying if flight.epoch <= epoch - self.max_in_flight]:
+                self._finish_up_to(old)  # its memory for messages comes into use again
+            self._epoch = epoch
+            flight = Flight(operation, epoch)
+            try:
+                operation.post(epoch)
+            except BaseException as error:
+                self._break(error)
+                raise
+            self._flying.append(flight)
+            return flight
+
+    def _land(self, flight: Flight[Result]) -> Result:
+        """Finish what somebody waits for, and return its outcome."""
+        try:
+            self._finish_up_to(flight)
+        finally:
+            self._forget(flight)
+        return flight.take()
+
+    def _finish_up_to(self, flight: Flight[Any]) -> None:
+        if flight.future is None:
+            for older in list(self._flying):
+                if older.epoch < flight.epoch and older.future is None:
+                    self._finish(older)
+            self._finish(flight)
+        else:
+            self._await_background(flight)
+
+    def _await_background(self, flight: Flight[Any]) -> None:
+        assert flight.future is not None
+        if flight.future.cancel() or flight.future.cancelled():  # it did not begin: the caller's thread is as good
+            self._finish(flight)
+        else:
+            flight.future.result()
+
+    def _finish(self, flight: Flight[Any]) -> None:
+        """Run the second half, once, and keep its outcome."""
+        with flight.turn:
+            operation, flight.operation = flight.operation, None
+            if operation is None:
+                return
+            try:
+                self.check_open()
+                flight.result = operation.finish()
+            except RefusedError as refusal:
+                self._on_refusal()
+                flight.error = refusal.error
+            except BaseException as error:
+                flight.error = error
+                self._break(error)
+            if flight.pending is None or flight.pending() is None:
+                self._forget(flight)
+        if isinstance(flight.error, (KeyboardInterrupt, SystemExit)):
+            raise flight.error
+
+    def _forget(self, flight: Flight[Any]) -> None:
+        if flight in self._flying:
+            self._flying.remove(flight)
+
+    def _forget_dropped(self, flight: Flight[Any]) -> None:
+        """A result that nobody can ask for any more goes at once, or when its operation is finished."""
+        if flight.finished:
+            self._forget(flight)
+
+    def _break(self, error: BaseException) -> None:
+        if self.broken is None:
+            self.broken = error
+            self._on_break(error)

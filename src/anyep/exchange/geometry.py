@@ -1,0 +1,102 @@
+"""Sizes and offsets of one kind of dispatch (layout, index width, weights or not), worked out once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from anyep.exchange.eager import EagerRule, EagerSlots
+from anyep.exchange.ledger import LedgerShape
+from anyep.exchange.wire import Wire
+from anyep.layout.placement import Placement
+from anyep.layout.regions import RowBytes, hit_probability
+
+PADDED = "padded"
+BY_EXPERT = ("expert", PADDED)
+"""Layouts with a row for each (token, column)."""
+
+
+class GeometryKey(NamedTuple):
+    """What the sizes of a row depend on within one buffer."""
+
+    layout: str
+    idx_bytes: int
+    has_weights: bool
+
+
+class Geometry:
+    """Everything about a kind of dispatch that does not depend on its tokens."""
+
+    def __init__(
+        self,
+        key: GeometryKey,
+        placement: Placement,
+        rank: int,
+        wire: Wire,
+        *,
+        num_topk: int,
+        max_tokens: int,
+        alignment: int,
+        static_rows: int | None,
+        slots: EagerSlots,
+        rule: EagerRule,
+    ) -> None:
+        self.by_expert = key.layout in BY_EXPERT
+        self.padded = key.layout == PADDED
+        idx, weights = num_topk * key.idx_bytes, 4 * num_topk * key.has_weights
+        self.row = RowBytes(
+            x=wire.row_bytes,
+            scales=wire.scale_bytes,
+            topk_idx=0 if self.padded else idx,
+            topk_weights=0 if self.padded else weights,
+            token=4 if self.padded else 0,
+            y=0,
+        )
+        """a row of the batch"""
+        self.eager_row = RowBytes(
+            x=self.row.x,
+            scales=self.row.scales,
+            topk_idx=idx,
+            topk_weights=self.row.topk_weights,
+            token=self.row.token,
+            y=0,
+        )
+        """a row on its way in an eager slot: always with its columns, from which the receiver makes its rows"""
+        self.shape = LedgerShape(
+            placement,
+            rank,
+            by_expert=self.by_expert,
+            alignment=1 if self.padded else alignment,
+            block_rows=placement.num_ranks * max_tokens if self.padded else 0,
+            static_rows=-1 if static_rows is None or self.padded else static_rows,
+        )
+        self.limit_rows = rule.limit_rows(self.eager_row.sent, slots.capacity(self.eager_row.sent))
+        self.part_bytes = np.array(self.row.parts(), np.int64)
+        self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
+        self._placement = placement
+        self._num_topk = num_topk
+        self._last_rows: int | None = None
+
+    def expected_rows(self, num_tokens: int) -> int:
+        """Return how many rows to prepare memory for before the counts are known.
+
+        The first time as if all ranks had ``num_tokens`` and experts were equally likely; then an eighth more than
+        last time. Too few cost a message more, too many nothing: the rest goes back at once.
+        """
+        if self.shape.block_rows:
+            return self.shape.num_local * self.shape.block_rows
+        if self.shape.static_rows >= 0:
+            return self.shape.static_rows
+        if self._last_rows is None:
+            experts, local = self._placement.num_experts, self.shape.num_local
+            reach = hit_probability(experts, local, self._num_topk)
+            if self.by_expert:
+                reach = self._num_topk * local / experts
+            self._last_rows = math.ceil(reach * num_tokens * self._placement.num_ranks)
+        return self._last_rows + self._last_rows // 8 + 8
+
+    def note_rows(self, num_rows: int) -> None:
+        """Remember a batch's size."""
+        self._last_rows = num_rows
