@@ -54,10 +54,11 @@ def test_random_exchanges_between_processes_are_exact():
     """Cases of each number of ranks are collected, then played by one set of processes."""
     drawn: dict[int, list[Case]] = {}
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(cases())
     def collect(case):
-        drawn.setdefault(case.num_ranks, []).append(case)
+        if case.block_rows <= 40:  # outcomes travel through a store that takes 8 MiB at a time
+            drawn.setdefault(case.num_ranks, []).append(case)
 
     collect()
     for num_ranks, chosen in drawn.items():
