@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from anyep.exchange import setup
+from anyep.exchange import receive, setup
 from tests.exchange.rounds import poison_arenas
 
 
 @pytest.fixture(scope="module", autouse=True)
 def poisoned():
-    original = setup.open_transport
+    original = setup.open_transport, receive.fresh
     poison_arenas()
     yield
-    setup.open_transport = original
+    setup.open_transport, receive.fresh = original

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import anyep
-from anyep.exchange import setup
+from anyep.exchange import receive, setup
 from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows, expected_sum
 from anyep.transport.registry import open_transport
 from tests.exchange.cases import Case
@@ -57,6 +57,14 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 def poison_arenas() -> None:
     """From now on this process's buffers fill memory with 0xFF before it is used: what nobody writes is seen."""
     setup.open_transport = partial(open_transport, poison=True)
+    receive.fresh = poisoned
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Stands for private memory with any content."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    tensor.reshape(-1).view(torch.uint8).fill_(0xFF)
+    return tensor
 
 
 def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:

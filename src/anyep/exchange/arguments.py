@@ -30,15 +30,23 @@ def check_tensor(
         type(value) is torch.Tensor
         and value.dtype in dtypes
         and value.is_cpu
-        and len(value.shape) == len(shape)
-        and value.is_contiguous()
         and value.layout is torch.strided
+        and value.is_contiguous()
         and (value.data_ptr() != 0 or value.numel() == 0)
-        and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+        and _fits(value.shape, shape)
     ):
         return value
     _refuse(name, value, dtypes=dtypes, shape=shape, legend=legend)
     return value  # type: ignore[return-value]  # a subclass that is as good
+
+
+def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
+    if len(found) != len(wanted):
+        return False
+    for n, m in zip(wanted, found):  # noqa: B905  # lengths are equal; this runs for every tensor of every call
+        if n is not None and n != m:
+            return False
+    return True
 
 
 def _refuse(
@@ -51,7 +59,7 @@ def _refuse(
         raise ValueError(f"{name} is on {value.device}; this buffer works on cpu tensors: pass {name}.cpu()")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {dtype_text(*dtypes)}, got {dtype_text(value.dtype)}")
-    if len(value.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+    if not _fits(value.shape, shape):
         expected = shape_text(["any" if n is None else n for n in shape])
         raise ValueError(f"{name} must have shape {legend} = {expected}, got {shape_text(value.shape)}")
     if value.layout is not torch.strided or not _has_memory(value):

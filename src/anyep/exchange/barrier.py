@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.opening import BODY, Kind, Opening, check_agreement
+from anyep.exchange.opening import BODY, Kind, check_agreement, make_header
+
+_HEADER = make_header(kind=Kind.BARRIER)
 
 
 class Barrier:
@@ -26,12 +28,13 @@ class Barrier:
         """Tell every rank."""
         self._epoch = epoch
         words_RW = self._end.desk(epoch).places_RW
-        words_RW[:, :BODY] = Opening(kind=Kind.BARRIER).header()
+        words_RW[:, :BODY] = _HEADER
         self._end.transport.post(self._end.lanes.open, epoch, words_RW)
 
     def finish(self) -> None:
         """Wait for every rank. Raises RefusedError, PeerLost and PeerTimeout."""
         step = f"{self.label} {self._epoch}"
         opened_RW = self._end.wait(self._end.lanes.open, self._epoch, step)
-        check_agreement(Opening(kind=Kind.BARRIER), opened_RW, step)
+        if not self._end.books.agree(opened_RW, _HEADER):
+            check_agreement(_HEADER, opened_RW, step)
         self._end.counters.barriers += 1

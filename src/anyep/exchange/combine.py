@@ -26,7 +26,6 @@ from anyep.exchange.opening import (
     REDUCE_CODES,
     STATUS,
     Kind,
-    Opening,
     check_agreement,
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
@@ -51,16 +50,16 @@ class Combine:
         self._loans: list[Loan] = []
         self._limit_rows = 0
         self._weights_offset = 0
-        self._opening = Opening(
-            kind=Kind.COMBINE,
-            layout=LAYOUT_CODES[back.handle.layout],
-            has_weights=int(back.topk_weights is not None),
-            handle_epoch=back.handle.epoch,
-            element=ELEMENTS[back.y.dtype],
-            reduce=REDUCE_CODES[back.reduce],
-            combine_wire=COMBINE_WIRE_CODES[back.wire],
+        self._header = end.handle_header(
+            Kind.COMBINE,
+            LAYOUT_CODES[back.handle.layout],
+            0,
+            back.topk_weights is not None,
+            ELEMENTS[back.y.dtype],
+            REDUCE_CODES[back.reduce],
+            COMBINE_WIRE_CODES[back.wire],
+            back.handle.epoch,
         )
-        self._header = end.header(self._opening)
 
     def wants_background(self) -> bool:
         """Whether there are likely rows to be read where they lie; low latency never computes behind one's back."""
@@ -107,7 +106,7 @@ class Combine:
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
         opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
         if not end.books.agree(opened_RW, self._header):
-            check_agreement(self._opening, opened_RW, self._step)
+            check_agreement(self._header, opened_RW, self._step)
         self._connect(desk, opened_RW)
         moved, _, num_to, num_from, num_rows = desk.tally.tolist()
         weights = self._sum(self._rows(desk) if moved else None, desk)

@@ -18,11 +18,20 @@ from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.handle import Handle, Received, SendPlan
-from anyep.exchange.opening import BODY, LAYOUT_CODES, Kind, Opening, RefusedError, check_agreement, check_memory
+from anyep.exchange.opening import BODY, LAYOUT_CODES, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.receive import NO_LANDING, Landing, cut_landing, fill_gaps, trim, try_landing, wrap
+from anyep.exchange.receive import (
+    NO_PLACES,
+    Batch,
+    Landing,
+    cut_landing,
+    fill_gaps,
+    prepare_landing,
+    settle_down,
+    wrap,
+)
 from anyep.exchange.scatter import Route, send_rows
-from anyep.layout.regions import RowRegion, row_region
+from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
 
@@ -38,18 +47,15 @@ class Dispatch:
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
-        self._geometry = out.plan.geometry
+        self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = 0
-        cached = out.cached
-        self._opening = Opening(
-            kind=Kind.DISPATCH if cached is None else Kind.CACHED_DISPATCH,
-            layout=LAYOUT_CODES[out.layout],
-            idx_bytes=out.plan.topk_idx.itemsize,
-            has_weights=int(out.topk_weights is not None),
-            handle_epoch=-1 if cached is None else cached.epoch,
-        )
-        self._header = end.header(self._opening)
+        self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
+
+    def _cached_header(self, handle: Handle) -> Words:
+        layout, idx_bytes, weights = LAYOUT_CODES[handle.layout], handle.send.topk_idx.itemsize, self._out.topk_weights
+        kind = Kind.CACHED_DISPATCH
+        return self._end.handle_header(kind, layout, idx_bytes, weights is not None, -1, 0, 0, handle.epoch)
 
     def wants_background(self) -> bool:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
@@ -65,12 +71,12 @@ class Dispatch:
         geometry, desk = self._geometry, end.desk(epoch)
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
-        landing = self._landing = try_landing(end, geometry, rows)
+        landing = self._landing = prepare_landing(end, geometry, rows)
         words_RW = desk.words_RW if cached is None else desk.places_RW
         end.books.announce(
             words_RW,
             self._header,
-            NO_LANDING if landing is None else landing.places(),
+            NO_PLACES if landing is None else landing.places,
             plan.field("rank_rows"),
             end.num_ranks + end.placement.num_experts if cached is None else 0,
             plan.field("rank_rows"),
@@ -92,35 +98,36 @@ class Dispatch:
         plan, desk = out.plan, end.desk(self._epoch)
         opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
         if not end.books.agree(opened_RW, self._header):
-            check_agreement(self._opening, opened_RW, self._step)
+            check_agreement(self._header, opened_RW, self._step)
         offered_RW, offer = (opened_RW, BODY) if self._settle(opened_RW) else (self._offer_again(desk), 0)
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
         self._connect(desk, opened_RW, offered_RW, offer)
         came_rows, _, num_to, num_from, num_rows = desk.tally.tolist()
-        region = row_region(plan.geometry.row, num_rows)
-        trim(end, landing, region)
+        self._landing = None
+        written = bool(self._direct_rows or num_from)
+        batch = settle_down(end, self._geometry, landing, num_rows, plan.topk_idx.dtype, written=written)
         if out.cached is None:
             self._place(plan)
         if self._direct_rows:
-            final = Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=plan.geometry.by_expert)
-            send_rows(end, out, final, desk.direct.addr, plan.geometry.row)
+            final = Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=self._geometry.by_expert)
+            send_rows(end, out, final, desk.direct.addr, self._geometry.row)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if came_rows:
-            self._unpack(desk, landing, region)
-        fill_gaps(end, plan, landing, region)
+            self._unpack(desk, batch)
+        fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx, out.topk_weights)
-        end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, plan, cached=out.cached is not None)
-        return wrap(end, landing, region, out.cached or self._handle(num_rows), plan.topk_idx.dtype)
+        end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, out)
+        return wrap(end, batch, out.cached or self._handle(num_rows))
 
     def _handle(self, num_rows: int) -> Handle:
         plan, out = self._out.plan, self._out
-        shape = plan.geometry.shape
-        padded = plan.geometry.padded
+        shape = self._geometry.shape
+        padded = self._geometry.padded
         return Handle(
             buffer=self._buffer,
             epoch=self._epoch,
@@ -138,7 +145,7 @@ class Dispatch:
         end, plan = self._end, self._out.plan
         if self._out.cached is not None:
             return bool((opened_RW[:, BODY + ledger.CAPACITY] >= plan.numbers("batch_rows")).all())
-        shape = plan.geometry.shape
+        shape = self._geometry.shape
         found = end.books.settle(
             opened_RW,
             BODY,
@@ -154,17 +161,17 @@ class Dispatch:
             raise RefusedError(CapacityError(self._too_many_rows(plan)))
         if found == ledger.BLOCK_TOO_SMALL:
             raise RefusedError(CapacityError(self._too_many_for_an_expert(plan)))
-        plan.geometry.note_rows(int(plan.numbers("filled_rows")[end.rank]))
+        self._geometry.note_rows(int(plan.numbers("filled_rows")[end.rank]))
         return bool(found == ledger.SETTLED)
 
     def _too_many_rows(self, plan: SendPlan) -> str:
-        limit = plan.geometry.shape.static_rows
+        limit = self._geometry.shape.static_rows
         rows = plan.numbers("filled_rows").tolist()
         over = ", ".join(f"rank {rank} would receive {n}" for rank, n in enumerate(rows) if n > limit)
         return f"{self._step}: static_rows={limit} is too small: {over}; raise static_rows or send fewer tokens"
 
     def _too_many_for_an_expert(self, plan: SendPlan) -> str:
-        rows = plan.geometry.shape.block_rows
+        rows = self._geometry.shape.block_rows
         return (
             f"{self._step}: an expert would receive more than R * max_tokens_per_rank = {rows} rows, which a block of "
             "the padded layout holds: topk_idx names one expert twice for a token; name each once, or use "
@@ -179,11 +186,11 @@ class Dispatch:
         if self._landing is None or self._landing.capacity < needed:
             self._landing = None
             try:
-                self._landing = cut_landing(end, plan.geometry, needed)
+                self._landing = cut_landing(end, self._geometry, needed)
             except CapacityError:
-                desk.offers_RW[:, 0] = max(1, row_region(plan.geometry.row, needed).data_bytes)
+                desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
         if self._landing is not None:
-            desk.offers_RW[:, 1:] = self._landing.places()
+            desk.offers_RW[:, 1:] = self._landing.places
         end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
         offers_RW = end.wait(end.lanes.offer, self._epoch, self._step)
         check_memory(offers_RW[:, 0], self._step)
@@ -199,14 +206,14 @@ class Dispatch:
                 offered_RW,
                 offer,
                 end.bases.base_RS,
-                plan.geometry.part_bytes,
+                self._geometry.part_bytes,
                 end.rank,
-                plan.geometry.limit_rows,
+                self._geometry.limit_rows,
                 plan.field("rank_rows"),
                 plan.field("batch_rows"),
                 desk.recv_slots_R,
                 plan.field("source_rows"),
-                plan.geometry.slot_offsets,
+                self._geometry.slot_offsets,
                 desk.direct.values,
                 desk.arrived.values,
                 desk.to_R,
@@ -225,38 +232,28 @@ class Dispatch:
             plan.width,
             plan.topk_idx.data_ptr(),
             plan.topk_idx.itemsize,
-            int(plan.geometry.by_expert),
+            int(self._geometry.by_expert),
             plan.field("send_start"),
             plan.entry_row_addr,
         )
 
-    def _unpack(self, desk: Desk, landing: Landing, region: RowRegion) -> None:
+    def _unpack(self, desk: Desk, batch: Batch) -> None:
         """Bring rows that came along to their final places."""
-        end, plan = self._end, self._out.plan
-        row = plan.geometry.row
-        data, routing = landing.data.address, landing.routing.address
-        final = (
-            data,
-            data + region.scales_offset if row.scales else 0,
-            routing if row.topk_idx else 0,
-            routing + region.weights_offset if row.topk_weights else 0,
-            routing + region.token_offset if row.token else 0,
-        )
-        arrived = desk.arrived.addr
+        end, plan, arrived = self._end, self._out.plan, desk.arrived.addr
         rows, starts = plan.field("source_rows"), plan.field("recv_start")
-        if not plan.geometry.by_expert:
-            for part_bytes, packed, base in zip(row.parts(), arrived, final, strict=True):
+        if not self._geometry.by_expert:
+            for part_bytes, packed, base in zip(self._geometry.part_sizes, arrived, batch.part_addr, strict=True):
                 if base:
                     end.kernels.unpack(part_bytes, end.num_ranks, rows, starts, packed, base)
             return
-        eager = plan.geometry.eager_row
+        eager = self._geometry.eager_row
         end.kernels.expand(
-            row.x,
-            row.scales,
+            eager.x,
+            eager.scales,
             end.num_topk,
             plan.topk_idx.itemsize,
             end.num_ranks,
-            plan.geometry.shape.num_local,
+            self._geometry.shape.num_local,
             rows,
             starts,
             desk.starts.data_ptr(),
@@ -265,5 +262,5 @@ class Dispatch:
             arrived[2],
             arrived[3] if eager.topk_weights else 0,
             arrived[4] if eager.token else 0,
-            *final,
+            *batch.part_addr,
         )

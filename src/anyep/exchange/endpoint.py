@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
-from anyep.exchange.opening import BODY, Opening
+from anyep.exchange.opening import BODY, HANDLE_EPOCH, make_header
 from anyep.exchange.stats import Counters
 from anyep.exchange.wire import Wire
 from anyep.kernels.spec import KernelSet
@@ -186,7 +186,7 @@ class Endpoint:
     rule: EagerRule
     desks: tuple[Desk, ...]
     geometries: dict[GeometryKey, Geometry] = field(default_factory=dict)
-    headers: dict[Opening, Words] = field(default_factory=dict)
+    headers: dict[tuple[int, ...], Words] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -218,14 +218,25 @@ class Endpoint:
             )
         return known
 
-    def header(self, opening: Opening) -> Words:
-        """Return the words of a header, made once for each that does not name a handle."""
-        if opening.handle_epoch >= 0:
-            return opening.header()
-        known = self.headers.get(opening)
+    def handle_header(
+        self, kind: int, layout: int, idx_bytes: int, has_weights: int, element: int, reduce: int, wire: int, epoch: int
+    ) -> Words:
+        """Return the header of an operation that names the dispatch of ``epoch``."""
+        key = (kind, layout, idx_bytes, has_weights, element, reduce, wire)
+        known = self.headers.get(key)
         if known is None:
-            known = self.headers[opening] = opening.header()
-        return known
+            known = self.headers[key] = make_header(
+                kind=kind,
+                layout=layout,
+                idx_bytes=idx_bytes,
+                has_weights=has_weights,
+                element=element,
+                reduce=reduce,
+                combine_wire=wire,
+            )
+        header: Words = known.copy()
+        header[HANDLE_EPOCH] = epoch
+        return header
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
         """Await messages of all ranks, or of some."""

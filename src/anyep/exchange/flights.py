@@ -40,6 +40,8 @@ class Operation(Protocol[Out]):
 class Flight(Generic[Result]):
     """An operation that was posted, and its outcome once it is finished."""
 
+    __slots__ = ("epoch", "error", "future", "label", "operation", "pending", "result", "turn")
+
     def __init__(self, operation: Operation[Result], epoch: int) -> None:
         self.operation: Operation[Result] | None = operation
         self.label = operation.label
@@ -96,7 +98,10 @@ class Flights:
     def run(self, operation: Operation[Result]) -> Result:
         """Post and finish."""
         flight = self._post(operation)
-        self._finish_up_to(flight)
+        if len(self._flying) > 1:
+            self._finish_up_to(flight)
+        else:
+            self._finish(flight)
         return flight.take()
 
     def start(self, operation: Operation[Result]) -> Pending[Result]:
@@ -147,8 +152,8 @@ class Flights:
         with self._posting:
             self.check_open()
             epoch = self._epoch + 1
-            for old in [flight for flight in self._flying if flight.epoch <= epoch - self.max_in_flight]:
-                self._finish_up_to(old)  # its memory for messages comes into use again
+            if self._flying:
+                self._free_ring(epoch)
             self._epoch = epoch
             flight = Flight(operation, epoch)
             try:
@@ -158,6 +163,11 @@ class Flights:
                 raise
             self._flying.append(flight)
             return flight
+
+    def _free_ring(self, epoch: int) -> None:
+        """Finish what still uses the memory for messages that comes into use again."""
+        for flight in [flight for flight in self._flying if flight.epoch <= epoch - self.max_in_flight]:
+            self._finish_up_to(flight)
 
     def _land(self, flight: Flight[Result]) -> Result:
         """Finish what somebody waits for, and return its outcome."""
@@ -200,7 +210,7 @@ class Flights:
                 self._break(error)
             if flight.pending is None or flight.pending() is None:
                 self._forget(flight)
-        if isinstance(flight.error, (KeyboardInterrupt, SystemExit)):
+        if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C
             raise flight.error
 
     def _forget(self, flight: Flight[Any]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.ledger import LedgerShape
+from anyep.exchange.opening import LAYOUT_CODES, Kind, make_header
 from anyep.exchange.wire import Wire
 from anyep.layout.placement import Placement
 from anyep.layout.regions import RowBytes, hit_probability
+
+if TYPE_CHECKING:
+    from anyep.exchange.receive import Landing
 
 PADDED = "padded"
 BY_EXPERT = ("expert", PADDED)
@@ -72,12 +76,22 @@ class Geometry:
             block_rows=placement.num_ranks * max_tokens if self.padded else 0,
             static_rows=-1 if static_rows is None or self.padded else static_rows,
         )
+        self.header = make_header(
+            kind=Kind.DISPATCH,
+            layout=LAYOUT_CODES[key.layout],
+            idx_bytes=key.idx_bytes,
+            has_weights=int(key.has_weights),
+        )
         self.limit_rows = rule.limit_rows(self.eager_row.sent, slots.capacity(self.eager_row.sent))
-        self.part_bytes = np.array(self.row.parts(), np.int64)
+        self.sent_bytes = self.row.sent
+        self.part_sizes = self.row.parts()
+        self.part_bytes = np.array(self.part_sizes, np.int64)
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
         self._placement = placement
         self._num_topk = num_topk
         self._last_rows: int | None = None
+        self.spare_landings: list[Landing] = []
+        """offered before, and not needed then: nobody has written there"""
 
     def expected_rows(self, num_tokens: int) -> int:
         """Return how many rows to prepare memory for before the counts are known.

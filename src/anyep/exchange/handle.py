@@ -21,10 +21,8 @@ class SendPlan:
 
     num_tokens: int
     geometry: Geometry
-    memory: torch.Tensor
-    """int32: the ledger, then the entries"""
-    ledger: NDArray[np.int32]
-    """the same memory"""
+    memory: NDArray[np.int32]
+    """the ledger, then the entries"""
     topk_idx: torch.Tensor
     """[T, K] int32 or int64, a copy of the caller's"""
     ledger_addr: int
@@ -45,7 +43,7 @@ class SendPlan:
 
     def numbers(self, name: str) -> NDArray[np.int32]:
         """Return a field of the ledger, int32; a view."""
-        return self.ledger[self.geometry.shape.words_at[name]]
+        return self.memory[self.geometry.shape.words_at[name]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,6 @@ A message is a *header*, equal on all ranks when they agree, a *status*, and a b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -45,49 +44,35 @@ COMBINE_WIRE_CODES = {name: code for code, name in _COMBINE_WIRES.items()}
 _ELEMENTS = {-1: "none", 0: "bfloat16", 1: "float16", 2: "float32"}
 
 
-def _optional(value: int) -> str:
-    return "none" if value < 0 else str(value)
+_DEFAULTS = {
+    "kind": 0,
+    "layout": 0,
+    "idx_bytes": 0,
+    "has_weights": 0,
+    "handle_epoch": -1,
+    "element": -1,
+    "reduce": 0,
+    "combine_wire": 0,
+}
+"""Fields of a header, in order: all must be the same on all ranks."""
+_FIELDS = list(_DEFAULTS)
+HANDLE_EPOCH = _FIELDS.index("handle_epoch")
+STATUS = len(_FIELDS)
+"""Column of the status: 0, or the bytes that a rank could not allocate."""
+BODY = STATUS + 1
+"""First column of the body."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opening:
-    """The header; every field must be the same on all ranks."""
-
-    kind: Kind
-    layout: int = 0
-    idx_bytes: int = 0
-    has_weights: int = 0
-    static_rows: int = -1
-    handle_epoch: int = -1
-    element: int = -1
-    reduce: int = 0
-    combine_wire: int = 0
-
-    def header(self, status: int = 0) -> Words:
-        """Return the header and the status behind it, int64 [BODY]."""
-        return np.array([*self.words(), status], np.int64)
-
-    def words(self) -> list[int]:
-        return [
-            int(self.kind),
-            self.layout,
-            self.idx_bytes,
-            self.has_weights,
-            self.static_rows,
-            self.handle_epoch,
-            int(self.element),
-            self.reduce,
-            self.combine_wire,
-        ]
+def make_header(**fields: int) -> Words:
+    """Return header and status, int64 [BODY]; what is not given is "none"."""
+    return np.array([*(_DEFAULTS | fields).values(), 0], np.int64)
 
 
-_FIELDS = [field.name for field in fields(Opening)]
 _TEXT: dict[str, Callable[[int], str]] = {
     "kind": lambda value: Kind(value).label,
     "layout": lambda value: repr(_LAYOUTS[value]),
     "idx_bytes": lambda value: f"int{8 * value}",
     "has_weights": lambda value: "given" if value else "not given",
-    "static_rows": _optional,
     "handle_epoch": lambda value: f"of dispatch {value}" if value >= 0 else "none",
     "element": lambda value: _ELEMENTS[value],
     "reduce": lambda value: repr(_REDUCES[value]),
@@ -98,23 +83,16 @@ _NAMES = {
     "layout": "layout",
     "idx_bytes": "topk_idx.dtype",
     "has_weights": "topk_weights",
-    "static_rows": "static_rows",
     "handle_epoch": "the handle",
     "element": "the dtype of y",
     "reduce": "reduce",
     "combine_wire": "the wire of combine",
 }
 
-STATUS = len(_FIELDS)
-"""Column of the status: 0, or the bytes that a rank could not allocate."""
-BODY = STATUS + 1
-"""First column of the body."""
 
-
-def check_agreement(opening: Opening, received_RW: Words, step: str) -> None:
+def check_agreement(header: Words, received_RW: Words, step: str) -> None:
     """Raise RefusedError on every rank where headers differ, or where a rank had no memory."""
-    mine = np.array(opening.words())
-    if not (received_RW[:, :STATUS] == mine).all():
+    if not (received_RW[:, :STATUS] == header[:STATUS]).all():
         raise RefusedError(ValueError(_disagreement(received_RW, step)))
     check_memory(received_RW[:, STATUS], step)
 

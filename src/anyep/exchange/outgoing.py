@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from anyep.exchange.arguments import check_tensor
@@ -24,6 +25,8 @@ class Outgoing:
 
     rows: Rows
     topk_weights: torch.Tensor | None
+    geometry: Geometry
+    """of this batch; a cached dispatch may have weights where the first had none"""
     plan: SendPlan
     layout: str
     cached: Handle | None
@@ -41,10 +44,12 @@ def prepare(end: Endpoint, x: object, topk_idx: object, topk_weights: object, *,
     shape = [num_tokens, end.num_topk]
     idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]")
     weights = _check_weights(topk_weights, shape)
+    geometry = end.geometry(layout, idx.itemsize, weights is not None)
     return Outgoing(
         rows=rows,
         topk_weights=weights,
-        plan=_plan(end, idx, end.geometry(layout, idx.itemsize, weights is not None)),
+        geometry=geometry,
+        plan=_plan(end, idx, geometry),
         layout=layout,
         cached=None,
     )
@@ -57,9 +62,11 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     rows = check_rows(end.wire, x)
     if rows.num_tokens != handle.num_tokens:
         raise ValueError(f"x has {rows.num_tokens} tokens, but the handle's dispatch sent {handle.num_tokens}")
+    weights = _check_weights(topk_weights, [handle.num_tokens, end.num_topk])
     return Outgoing(
         rows=rows,
-        topk_weights=_check_weights(topk_weights, [handle.num_tokens, end.num_topk]),
+        topk_weights=weights,
+        geometry=end.geometry(handle.layout, handle.send.topk_idx.itemsize, weights is not None),
         plan=handle.send,
         layout=handle.layout,
         cached=handle,
@@ -79,8 +86,8 @@ def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan
     compact, entries = num_tokens * compact_width, num_tokens * width
     ledger = geometry.shape.num_words
     num_arrays = 2 * compact + (3 * entries if geometry.by_expert else entries)
-    memory = torch.empty(ledger + num_arrays, dtype=torch.int32, device="cpu")
-    first: int = memory.data_ptr()
+    memory = np.empty(ledger + num_arrays, np.int32)
+    first: int = memory.__array_interface__["data"][0]
     compact_rank = first + 4 * ledger
     compact_slot = compact_rank + 4 * compact
     rest = compact_slot + 4 * compact
@@ -88,7 +95,6 @@ def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan
         num_tokens=num_tokens,
         geometry=geometry,
         memory=memory,
-        ledger=memory.numpy(),
         topk_idx=topk_idx.clone(),
         ledger_addr=first,
         compact_width=compact_width,

@@ -1,4 +1,4 @@
-"""The receiving half of a dispatch: memory for the batch, cut before a row arrives, and its tensors."""
+"""The receiving half of a dispatch: memory that is offered before the counts are known, and the batch's tensors."""
 
 from __future__ import annotations
 
@@ -14,122 +14,172 @@ from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.layout.regions import RowRegion, row_region
 from anyep.transport.base import Block, Words
 
-_WORTH_TRIMMING_BYTES = 1 << 16
 _MINUS_ONE = 0xFF
 """Every byte of an integer -1."""
+_WORTH_TRIMMING_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 18
+"""Up to here rows that all came along are unpacked into private memory; the offered memory is kept for next time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Landing:
-    """Memory of a batch that is about to arrive: room for ``capacity`` rows, in two blocks (layout/regions.py)."""
+    """Memory that peers may write a batch to: room for ``capacity`` rows, in two blocks (layout/regions.py)."""
 
     data: Block
     routing: Block
     capacity: int
-
-    def places(self) -> Words:
-        """What peers are told: capacity, segment and offset of the rows, segment and offset of their routing."""
-        data, routing = self.data.place, self.routing.place
-        return np.array([self.capacity, data.segment, data.offset, routing.segment, routing.offset], np.int64)
+    places: Words
+    """what peers are told: capacity, segment and offset of the rows, segment and offset of their routing"""
 
 
-NO_LANDING: Words = np.array([-1, 0, 0, 0, 0], np.int64)
+NO_PLACES: Words = np.array([-1, 0, 0, 0, 0], np.int64)
 """What a rank without memory tells: no number of rows fits, not even none."""
 
 
 def cut_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing:
     """Allocate memory for up to ``capacity`` rows; CapacityError where the machine has none."""
     region = row_region(geometry.row, capacity)
-    return Landing(
-        data=end.transport.allocate(region.data_bytes),
-        routing=end.transport.allocate(region.routing_bytes),
-        capacity=capacity,
-    )
+    data, routing = end.transport.allocate(region.data_bytes), end.transport.allocate(region.routing_bytes)
+    places = [capacity, data.place.segment, data.place.offset, routing.place.segment, routing.place.offset]
+    return Landing(data=data, routing=routing, capacity=capacity, places=np.array(places, np.int64))
 
 
-def try_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing | None:
-    """The same, or None: whether that matters is known when the counts are."""
+def prepare_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing | None:
+    """Return room for ``capacity`` rows, or None: whether that matters is known when the counts are."""
+    if geometry.spare_landings:
+        spare = geometry.spare_landings.pop()
+        if spare.capacity >= capacity:
+            return spare
     try:
         return cut_landing(end, geometry, capacity)
     except CapacityError:
         return None
 
 
-def trim(end: Endpoint, landing: Landing, region: RowRegion) -> None:
-    """Give back what the batch does not need, where that is worth the trouble."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """A batch's tensors and where each begins; None and 0 for what its rows do not have."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    source_token: torch.Tensor | None
+    part_addr: tuple[int, int, int, int, int]
+
+
+def settle_down(
+    end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int, idx_dtype: torch.dtype, *, written: bool
+) -> Batch:
+    """Return the batch of ``num_rows`` rows: where peers write (``written``), else in private memory if it is small."""
+    region = row_region(geometry.row, num_rows)
+    if not written and region.data_bytes <= _SMALL_BYTES:
+        geometry.spare_landings.append(landing)
+        return _fresh_batch(end, geometry, num_rows, idx_dtype)
     if landing.data.num_bytes - region.data_bytes >= _WORTH_TRIMMING_BYTES:
         end.transport.trim(landing.data, region.data_bytes)
     if landing.routing.num_bytes - region.routing_bytes >= _WORTH_TRIMMING_BYTES:
         end.transport.trim(landing.routing, region.routing_bytes)
+    return _batch_on(end, geometry, landing, region, num_rows, idx_dtype)
 
 
-def fill_gaps(end: Endpoint, plan: SendPlan, landing: Landing, region: RowRegion) -> None:
+def _fresh_batch(end: Endpoint, geometry: Geometry, num_rows: int, idx_dtype: torch.dtype) -> Batch:
+    row, wire = geometry.row, end.wire
+    x = fresh((num_rows, wire.hidden), wire.dtype)
+    scales = fresh((num_rows, wire.scale_columns), wire.scale_dtype) if row.scales else None
+    idx = fresh((num_rows, end.num_topk), idx_dtype) if row.topk_idx else None
+    weights = fresh((num_rows, end.num_topk), torch.float32) if row.topk_weights else None
+    token = fresh((num_rows,), torch.int32) if row.token else None
+    parts = (x, scales, idx, weights, token)
+    addr = tuple([0 if part is None else part.data_ptr() for part in parts])
+    return Batch(x=x, scales=scales, topk_idx=idx, topk_weights=weights, source_token=token, part_addr=addr)  # type: ignore[arg-type]
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a private tensor with any content."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _batch_on(
+    end: Endpoint, geometry: Geometry, landing: Landing, region: RowRegion, num_rows: int, idx_dtype: torch.dtype
+) -> Batch:
+    row, wire, data, routing = geometry.row, end.wire, landing.data, landing.routing
+    x = tensor_on(data, 0, (num_rows, wire.hidden), wire.dtype)
+    scales = idx = weights = token = None
+    if row.scales:
+        scales = tensor_on(data, region.scales_offset, (num_rows, wire.scale_columns), wire.scale_dtype)
+    if row.topk_idx:
+        idx = tensor_on(routing, 0, (num_rows, end.num_topk), idx_dtype)
+    if row.topk_weights:
+        weights = tensor_on(routing, region.weights_offset, (num_rows, end.num_topk), torch.float32)
+    if row.token:
+        token = tensor_on(routing, region.token_offset, (num_rows,), torch.int32)
+    return Batch(
+        x=x,
+        scales=scales,
+        topk_idx=idx,
+        topk_weights=weights,
+        source_token=token,
+        part_addr=(
+            data.address,
+            data.address + region.scales_offset if row.scales else 0,
+            routing.address if row.topk_idx else 0,
+            routing.address + region.weights_offset if row.topk_weights else 0,
+            routing.address + region.token_offset if row.token else 0,
+        ),
+    )
+
+
+def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch) -> None:
     """Define the rows nobody sends: index -1, everything else 0."""
-    geometry = plan.geometry
     num_gaps = int(plan.numbers("gaps")[0])
     if not num_gaps:
         return
     begins = plan.field("gaps") + 4
     gaps = (num_gaps, begins, begins + 4 * (geometry.shape.num_local + 1))
-    row = geometry.row
-    data, routing = landing.data.address, landing.routing.address
-    end.kernels.fill_rows(data, row.x, *gaps, 0)
-    if row.scales:
-        end.kernels.fill_rows(data + region.scales_offset, row.scales, *gaps, 0)
-    end.kernels.fill_rows(routing, row.topk_idx, *gaps, _MINUS_ONE)
-    if row.topk_weights:
-        end.kernels.fill_rows(routing + region.weights_offset, row.topk_weights, *gaps, 0)
+    for base, row_bytes, byte in zip(batch.part_addr, geometry.row.parts(), (0, 0, _MINUS_ONE, 0, 0), strict=True):
+        if base:
+            end.kernels.fill_rows(base, row_bytes, *gaps, byte)
 
 
-def wrap(end: Endpoint, landing: Landing, region: RowRegion, handle: Handle, idx_dtype: torch.dtype) -> Received:
-    """Return the memory as tensors, now that every row has arrived."""
+def wrap(end: Endpoint, batch: Batch, handle: Handle) -> Received:
+    """Return the batch for the caller, now that every row has arrived."""
     if handle.send.geometry.padded:
-        return _wrap_padded(end, landing, region, handle)
-    wire, rows, row = end.wire, handle.num_rows, handle.send.geometry.row
-    scales = weights = None
-    if row.scales:
-        scales = tensor_on(landing.data, region.scales_offset, (rows, wire.scale_columns), wire.scale_dtype)
-    if row.topk_weights:
-        weights = tensor_on(landing.routing, region.weights_offset, (rows, end.num_topk), torch.float32)
+        return _wrap_padded(end, batch, handle)
     return Received(
-        x=tensor_on(landing.data, 0, (rows, wire.hidden), wire.dtype),
-        scales=scales,
-        topk_idx=tensor_on(landing.routing, 0, (rows, end.num_topk), idx_dtype),
-        topk_weights=weights,
-        counts=list(handle.counts),
+        x=batch.x,
+        scales=batch.scales,
+        topk_idx=batch.topk_idx,
+        topk_weights=batch.topk_weights,
+        counts=handle.counts.copy(),
         handle=handle,
     )
 
 
-def _wrap_padded(end: Endpoint, landing: Landing, region: RowRegion, handle: Handle) -> Received:
+def _wrap_padded(end: Endpoint, batch: Batch, handle: Handle) -> Received:
     """Blocks of experts; scales turned to column-major, as grouped matrix products want them."""
     plan, wire = handle.send, end.wire
-    shape = plan.geometry.shape
     experts, rows = handle.shape
     scales = None
-    if wire.scale_columns:
-        turned = torch.empty((experts, wire.scale_columns, rows), dtype=wire.scale_dtype, device="cpu")
+    if batch.scales is not None:
+        turned = fresh((experts, wire.scale_columns, rows), wire.scale_dtype)
         end.kernels.transpose_scales(
-            experts,
-            rows,
-            wire.scale_columns,
-            plan.field("counts"),
-            landing.data.address + region.scales_offset,
-            turned.data_ptr(),
+            experts, rows, wire.scale_columns, plan.field("counts"), batch.part_addr[1], turned.data_ptr()
         )
         scales = turned.transpose(1, 2)
-    sources = (end.num_ranks, shape.num_local)
+    sources = (end.num_ranks, experts)
     begin = plan.numbers("recv_start").reshape(sources) - plan.numbers("block_start")
+    assert batch.source_token is not None
     return Received(
-        x=tensor_on(landing.data, 0, (experts, rows, wire.hidden), wire.dtype),
+        x=batch.x.view(experts, rows, wire.hidden),
         scales=scales,
         topk_idx=None,
         topk_weights=None,
-        counts=list(handle.counts),
+        counts=handle.counts.copy(),
         handle=handle,
         source_begin=torch.from_numpy(begin.T.copy()),
         source_count=torch.from_numpy(plan.numbers("recv_rows").reshape(sources).T.copy()),
-        source_token=tensor_on(landing.routing, region.token_offset, (experts, rows), torch.int32),
+        source_token=batch.source_token.view(experts, rows),
     )
 
 

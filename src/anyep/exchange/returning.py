@@ -32,10 +32,8 @@ class Returning:
     reduce: str
     wire: str
     handle: Handle
-
-    @property
-    def row_bytes(self) -> int:
-        return self.y.itemsize * self.y.shape[-1]
+    row_bytes: int
+    """of a row of y"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +72,7 @@ def prepare(
     checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend)
     target = _check_out(end, out, handle, checked)
     biases = _check_bias(end, bias, handle, checked.dtype)
-    if any(_overlap(target, one) and target.data_ptr() != one.data_ptr() for one in biases):
+    if biases and any(_overlap(target, one) and target.data_ptr() != one.data_ptr() for one in biases):
         raise ValueError(
             "out overlaps bias in other rows, which would be read after they were written; pass another out"
         )
@@ -88,6 +86,7 @@ def prepare(
         reduce=how,
         wire=_check_wire(wire, handle, checked),
         handle=handle,
+        row_bytes=checked.itemsize * end.hidden,
     )
 
 

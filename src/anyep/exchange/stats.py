@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from anyep.exchange.handle import SendPlan
 from anyep.transport.base import Words
+
+if TYPE_CHECKING:
+    from anyep.exchange.outgoing import Outgoing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,11 +70,12 @@ class Counters:
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
         self.rows_by_expert: Words = np.zeros(num_local, np.int64)
 
-    def dispatched(self, eager_rows: int, direct_rows: int, received: int, plan: SendPlan, *, cached: bool) -> None:
+    def dispatched(self, eager_rows: int, direct_rows: int, received: int, out: Outgoing) -> None:
         """Count one dispatch; ``eager_rows`` and ``direct_rows`` count each token once a rank."""
-        sent = int(plan.numbers("rank_entries").sum()) if plan.geometry.by_expert else eager_rows + direct_rows
+        plan = out.plan
+        sent = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else eager_rows + direct_rows
         with self._adding:
-            if cached:
+            if out.cached is not None:
                 self.cached_dispatches += 1
                 self.rows_by_source += plan.numbers("source_entries")
                 self.rows_by_expert += plan.numbers("counts")
@@ -81,7 +85,7 @@ class Counters:
             self.direct_rows += direct_rows
             self.rows_sent += sent
             self.rows_received += received
-            self.bytes_sent += sent * plan.geometry.row.sent
+            self.bytes_sent += sent * out.geometry.sent_bytes
 
     def sent_back(self, eager_rows: int, direct_rows: int) -> None:
         """Count the first half of a combine."""
