@@ -119,6 +119,7 @@ SCENES = [
     ([(0, 1), (1,)], 2),
     ([(0,), (0,)], 1),
     ([(0,), (0, 1)], 1),  # source 1 never sends
+    ([(0,)], 2),  # source 1 is not awaited, and rings
 ]
 
 

@@ -90,8 +90,8 @@ class GivesOutTwice(InProcessTransport):
         block = super().allocate(num_bytes)
         arena = self._opened().arena
         if num_bytes:
-            arena._out.pop(block.place)
-            arena._heap.give(block.place, num_bytes)
+            _, whole_bytes = arena._out.pop(block.position)
+            arena._heap.give(block.position, whole_bytes)
         return block
 
 

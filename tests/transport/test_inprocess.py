@@ -229,6 +229,39 @@ def test_words_that_do_not_fit_the_lane():
     local_group(2).run(work)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "kind", "text"),
+    [
+        (np.array([0, 2]), ValueError, r"distinct numbers \[m\] from 0 to 1, got \[0, 2\]"),
+        (np.array([-1]), ValueError, r"got \[-1\]"),
+        (np.array([[0]]), ValueError, r"got \[\[0\]\]"),
+        (np.array([0], np.int32), TypeError, "int64 array or None, got int32"),
+        ([0], TypeError, "got <class 'list'>"),
+    ],
+)
+def test_what_are_no_ranks(ranks, kind, text):
+    transports = local_group(2).run(open_on)
+    with pytest.raises(kind, match=text):
+        transports[0].post(LANES[1], 0, np.zeros((2, 1), np.int64), ranks)
+    with pytest.raises(kind, match=text):
+        transports[0].wait(LANES[1], 0, "no ranks", ranks)
+    for transport in transports:
+        transport.close()
+
+
+def test_ranks_of_any_strides_are_taken():
+    transports = local_group(3).run(open_on)
+    frozen = np.array([2, 0])
+    frozen.setflags(write=False)
+    for epoch, to in enumerate((frozen, np.array([0, 7, 2, 7])[::2])):
+        transports[0].post(LANES[1], epoch, np.arange(3, dtype=np.int64)[:, None], to)
+        for rank in (0, 2):
+            assert transports[rank].wait(LANES[1], epoch, "some", to[to == 0])[0, 0] == rank
+        assert transports[0].wait(LANES[1], epoch, "all of some", to[1:] * 0)[0, 0] == 0
+    for transport in transports:
+        transport.close()
+
+
 def test_words_of_any_strides_are_sent():
     def work(member):
         transport = open_on(member)
