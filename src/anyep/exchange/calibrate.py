@@ -1,14 +1,14 @@
 """Up to which size a pair's rows should come along with the announcement, measured when a buffer is made.
 
-Rows that come along spare their pair the second message of an operation; they cost the receiver a copy from the slot
-to their final place. A rank that receives B bytes in all gains by it while B / copy rate < time of a message round, so
-each of its R pairs may bring ``hop * rate / R`` bytes. All ranks take the median of what they measured.
+Rows that come along spare a second round of messages; they cost a copy from the slot to their final place. Both are
+measured with all ranks at work at once, as they share cores and memory: a round of messages, and how much longer it
+takes when every rank copies before it. A rank that receives B bytes gains by eager rows while B / rate < round, so each
+of its R pairs may bring ``round * rate / R`` bytes. All ranks take the median of what they measured.
 """
 
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import numpy as np
 
@@ -17,8 +17,12 @@ from anyep.exchange.endpoint import Lanes
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Transport, Words
 
-_HOPS, _COPIES = 8, 3
-_COPY_BYTES = 1 << 18
+_REPEATS, _WARM_UP = 6, 2
+NUM_EPOCHS = 2 * _REPEATS + 1
+"""How many epochs the measurement takes."""
+_COPY_BYTES = 1 << 19
+_COPIES = 8
+"""Copies before a round: together they take several times as long as the round, so that its jitter matters little."""
 
 
 def given_rule(eager_bytes: int) -> EagerRule:
@@ -27,28 +31,29 @@ def given_rule(eager_bytes: int) -> EagerRule:
 
 
 def measured_rule(transport: Transport, lanes: Lanes, kernels: KernelSet, area: Block, epoch: int) -> EagerRule:
-    """Measure message rounds and copies together with all ranks. Collective; uses epochs from ``epoch`` on."""
+    """Measure with all ranks. Collective; takes the epochs from ``epoch`` on."""
     if transport.size == 1:
         return EagerRule(pair_bytes=0, reason="a single rank writes to itself")
-    hops, rates = [], []
-    for number in range(_HOPS):
-        begin = time.perf_counter()
-        _round(transport, lanes, epoch + number, 0, 0)
-        hops.append(time.perf_counter() - begin)
     num_bytes = min(area.num_bytes // 2, _COPY_BYTES)
-    for _ in range(_COPIES):
+    rounds_s: list[float] = []
+    copies_s: list[float] = []
+    for number in range(2 * _REPEATS):
         begin = time.perf_counter()
-        kernels.copy(area.address, area.address + num_bytes, num_bytes)
-        kernels.fence()
-        rates.append(num_bytes / max(1e-9, time.perf_counter() - begin))
-    told_R2 = _round(transport, lanes, epoch + _HOPS, int(1e9 * median(hops[2:])), int(max(rates)))
-    hop_s, rate = float(np.median(told_R2[:, 0])) / 1e9, float(np.median(told_R2[:, 1]))
-    pair_bytes = int(hop_s * rate / transport.size)
-    reason = f"a round of messages takes {hop_s * 1e6:.0f} us, a copy {rate / 1e9:.1f} GB/s, for {transport.size} ranks"
-    return EagerRule(pair_bytes=pair_bytes, reason=reason)
-
-
-NUM_EPOCHS = _HOPS + 1
+        if number % 2:
+            for _ in range(_COPIES):
+                kernels.copy(area.address, area.address + num_bytes, num_bytes)
+            kernels.fence()
+        _round(transport, lanes, epoch + number, 0, 0)
+        (copies_s if number % 2 else rounds_s).append(time.perf_counter() - begin)
+    round_s = min(rounds_s[_WARM_UP:])  # what else the machine does only makes it slower
+    extra_s = max(round_s / 4, min(copies_s[_WARM_UP:]) - round_s)
+    told_R2 = _round(transport, lanes, epoch + 2 * _REPEATS, int(1e9 * round_s), int(_COPIES * num_bytes / extra_s))
+    round_s, rate = float(np.median(told_R2[:, 0])) / 1e9, float(np.median(told_R2[:, 1]))
+    reason = (
+        f"a round of messages takes {round_s * 1e6:.0f} us, a copy {rate / 1e9:.1f} GB/s a rank with all at it, "
+        f"for {transport.size} ranks"
+    )
+    return EagerRule(pair_bytes=int(round_s * rate / transport.size), reason=reason)
 
 
 def _round(transport: Transport, lanes: Lanes, epoch: int, first: int, second: int) -> Words:
