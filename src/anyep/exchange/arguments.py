@@ -43,10 +43,10 @@ def check_tensor(
 def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
     if len(found) != len(wanted):
         return False
-    for n, m in zip(wanted, found):  # noqa: B905  # lengths are equal; this runs for every tensor of every call
-        if n is not None and n != m:
-            return False
-    return True
+    same = True
+    for n, m in zip(wanted, found, strict=True):  # a loop: a generator costs every tensor of every call a microsecond
+        same = same and (n is None or n == m)
+    return same
 
 
 def _refuse(

@@ -12,6 +12,8 @@ The owner's call returns when all ranks have read its rows, so that it may write
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -29,6 +31,7 @@ from anyep.exchange.opening import (
     check_agreement,
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
+from anyep.exchange.scatter import place, place_at
 from anyep.exchange.wire import ELEMENTS
 from anyep.layout.regions import aligned
 from anyep.transport.base import Words
@@ -157,13 +160,13 @@ class Combine:
                 end.bases.base_RS,
                 plan.geometry.shape.dims,
                 plan.geometry.shape.offsets,
-                plan.ledger_addr,
-                end.tables.rank_E.data_ptr(),
+                plan.first_addr,
+                end.tables.rank_addr,
                 self._limit_rows,
                 desk.recv_slots_R,
                 self._weights_offset,
                 desk.lent.values,
-                desk.starts.data_ptr(),
+                desk.starts_addr,
                 desk.to_R,
                 desk.from_R,
                 desk.tally,
@@ -176,41 +179,55 @@ class Combine:
         """Return where this rank's rows lie, int32 [T, W], where that is not where the dispatch placed them."""
         plan = self._back.handle.send
         rows = torch.empty(plan.num_tokens * plan.width, dtype=torch.int32, device="cpu")
-        self._end.kernels.place(
-            plan.entry_rank_addr,
-            plan.entry_slot_addr,
-            plan.num_tokens,
-            plan.width,
-            plan.topk_idx.data_ptr(),
-            plan.topk_idx.itemsize,
-            int(plan.geometry.by_expert),
-            desk.starts.data_ptr(),
-            rows.data_ptr(),
-        )
+        place_at(self._end, plan, desk.starts_addr, rows.data_ptr())
         return rows
 
     def _sum(self, moved_rows: torch.Tensor | None, desk: Desk) -> torch.Tensor | None:
         end, back, plan = self._end, self._back, self._back.handle.send
-        kernels = end.kernels
-        row_addr = plan.entry_row_addr if moved_rows is None else moved_rows.data_ptr()
-        entries = (plan.width, int(back.reduce == "rank"), plan.entry_rank_addr, row_addr)
-        rows_table, weights_table = desk.lent.addr
-        factors = 0 if back.factors is None else back.factors.data_ptr()
-        bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
-        out = back.out.data_ptr()
+        if moved_rows is None:
+            place(end, plan)
         weights = None
         if back.topk_weights is not None:
             weights = torch.empty((plan.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
-
-        def tokens(first: int, last: int) -> None:
-            if back.wire == "none":
-                element = int(ELEMENTS[back.y.dtype])
-                kernels.reduce(element, end.hidden, first, last, *entries, rows_table, factors, bias0, bias1, out)
-            else:
-                kernels.reduce_logfmt(end.hidden, first, last, *entries, rows_table, factors, bias0, bias1, out)
-            if weights is not None:
-                kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, weights.data_ptr())
-            kernels.fence()
-
-        end.workers.over(plan.num_tokens, back.row_bytes * plan.width, tokens)
+        bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
+        sums = _Sums(
+            by_rank=int(back.reduce == "rank"),
+            entry_row_addr=plan.entry_row_addr if moved_rows is None else moved_rows.data_ptr(),
+            factors_addr=0 if back.factors is None else back.factors.data_ptr(),
+            bias0_addr=bias0,
+            bias1_addr=bias1,
+            out_addr=back.out.data_ptr(),
+            weights_addr=0 if weights is None else weights.data_ptr(),
+        )
+        if end.workers.num_threads == 1:
+            self._sum_tokens(0, plan.num_tokens, sums, desk)
+        else:
+            end.workers.over(
+                plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums, desk)
+            )
         return weights
+
+    def _sum_tokens(self, first: int, last: int, sums: _Sums, desk: Desk) -> None:
+        end, back, plan = self._end, self._back, self._back.handle.send
+        entries = (plan.width, sums.by_rank, plan.entry_rank_addr, sums.entry_row_addr)
+        rows_table, weights_table = desk.lent.addr
+        rest = (rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
+        if back.wire == "none":
+            end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *entries, *rest)
+        else:
+            end.kernels.reduce_logfmt(end.hidden, first, last, *entries, *rest)
+        if sums.weights_addr:
+            end.kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, sums.weights_addr)
+        end.kernels.fence()
+
+
+class _Sums(NamedTuple):
+    """Addresses of a combine's inputs and outputs; 0 for what there is none of."""
+
+    by_rank: int
+    entry_row_addr: int
+    factors_addr: int
+    bias0_addr: int
+    bias1_addr: int
+    out_addr: int
+    weights_addr: int

@@ -30,7 +30,7 @@ from anyep.exchange.receive import (
     settle_down,
     wrap,
 )
-from anyep.exchange.scatter import Route, send_rows
+from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
@@ -53,7 +53,7 @@ class Dispatch:
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
 
     def _cached_header(self, handle: Handle) -> Words:
-        layout, idx_bytes, weights = LAYOUT_CODES[handle.layout], handle.send.topk_idx.itemsize, self._out.topk_weights
+        layout, idx_bytes, weights = LAYOUT_CODES[handle.layout], handle.send.idx_bytes, self._out.topk_weights
         kind = Kind.CACHED_DISPATCH
         return self._end.handle_header(kind, layout, idx_bytes, weights is not None, -1, 0, 0, handle.epoch)
 
@@ -88,7 +88,7 @@ class Dispatch:
         )
         self._eager_rows, self._direct_rows, *_ = desk.tally.tolist()
         if self._eager_rows:
-            slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=False)
+            slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.transport.post(end.lanes.open, epoch, words_RW)
 
@@ -105,12 +105,14 @@ class Dispatch:
         self._connect(desk, opened_RW, offered_RW, offer)
         came_rows, _, num_to, num_from, num_rows = desk.tally.tolist()
         self._landing = None
+        self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
-        batch = settle_down(end, self._geometry, landing, num_rows, plan.topk_idx.dtype, written=written)
-        if out.cached is None:
-            self._place(plan)
+        batch = settle_down(end, self._geometry, landing, num_rows, self._geometry.idx_dtype, written=written)
         if self._direct_rows:
-            final = Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=self._geometry.by_expert)
+            place(end, plan)
+            final = Route(
+                plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert)
+            )
             send_rows(end, out, final, desk.direct.addr, self._geometry.row)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
@@ -120,7 +122,7 @@ class Dispatch:
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if self._recorder is not None and out.cached is None:
-            self._recorder.add(plan.topk_idx, out.topk_weights)
+            self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, out)
         return wrap(end, batch, out.cached or self._handle(num_rows))
 
@@ -151,9 +153,9 @@ class Dispatch:
             BODY,
             shape.dims,
             shape.offsets,
-            end.tables.rank_E.data_ptr(),
-            end.tables.local_E.data_ptr(),
-            plan.ledger_addr,
+            end.tables.rank_addr,
+            end.tables.local_addr,
+            plan.first_addr,
             end.counters.rows_by_source,
             end.counters.rows_by_expert,
         )
@@ -161,7 +163,6 @@ class Dispatch:
             raise RefusedError(CapacityError(self._too_many_rows(plan)))
         if found == ledger.BLOCK_TOO_SMALL:
             raise RefusedError(CapacityError(self._too_many_for_an_expert(plan)))
-        self._geometry.note_rows(int(plan.numbers("filled_rows")[end.rank]))
         return bool(found == ledger.SETTLED)
 
     def _too_many_rows(self, plan: SendPlan) -> str:
@@ -224,19 +225,6 @@ class Dispatch:
                 return
             end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
 
-    def _place(self, plan: SendPlan) -> None:
-        self._end.kernels.place(
-            plan.entry_rank_addr,
-            plan.entry_slot_addr,
-            plan.num_tokens,
-            plan.width,
-            plan.topk_idx.data_ptr(),
-            plan.topk_idx.itemsize,
-            int(self._geometry.by_expert),
-            plan.field("send_start"),
-            plan.entry_row_addr,
-        )
-
     def _unpack(self, desk: Desk, batch: Batch) -> None:
         """Bring rows that came along to their final places."""
         end, plan, arrived = self._end, self._out.plan, desk.arrived.addr
@@ -251,12 +239,12 @@ class Dispatch:
             eager.x,
             eager.scales,
             end.num_topk,
-            plan.topk_idx.itemsize,
+            plan.idx_bytes,
             end.num_ranks,
             self._geometry.shape.num_local,
             rows,
             starts,
-            desk.starts.data_ptr(),
+            desk.starts_addr,
             arrived[0],
             arrived[1] if eager.scales else 0,
             arrived[2],

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from anyep.exchange.eager import EagerRule, EagerSlots
@@ -91,12 +90,15 @@ class Workers:
 class ExpertTables:
     """The placement as kernels read it: int32 [E] each."""
 
-    rank_E: torch.Tensor
-    local_E: torch.Tensor
+    rank_addr: int
+    local_addr: int
+    kept: tuple[NDArray[np.int32], NDArray[np.int32]]
 
     @classmethod
     def of(cls, placement: Placement) -> ExpertTables:
-        return cls(rank_E=torch.from_numpy(placement.expert_rank_E), local_E=torch.from_numpy(placement.expert_local_E))
+        kept = (np.ascontiguousarray(placement.expert_rank_E), np.ascontiguousarray(placement.expert_local_E))
+        rank_addr, local_addr = (int(table.__array_interface__["data"][0]) for table in kept)
+        return cls(rank_addr=rank_addr, local_addr=local_addr, kept=kept)
 
 
 class AddressTable:
@@ -127,7 +129,9 @@ class Desk:
         self.done_RW: Words = np.zeros((ranks, 1), np.int64)
         self.lent = AddressTable(2, ranks)
         """where this rank's rows and weights lie at their owners"""
-        self.starts = torch.zeros(ranks + num_experts, dtype=torch.int32, device="cpu")
+        self._starts = np.zeros(ranks + num_experts, np.int32)
+        self.starts_addr: int = self._starts.__array_interface__["data"][0]
+        """int32 [R + E], for whatever an operation needs"""
         self.to_R: Words = np.zeros(ranks, np.int64)
         self.from_R: Words = np.zeros(ranks, np.int64)
         self.tally: Words = np.zeros(5, np.int64)
@@ -157,6 +161,7 @@ class Books:
 
     announce: Callable[..., None]
     agree: Callable[..., int]
+    keep: Callable[..., int]
     settle: Callable[..., int]
     connect: Callable[..., int]
     connect_back: Callable[..., int]
@@ -173,6 +178,8 @@ class Endpoint:
     tables: ExpertTables
     lanes: Lanes
     wire: Wire
+    scale_code: int
+    """the wire's scale format as kernels take it; -1 without scales"""
     hidden: int
     num_topk: int
     max_tokens: int

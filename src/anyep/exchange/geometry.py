@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.ledger import LedgerShape
@@ -47,6 +48,9 @@ class Geometry:
         slots: EagerSlots,
         rule: EagerRule,
     ) -> None:
+        self.key = key
+        self.num_topk = num_topk
+        self.idx_dtype = torch.int64 if key.idx_bytes == 8 else torch.int32
         self.by_expert = key.layout in BY_EXPERT
         self.padded = key.layout == PADDED
         idx, weights = num_topk * key.idx_bytes, 4 * num_topk * key.has_weights
@@ -88,7 +92,6 @@ class Geometry:
         self.part_bytes = np.array(self.part_sizes, np.int64)
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
         self._placement = placement
-        self._num_topk = num_topk
         self._last_rows: int | None = None
         self.spare_landings: list[Landing] = []
         """offered before, and not needed then: nobody has written there"""
@@ -105,9 +108,9 @@ class Geometry:
             return self.shape.static_rows
         if self._last_rows is None:
             experts, local = self._placement.num_experts, self.shape.num_local
-            reach = hit_probability(experts, local, self._num_topk)
+            reach = hit_probability(experts, local, self.num_topk)
             if self.by_expert:
-                reach = self._num_topk * local / experts
+                reach = self.num_topk * local / experts
             self._last_rows = math.ceil(reach * num_tokens * self._placement.num_ranks)
         return self._last_rows + self._last_rows // 8 + 8
 

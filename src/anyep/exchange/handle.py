@@ -11,39 +11,73 @@ from numpy.typing import NDArray
 from anyep.exchange.geometry import Geometry
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SendPlan:
-    """Where this rank's tokens go: *entries*, as kernels/spec.py defines them, and a ledger (``exchange/ledger.py``).
+    """Where this rank's tokens go: a ledger (``exchange/ledger.py``), topk_idx, and *entries* (kernels/spec.py).
 
-    T tokens; W entries a token: min(K, R) of the compact layout, K with a row for each (token, column). All are int32
-    arrays in one piece of memory; ``*_addr`` is where each begins.
+    T tokens; W entries a token: min(K, R) of the compact layout, K with a row for each (token, column). All lie in one
+    int32 array, ``memory``, which begins at ``first_addr``; ``*_addr`` is where each part begins.
     """
 
-    num_tokens: int
-    geometry: Geometry
-    memory: NDArray[np.int32]
-    """the ledger, then the entries"""
-    topk_idx: torch.Tensor
-    """[T, K] int32 or int64, a copy of the caller's"""
-    ledger_addr: int
-    compact_width: int
-    compact_rank_addr: int
-    """[T, min(K, R)]"""
-    compact_slot_addr: int
-    width: int
-    entry_rank_addr: int
-    """[T, W]"""
-    entry_slot_addr: int
-    entry_row_addr: int
-    """[T, W], from slots when the receivers' rows are known"""
+    __slots__ = (
+        "compact_rank_addr",
+        "compact_slot_addr",
+        "compact_width",
+        "entry_rank_addr",
+        "entry_row_addr",
+        "entry_slot_addr",
+        "first_addr",
+        "geometry",
+        "idx_addr",
+        "idx_bytes",
+        "memory",
+        "num_tokens",
+        "placed",
+        "width",
+    )
+
+    def __init__(
+        self, geometry: Geometry, memory: NDArray[np.int32], first_addr: int, num_tokens: int, compact_width: int
+    ) -> None:
+        self.geometry = geometry
+        self.memory = memory
+        self.first_addr = first_addr
+        self.num_tokens = num_tokens
+        self.idx_bytes = geometry.key.idx_bytes
+        self.idx_addr = first_addr + 4 * geometry.shape.num_words
+        """[T, K] int32 or int64, a copy of the caller's"""
+        compact_bytes = 4 * num_tokens * compact_width
+        self.compact_width = compact_width
+        self.compact_rank_addr = self.idx_addr + num_tokens * geometry.num_topk * self.idx_bytes
+        """[T, min(K, R)]"""
+        self.compact_slot_addr = self.compact_rank_addr + compact_bytes
+        rest = self.compact_slot_addr + compact_bytes
+        if geometry.by_expert:
+            self.width = geometry.num_topk
+            self.entry_rank_addr = rest
+            """[T, W]"""
+            self.entry_slot_addr = rest + 4 * num_tokens * self.width
+            self.entry_row_addr = rest + 8 * num_tokens * self.width
+            """from slots when the receivers' rows are known (``placed``)"""
+        else:
+            self.width = compact_width
+            self.entry_rank_addr, self.entry_slot_addr = self.compact_rank_addr, self.compact_slot_addr
+            self.entry_row_addr = rest
+        self.placed = False
 
     def field(self, name: str) -> int:
         """Return the address of a field of the ledger."""
-        return self.ledger_addr + self.geometry.shape.bytes_at[name]
+        return self.first_addr + self.geometry.shape.bytes_at[name]
 
     def numbers(self, name: str) -> NDArray[np.int32]:
         """Return a field of the ledger, int32; a view."""
         return self.memory[self.geometry.shape.words_at[name]]
+
+    def topk_idx(self) -> torch.Tensor:
+        """Return topk_idx [T, K]; a view."""
+        geometry = self.geometry
+        first = geometry.shape.num_words
+        words = self.memory[first : first + self.num_tokens * geometry.num_topk * self.idx_bytes // 4]
+        return torch.from_numpy(words).view(geometry.idx_dtype).view(self.num_tokens, geometry.num_topk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -95,7 +95,7 @@ class LedgerShape:
             "scratch": ranks + experts,
         }
         starts = np.cumsum([0, *(sizes[name] for name in FIELDS)])
-        self.num_words = int(starts[-1])
+        self.num_words = int(starts[-1] + starts[-1] % 2)  # what lies behind it is aligned to 8 bytes
         self.offsets = 4 * starts[:-1].astype(np.int64)
         self.bytes_at = {name: int(offset) for name, offset in zip(FIELDS, self.offsets, strict=True)}
         edges = pairwise(starts.tolist())

@@ -66,7 +66,7 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     return Outgoing(
         rows=rows,
         topk_weights=weights,
-        geometry=end.geometry(handle.layout, handle.send.topk_idx.itemsize, weights is not None),
+        geometry=end.geometry(handle.layout, handle.send.idx_bytes, weights is not None),
         plan=handle.send,
         layout=handle.layout,
         cached=handle,
@@ -82,55 +82,38 @@ def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | Non
 def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
     num_tokens, num_topk = topk_idx.shape
     compact_width = min(num_topk, end.num_ranks)
-    width = num_topk if geometry.by_expert else compact_width
-    compact, entries = num_tokens * compact_width, num_tokens * width
     ledger = geometry.shape.num_words
-    num_arrays = 2 * compact + (3 * entries if geometry.by_expert else entries)
-    memory = np.empty(ledger + num_arrays, np.int32)
-    first: int = memory.__array_interface__["data"][0]
-    compact_rank = first + 4 * ledger
-    compact_slot = compact_rank + 4 * compact
-    rest = compact_slot + 4 * compact
-    plan = SendPlan(
-        num_tokens=num_tokens,
-        geometry=geometry,
-        memory=memory,
-        topk_idx=topk_idx.clone(),
-        ledger_addr=first,
-        compact_width=compact_width,
-        compact_rank_addr=compact_rank,
-        compact_slot_addr=compact_slot,
-        width=width,
-        entry_rank_addr=rest if geometry.by_expert else compact_rank,
-        entry_slot_addr=rest + 4 * entries if geometry.by_expert else compact_slot,
-        entry_row_addr=rest + 8 * entries if geometry.by_expert else rest,
-    )
+    idx_words = num_tokens * num_topk * topk_idx.itemsize // 4
+    entries = 2 * compact_width + (3 * num_topk if geometry.by_expert else compact_width)
+    memory = np.empty(ledger + idx_words + num_tokens * entries, np.int32)
+    first_addr = end.books.keep(memory, ledger, topk_idx.data_ptr(), 4 * idx_words)
+    plan = SendPlan(geometry, memory, first_addr, num_tokens, compact_width)
     if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
         _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
-    _route(end, plan, 0, compact_rank, compact_slot)
+    _route(end, plan, 0, plan.compact_rank_addr, plan.compact_slot_addr)
     return plan
 
 
 def _route(end: Endpoint, plan: SendPlan, by_expert: int, entry_rank_addr: int, entry_slot_addr: int) -> None:
-    num_experts = end.placement.num_experts
+    bytes_at, first = plan.geometry.shape.bytes_at, plan.first_addr
     bad = end.kernels.route(
-        plan.topk_idx.data_ptr(),
-        plan.topk_idx.itemsize,
+        plan.idx_addr,
+        plan.idx_bytes,
         plan.num_tokens,
         end.num_topk,
-        num_experts,
+        end.placement.num_experts,
         end.num_ranks,
-        end.tables.rank_E.data_ptr(),
+        end.tables.rank_addr,
         by_expert,
         entry_rank_addr,
         entry_slot_addr,
-        plan.field("rank_rows"),
-        plan.field("expert_rows"),
-        plan.field("scratch"),
+        first + bytes_at["rank_rows"],
+        first + bytes_at["expert_rows"],
+        first + bytes_at["scratch"],
     )
     if bad >= 0:
         token, column = divmod(bad, end.num_topk)
         raise ValueError(
-            f"topk_idx[{token}, {column}] is {int(plan.topk_idx[token, column])}; experts are 0 to {num_experts - 1}, "
-            "and -1 means none"
+            f"topk_idx[{token}, {column}] is {int(plan.topk_idx()[token, column])}; experts are 0 to "
+            f"{end.placement.num_experts - 1}, and -1 means none"
         )

@@ -11,11 +11,13 @@ from anyep.errors import CapacityError
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, Received, SendPlan
-from anyep.layout.regions import RowRegion, row_region
+from anyep.layout.regions import RowRegion, aligned, row_region
 from anyep.transport.base import Block, Words
 
 _MINUS_ONE = 0xFF
 """Every byte of an integer -1."""
+_ONE_BLOCK_BYTES = 8 << 20
+"""Up to here a batch is one block: whoever keeps its weights keeps its rows, and pays one allocation less."""
 _WORTH_TRIMMING_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 18
 """Up to here rows that all came along are unpacked into private memory; the offered memory is kept for next time."""
@@ -23,10 +25,12 @@ _SMALL_BYTES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Landing:
-    """Memory that peers may write a batch to: room for ``capacity`` rows, in two blocks (layout/regions.py)."""
+    """Memory that peers may write a batch to: room for ``capacity`` rows, in two blocks, or one if it is small."""
 
     data: Block
     routing: Block
+    routing_offset: int
+    """where the routing begins in its block"""
     capacity: int
     places: Words
     """what peers are told: capacity, segment and offset of the rows, segment and offset of their routing"""
@@ -39,9 +43,16 @@ NO_PLACES: Words = np.array([-1, 0, 0, 0, 0], np.int64)
 def cut_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing:
     """Allocate memory for up to ``capacity`` rows; CapacityError where the machine has none."""
     region = row_region(geometry.row, capacity)
-    data, routing = end.transport.allocate(region.data_bytes), end.transport.allocate(region.routing_bytes)
-    places = [capacity, data.place.segment, data.place.offset, routing.place.segment, routing.place.offset]
-    return Landing(data=data, routing=routing, capacity=capacity, places=np.array(places, np.int64))
+    if region.data_bytes <= _ONE_BLOCK_BYTES:
+        offset = aligned(region.data_bytes)
+        data = routing = end.transport.allocate(offset + region.routing_bytes)
+    else:
+        offset = 0
+        data, routing = end.transport.allocate(region.data_bytes), end.transport.allocate(region.routing_bytes)
+    segment, begin = data.place
+    routing_segment, routing_begin = routing.place
+    places = np.array([capacity, segment, begin, routing_segment, routing_begin + offset], np.int64)
+    return Landing(data=data, routing=routing, routing_offset=offset, capacity=capacity, places=places)
 
 
 def prepare_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing | None:
@@ -76,10 +87,11 @@ def settle_down(
     if not written and region.data_bytes <= _SMALL_BYTES:
         geometry.spare_landings.append(landing)
         return _fresh_batch(end, geometry, num_rows, idx_dtype)
-    if landing.data.num_bytes - region.data_bytes >= _WORTH_TRIMMING_BYTES:
-        end.transport.trim(landing.data, region.data_bytes)
-    if landing.routing.num_bytes - region.routing_bytes >= _WORTH_TRIMMING_BYTES:
-        end.transport.trim(landing.routing, region.routing_bytes)
+    if landing.routing is not landing.data:
+        if landing.data.num_bytes - region.data_bytes >= _WORTH_TRIMMING_BYTES:
+            end.transport.trim(landing.data, region.data_bytes)
+        if landing.routing.num_bytes - region.routing_bytes >= _WORTH_TRIMMING_BYTES:
+            end.transport.trim(landing.routing, region.routing_bytes)
     return _batch_on(end, geometry, landing, region, num_rows, idx_dtype)
 
 
@@ -103,17 +115,18 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def _batch_on(
     end: Endpoint, geometry: Geometry, landing: Landing, region: RowRegion, num_rows: int, idx_dtype: torch.dtype
 ) -> Batch:
-    row, wire, data, routing = geometry.row, end.wire, landing.data, landing.routing
+    row, wire, data, routing, offset = geometry.row, end.wire, landing.data, landing.routing, landing.routing_offset
+    routing_addr = routing.address + offset
     x = tensor_on(data, 0, (num_rows, wire.hidden), wire.dtype)
     scales = idx = weights = token = None
     if row.scales:
         scales = tensor_on(data, region.scales_offset, (num_rows, wire.scale_columns), wire.scale_dtype)
     if row.topk_idx:
-        idx = tensor_on(routing, 0, (num_rows, end.num_topk), idx_dtype)
+        idx = tensor_on(routing, offset, (num_rows, end.num_topk), idx_dtype)
     if row.topk_weights:
-        weights = tensor_on(routing, region.weights_offset, (num_rows, end.num_topk), torch.float32)
+        weights = tensor_on(routing, offset + region.weights_offset, (num_rows, end.num_topk), torch.float32)
     if row.token:
-        token = tensor_on(routing, region.token_offset, (num_rows,), torch.int32)
+        token = tensor_on(routing, offset + region.token_offset, (num_rows,), torch.int32)
     return Batch(
         x=x,
         scales=scales,
@@ -123,9 +136,9 @@ def _batch_on(
         part_addr=(
             data.address,
             data.address + region.scales_offset if row.scales else 0,
-            routing.address if row.topk_idx else 0,
-            routing.address + region.weights_offset if row.topk_weights else 0,
-            routing.address + region.token_offset if row.token else 0,
+            routing_addr if row.topk_idx else 0,
+            routing_addr + region.weights_offset if row.topk_weights else 0,
+            routing_addr + region.token_offset if row.token else 0,
         ),
     )
 

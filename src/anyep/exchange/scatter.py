@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from anyep.exchange.endpoint import Endpoint
+from anyep.exchange.handle import SendPlan
 from anyep.exchange.outgoing import Outgoing
 from anyep.layout.regions import RowBytes
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """Entries that rows follow (kernels/spec.py): W a token, a row for each (token, column) or for each rank."""
 
     width: int
     entry_rank_addr: int
     entry_row_addr: int
-    by_expert: bool
+    by_expert: int
+
+
+def place(end: Endpoint, plan: SendPlan) -> None:
+    """Work out the rows that entries have at their destinations, once."""
+    if not plan.placed:
+        place_at(end, plan, plan.field("send_start"), plan.entry_row_addr)
+        plan.placed = True
+
+
+def place_at(end: Endpoint, plan: SendPlan, starts_addr: int, row_addr: int) -> None:
+    """Write rows int32 [T, W] to ``row_addr``: slots and where their bins start, int32 [B]."""
+    end.kernels.place(
+        plan.entry_rank_addr,
+        plan.entry_slot_addr,
+        plan.num_tokens,
+        plan.width,
+        plan.idx_addr,
+        plan.idx_bytes,
+        int(plan.geometry.by_expert),
+        starts_addr,
+        row_addr,
+    )
 
 
 def send_rows(end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[int], row: RowBytes) -> None:
@@ -25,49 +47,54 @@ def send_rows(end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[i
 
     Splits tokens between threads where that pays.
     """
-    x_table, scales_table, idx_table, weights_table, token_table = table_addr
-    kernels, rows, plan = end.kernels, out.rows, out.plan
-    entries = (route.width, route.entry_rank_addr, route.entry_row_addr)
-    x_addr = rows.x.data_ptr()
-    weights_addr = 0
-    if out.topk_weights is not None and row.topk_weights:
-        weights_addr = out.topk_weights.data_ptr()
+    num_tokens = out.plan.num_tokens
+    if end.workers.num_threads == 1:
+        _send_tokens(end, out, route, table_addr, row, 0, num_tokens)
+    else:
+        row_bytes = row.x * route.width
+        end.workers.over(num_tokens, row_bytes, lambda a, b: _send_tokens(end, out, route, table_addr, row, a, b))
 
-    def tokens(first: int, last: int) -> None:
-        if rows.quantise_from is not None:
-            assert end.wire.scale_format is not None
-            kernels.quantise_scatter(
-                x_addr,
-                int(rows.quantise_from),
-                end.hidden,
-                int(end.wire.scale_format),
-                first,
-                last,
-                *entries,
-                x_table,
-                scales_table,
-            )
-        else:
-            kernels.scatter(x_addr, row.x, first, last, *entries, x_table)
-        if rows.scales is not None:
-            kernels.scatter(rows.scales.data_ptr(), row.scales, first, last, *entries, scales_table)
-        kernels.scatter_routing(
-            plan.topk_idx.data_ptr(),
-            plan.topk_idx.itemsize,
-            weights_addr,
+
+def _send_tokens(
+    end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[int], row: RowBytes, first: int, last: int
+) -> None:
+    x_table, scales_table, idx_table, weights_table, token_table = table_addr
+    width, entry_rank_addr, entry_row_addr, by_expert = route
+    kernels, rows, plan = end.kernels, out.rows, out.plan
+    if rows.quantise_from is not None:
+        kernels.quantise_scatter(
+            rows.x.data_ptr(),
+            int(rows.quantise_from),
+            end.hidden,
+            end.scale_code,
             first,
             last,
-            end.num_topk,
-            route.width,
-            int(route.by_expert),
-            end.tables.rank_E.data_ptr(),
-            end.tables.local_E.data_ptr(),
-            route.entry_rank_addr,
-            route.entry_row_addr,
-            idx_table if row.topk_idx else 0,
-            weights_table,
-            token_table if row.token else 0,
+            width,
+            entry_rank_addr,
+            entry_row_addr,
+            x_table,
+            scales_table,
         )
-        kernels.fence()
-
-    end.workers.over(plan.num_tokens, row.x * route.width, tokens)
+    else:
+        kernels.scatter(rows.x.data_ptr(), row.x, first, last, width, entry_rank_addr, entry_row_addr, x_table)
+    if rows.scales is not None:
+        scales_addr = rows.scales.data_ptr()
+        kernels.scatter(scales_addr, row.scales, first, last, width, entry_rank_addr, entry_row_addr, scales_table)
+    kernels.scatter_routing(
+        plan.idx_addr,
+        plan.idx_bytes,
+        out.topk_weights.data_ptr() if row.topk_weights and out.topk_weights is not None else 0,
+        first,
+        last,
+        end.num_topk,
+        width,
+        by_expert,
+        end.tables.rank_addr,
+        end.tables.local_addr,
+        entry_rank_addr,
+        entry_row_addr,
+        idx_table if row.topk_idx else 0,
+        weights_table,
+        token_table if row.token else 0,
+    )
+    kernels.fence()

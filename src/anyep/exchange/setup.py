@@ -52,7 +52,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
 
 def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
     """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
-    placement = options.place_experts(transport.size)
+    placement, wire = options.place_experts(transport.size), options.make_wire()
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
     bases_R = _swap_areas(transport, lanes, area, epoch=-NUM_EPOCHS)
     slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
@@ -67,7 +67,8 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
         placement=placement,
         tables=ExpertTables.of(placement),
         lanes=lanes,
-        wire=options.make_wire(),
+        wire=wire,
+        scale_code=-1 if wire.scale_format is None else int(wire.scale_format),
         hidden=options.hidden,
         num_topk=options.num_topk,
         max_tokens=options.max_tokens_per_rank,
@@ -127,6 +128,7 @@ def load_books() -> Books:
     return Books(
         announce=settle.announce,
         agree=settle.agree,
+        keep=settle.keep,
         settle=settle.settle,
         connect=connect.connect,
         connect_back=connect.connect_back,
