@@ -41,6 +41,12 @@ class Case:
     num_threads: int
     seed: int
     eager_bytes: int | None = None
+    max_tokens: int | None = None
+    """Tmax of the buffer; None: as many as the largest batch has"""
+
+    @property
+    def most_tokens(self) -> int:
+        return max(self.num_tokens) if self.max_tokens is None else self.max_tokens
 
     @property
     def num_ranks(self) -> int:
@@ -59,7 +65,7 @@ class Case:
     @property
     def block_rows(self) -> int:
         """Rows of an expert's block in the padded layout."""
-        return self.num_ranks * max(self.num_tokens) if self.layout == "padded" else 0
+        return self.num_ranks * self.most_tokens if self.layout == "padded" else 0
 
     @cached_property
     def static_rows(self) -> int | None:

@@ -73,7 +73,7 @@ def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:
         hidden=case.hidden,
         num_experts=case.num_experts,
         num_topk=case.num_topk,
-        max_tokens_per_rank=max(case.num_tokens),
+        max_tokens_per_rank=case.most_tokens,
         wire=case.wire,
         scales=case.scales,
         expert_alignment=case.alignment,
