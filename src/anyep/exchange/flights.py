@@ -178,10 +178,10 @@ class Flights:
         return flight.take()
 
     def _finish_up_to(self, flight: Flight[Any]) -> None:
+        for older in list(self._flying):
+            if older.epoch < flight.epoch and older.future is None:
+                self._finish(older)  # also before one of the background: at a peer it may be queued behind this one
         if flight.future is None:
-            for older in list(self._flying):
-                if older.epoch < flight.epoch and older.future is None:
-                    self._finish(older)
             self._finish(flight)
         else:
             self._await_background(flight)
