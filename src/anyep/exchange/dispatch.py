@@ -14,6 +14,8 @@ A cached dispatch knows the counts: it announces where its batch may be put, and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.endpoint import Desk, Endpoint
@@ -124,7 +126,13 @@ class Dispatch:
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, out)
-        return wrap(end, batch, out.cached or self._handle(num_rows))
+        return wrap(end, batch, self._handle(num_rows) if out.cached is None else self._known(out.cached))
+
+    def _known(self, handle: Handle) -> Handle:
+        """Return the handle of a cached dispatch, with its own weights where combine will want them."""
+        if self._out.topk_weights is None or not self._geometry.padded:
+            return handle
+        return replace(handle, has_weights=True, topk_weights=self._out.topk_weights.clone())
 
     def _handle(self, num_rows: int) -> Handle:
         plan, out = self._out.plan, self._out

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from anyep.errors import ClosedError
@@ -51,6 +52,12 @@ class Flight(Generic[Result]):
         self.result: Result | None = None
         self.error: BaseException | None = None
         self.pending: weakref.ref[Pending[Result]] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody can still ask for the outcome."""
+        pending = self.pending
+        return pending is not None and pending() is not None
 
     @property
     def finished(self) -> bool:
@@ -139,7 +146,7 @@ class Flights:
             self._background.shutdown(wait=True, cancel_futures=True)
 
     def _check_room(self, operation: Operation[Any]) -> None:
-        waiting = [f for f in self._flying if f.pending is not None and f.pending() is not None]
+        waiting = [flight for flight in self._flying if flight.held]
         if len(waiting) >= self.max_in_flight:
             names = ", ".join(f"{flight.label} {flight.epoch}" for flight in waiting)
             raise ValueError(
@@ -171,10 +178,11 @@ class Flights:
 
     def _land(self, flight: Flight[Result]) -> Result:
         """Finish what somebody waits for, and return its outcome."""
+        flight.pending = None  # asked for: it takes no room any more
         try:
             self._finish_up_to(flight)
         finally:
-            self._forget(flight)
+            self._forget_dropped(flight)  # unless Ctrl-C ended the wait, and not the operation
         return flight.take()
 
     def _finish_up_to(self, flight: Flight[Any]) -> None:
@@ -208,13 +216,13 @@ class Flights:
             except BaseException as error:
                 flight.error = error
                 self._break(error)
-            if flight.pending is None or flight.pending() is None:
-                self._forget(flight)
+        if not flight.held:  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
+            self._forget(flight)
         if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C
             raise flight.error
 
     def _forget(self, flight: Flight[Any]) -> None:
-        if flight in self._flying:
+        with suppress(ValueError):  # two threads may come to it
             self._flying.remove(flight)
 
     def _forget_dropped(self, flight: Flight[Any]) -> None:
