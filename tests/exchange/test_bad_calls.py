@@ -26,6 +26,9 @@ class Scene:
     idx: torch.Tensor
     weights: torch.Tensor
     received: anyep.Received
+    blocks: anyep.Received
+    """in the padded layout"""
+    fp8_blocks: anyep.Received
     foreign: anyep.Handle
 
     @property
@@ -194,6 +197,96 @@ CALLS = [
         ValueError,
         ["layout='expert'"],
     ),
+    (
+        "rows of no block",
+        lambda s: s.ep.combine(s.blocks.x.view(-1, H), s.blocks.handle),
+        ValueError,
+        ["y must have shape [L, R * Tmax, hidden] = [4, 32, 64]", "[128, 64]"],
+    ),
+    ("blocks that are too few", lambda s: s.ep.combine(s.blocks.x[:3], s.blocks.handle), ValueError, ["[3, 32, 64]"]),
+    (
+        "blocks that are too short",
+        lambda s: s.ep.combine(s.blocks.x[:, :5].contiguous(), s.blocks.handle),
+        ValueError,
+        ["[4, 5, 64]"],
+    ),
+    (
+        "blocks that are not contiguous",
+        lambda s: s.ep.combine(s.blocks.x.transpose(0, 1).contiguous().transpose(0, 1), s.blocks.handle),
+        ValueError,
+        ["y must be contiguous"],
+    ),
+    ("blocks in fp8", lambda s: s.fp8.combine(s.fp8_blocks.x, s.fp8_blocks.handle), TypeError, ["float8_e4m3fn"]),
+    ("blocks for a compact handle", lambda s: s.ep.combine(s.blocks.x, s.handle), ValueError, ["[N, hidden]"]),
+    ("compact rows for a padded handle", lambda s: s.ep.combine(s.y, s.blocks.handle), ValueError, ["[L, R * Tmax"]),
+    (
+        "weights of rows for blocks",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, topk_weights=torch.ones(128, K)),
+        ValueError,
+        ["topk_weights must have shape [T, num_topk] = [5, 3]", "[128, 3]"],
+    ),
+    (
+        "weights of tokens for compact rows",
+        lambda s: s.ep.combine(s.y, s.handle, topk_weights=s.weights),
+        ValueError,
+        ["topk_weights must have shape [N, num_topk]", "[5, 3]"],
+    ),
+    (
+        "weights of blocks in bf16",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, topk_weights=s.weights.bfloat16()),
+        TypeError,
+        ["topk_weights must be float32", "bfloat16"],
+    ),
+    (
+        "an unknown reduce of blocks",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, reduce="column"),
+        ValueError,
+        ["'expert'", "'column'"],
+    ),
+    (
+        "an unknown wire of combine",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, wire="fp8"),
+        ValueError,
+        ["wire must be one of 'logfmt10'", "'fp8'"],
+    ),
+    (
+        "a wire of combine that is no text",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, wire=10),
+        ValueError,
+        ["wire must be one of 'logfmt10'", "10"],
+    ),
+    (
+        "logfmt of compact rows",
+        lambda s: s.ep.combine(s.y, s.handle, wire="logfmt10"),
+        ValueError,
+        ["layout='padded'", "layout='compact'"],
+    ),
+    (
+        "logfmt of fp32",
+        lambda s: s.ep.combine(s.blocks.x.float(), s.blocks.handle, wire="logfmt10"),
+        ValueError,
+        ["bfloat16", "float32"],
+    ),
+    (
+        "out inside blocks",
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, out=s.blocks.x[0, :T]),
+        ValueError,
+        ["out overlaps y"],
+    ),
+    (
+        "a layout with a handle's rows of another T",
+        lambda s: s.ep.dispatch(s.x[:2], handle=s.blocks.handle),
+        ValueError,
+        ["2 tokens", "sent 5"],
+    ),
+    (
+        "cached weights of another shape",
+        lambda s: s.ep.dispatch(s.x, None, s.weights[:2], handle=s.blocks.handle),
+        ValueError,
+        ["topk_weights", "[2, 3]"],
+    ),
+    ("a layout that is no text", lambda s: s.ep.dispatch(s.x, s.idx, layout=["padded"]), ValueError, ["layout"]),
+    ("too many experts, split", lambda s: s.ep.dispatch(s.x, changed(s.idx, E), wait=False), ValueError, ["is 8"]),
     ("integer output", lambda s: s.ep.empty_output(s.handle, torch.int32), TypeError, ["bfloat16", "int32"]),
     ("output for a foreign handle", lambda s: s.ep.empty_output(s.foreign), ValueError, ["another buffer"]),
 ]
@@ -215,6 +308,8 @@ def make_scene(member, stack: ExitStack) -> Scene:
         idx=idx,
         weights=weights,
         received=ep.dispatch(x, idx, weights),
+        blocks=ep.dispatch(x, idx, weights, layout="padded"),
+        fp8_blocks=fp8.dispatch(x, idx, weights, layout="padded"),
         foreign=fp8.dispatch(x, idx).handle,
     )
 
@@ -249,88 +344,6 @@ def test_every_bad_call_is_refused_and_the_buffer_still_works():
     anyep.local_group(R).run(rank_main)
 
 
-def good(**changes) -> dict:
-    return {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": 16, "timeout_s": 20} | changes
-
-
-CONSTRUCTORS = [
-    ("hidden 0", {"hidden": 0}, ValueError, ["hidden must be at least 1", "0"]),
-    ("hidden a float", {"hidden": 64.0}, TypeError, ["hidden must be an integer", "64.0"]),
-    ("hidden a bool", {"hidden": True}, TypeError, ["hidden must be an integer", "True"]),
-    ("no experts", {"num_experts": 0}, ValueError, ["num_experts"]),
-    ("no top-k", {"num_topk": 0}, ValueError, ["num_topk"]),
-    ("negative tokens", {"max_tokens_per_rank": -1}, ValueError, ["max_tokens_per_rank"]),
-    ("an unknown wire", {"wire": "fp4"}, ValueError, ["wire", "'fp8'", "'fp4'"]),
-    ("unknown scales", {"wire": "fp8", "scales": "int8"}, ValueError, ["scales", "'ue8m0'", "'int8'"]),
-    ("scales without fp8", {"scales": "pow2"}, ValueError, ["wire='fp8'", "'bf16'"]),
-    ("a huge alignment", {"expert_alignment": 2**31}, ValueError, ["expert_alignment", "at most"]),
-    ("huge static rows", {"static_rows": 2**31}, ValueError, ["static_rows", "at most 2147483647"]),
-    ("huge experts", {"num_experts": 2**62}, ValueError, ["num_experts", "at most"]),
-    ("a placement of words", {"placement": ["a"] * 8}, TypeError, ["placement[0]", "'a'"]),
-    ("a placement that is no sequence", {"placement": 5}, TypeError, ["placement must be a sequence", "5"]),
-    ("alignment 0", {"expert_alignment": 0}, ValueError, ["expert_alignment"]),
-    ("negative static rows", {"static_rows": -1}, ValueError, ["static_rows"]),
-    ("no threads", {"num_threads": 0}, ValueError, ["num_threads"]),
-    ("a negative arena", {"arena_bytes": -1}, ValueError, ["arena_bytes"]),
-    ("an impossible arena", {"arena_bytes": 1 << 50}, anyep.CapacityError, ["MiB"]),
-    ("no time", {"timeout_s": 0}, ValueError, ["timeout_s"]),
-    ("time as text", {"timeout_s": "1"}, TypeError, ["timeout_s"]),
-    ("a short placement", {"placement": [0, 1]}, ValueError, ["placement", "num_experts=8", "2"]),
-    ("a placement outside", {"placement": [0, 1, 2, 0, 1, 0, 1, 0]}, ValueError, ["expert 2 on rank 2", "0 to 1"]),
-    ("an unknown transport", {"transport": "carrier pigeon"}, ValueError, ["transport", "carrier pigeon"]),
-    ("unknown kernels", {"kernels": "cobol"}, ValueError, ["kernels", "cobol"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error_type", "words"), [row[1:] for row in CONSTRUCTORS], ids=[r[0] for r in CONSTRUCTORS]
-)
-def test_constructor_refuses(changes, error_type, words):
-    def rank_main(member):
-        with pytest.raises(error_type) as caught:
-            anyep.Buffer(member, **good(**changes))
-        return str(caught.value)
-
-    for text in anyep.local_group(R).run(rank_main):
-        assert all(word.lower() in text.lower() for word in words), text
-
-
-def test_one_rank_with_bad_arguments_is_named_on_all():
-    def rank_main(member):
-        with pytest.raises(ValueError, match="hidden must be at least 1") as caught:
-            anyep.Buffer(member, **good(hidden=-3 if member.rank == 1 else H))
-        return str(caught.value)
-
-    first, second = anyep.local_group(2).run(rank_main)
-    assert "rank 1 could not make its buffer" in first
-    assert "hidden must be at least 1" in first
-    assert "hidden must be at least 1" in second
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("hidden", [64, 128]),
-        ("num_experts", [8, 16]),
-        ("num_topk", [3, 2]),
-        ("max_tokens_per_rank", [16, 17]),
-        ("wire", ["bf16", "fp8"]),
-        ("expert_alignment", [1, 8]),
-        ("static_rows", [None, 100]),
-        ("placement", [None, [0] * 8]),
-    ],
-)
-def test_arguments_that_differ_between_ranks(name, values):
-    def rank_main(member):
-        with pytest.raises(ValueError, match=f"{name} differs between ranks") as caught:
-            anyep.Buffer(member, **good(**{name: values[member.rank]}))
-        return str(caught.value)
-
-    for text in anyep.local_group(2).run(rank_main):
-        assert "on rank 0" in text
-        assert "on rank 1" in text
-
-
 DISAGREEMENTS = [
     (
         "layout",
@@ -362,6 +375,31 @@ DISAGREEMENTS = [
         "returned weights",
         lambda s, rank: s.ep.combine(s.y, s.handle, topk_weights=[None, s.received.topk_weights][rank]),
         ["topk_weights", "given on rank 1"],
+    ),
+    (
+        "padded or not",
+        lambda s, rank: s.ep.dispatch(s.x, s.idx, layout=["padded", "expert"][rank]),
+        ["layout", "'padded' on rank 0"],
+    ),
+    (
+        "weights of blocks",
+        lambda s, rank: s.ep.dispatch(s.x, s.idx, [s.weights, None][rank], layout="padded"),
+        ["topk_weights", "not given on rank 1"],
+    ),
+    (
+        "wire of combine",
+        lambda s, rank: s.ep.combine(s.blocks.x, s.blocks.handle, wire=[None, "logfmt10"][rank]),
+        ["the wire of combine", "'none' on rank 0", "'logfmt10' on rank 1"],
+    ),
+    (
+        "reduce of blocks",
+        lambda s, rank: s.ep.combine(s.blocks.x, s.blocks.handle, reduce=["rank", "expert"][rank]),
+        ["reduce", "'rank' on rank 0"],
+    ),
+    (
+        "handles of two layouts",
+        lambda s, rank: s.ep.combine([s.y, s.blocks.x][rank], [s.handle, s.blocks.handle][rank], reduce="rank"),
+        ["layout is", "'compact' on rank 0"],
     ),
     (
         "cached or not",
@@ -416,9 +454,3 @@ def test_a_closed_buffer_says_so():
             assert scene.y.float().isfinite().all(), "received tensors outlive the buffer"
 
     anyep.local_group(R).run(rank_main)
-
-
-@pytest.mark.parametrize("group", [3, "world", object()], ids=["int", "str", "object"])
-def test_something_that_is_no_group(group):
-    with pytest.raises(TypeError, match=r"group.*local_group"):
-        anyep.Buffer(group, **good())

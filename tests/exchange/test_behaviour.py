@@ -169,6 +169,32 @@ def test_a_default_device_changes_nothing():
     on_ranks(CASE, rank_main)
 
 
+def test_a_handle_may_be_taken_with_weights_or_without():
+    """Whatever the handle's dispatch had; combine of the padded layout takes the last that were given."""
+
+    def rank_main(ep, batch):
+        x, idx = torch.ones(4, 256).bfloat16(), torch.arange(8).view(4, 2).repeat(1, 2) + torch.tensor([0, 0, 2, 2])
+        weights = torch.full((4, 4), 0.5)
+        for layout in ("compact", "expert", "padded"):
+            for first in (None, weights):
+                handle = ep.dispatch(x, idx, first, layout=layout).handle
+                for then in (None, weights, 4 * weights):
+                    again = ep.dispatch(x, None, then, handle=handle)
+                    fresh = ep.dispatch(x, idx, then, layout=layout)
+                    if layout == "padded":
+                        last = first if then is None else then
+                        factor = 1.0 if last is None else last[0, 0].item()
+                        out = ep.combine(torch.full_like(again.x, 2.0), again.handle)
+                        assert (out == 8 * factor).all()
+                    elif then is None:
+                        assert again.topk_weights is None
+                    else:
+                        assert torch.equal(again.topk_weights, fresh.topk_weights)
+
+    for eager_bytes in (0, 1 << 20):
+        on_ranks(CASE, rank_main, eager_bytes=eager_bytes)
+
+
 def test_background_errors_arrive_at_wait():
     def rank_main(ep, batch):
         layout = "compact" if ep.rank else "expert"
