@@ -54,10 +54,11 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
     """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
     placement, wire = options.place_experts(transport.size), options.make_wire()
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
-    bases_R = _swap_areas(transport, lanes, area, epoch=-NUM_EPOCHS)
+    first = 0 if options.eager_bytes is not None else -NUM_EPOCHS  # so that epochs follow one another up to 1
+    bases_R = _swap_areas(transport, lanes, area, epoch=first)
     slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
     if options.eager_bytes is None:
-        rule = measured_rule(transport, lanes, kernels, area, epoch=1 - NUM_EPOCHS)
+        rule = measured_rule(transport, lanes, kernels, area, epoch=first + 1)
     else:
         rule = given_rule(options.eager_bytes)
     return Endpoint(
