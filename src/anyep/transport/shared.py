@@ -25,8 +25,9 @@ from anyep.transport.segments import SegmentMaker
 from anyep.transport.slots import Slot, lay_out
 from anyep.transport.together import load_signals
 
-SLICE_NS = 20_000_000
-"""How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed."""
+SLICE_NS, LONGEST_SLICE_NS = 20_000_000, 100_000_000
+"""How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed: a quarter of what it
+has waited so far, between these two."""
 SPINS, YIELDS = 64, 16
 """Looks before a wait sleeps: some with a pause (about 1 us in all), some that let others run."""
 _NAP_S = 0.0005
@@ -192,7 +193,8 @@ class SharedTransport:
         how = "then sleep on a futex" if self._sleeps else f"then naps of {_NAP_S * 1e3:g} ms (no futex here)"
         return {
             "arena": f"{arena.committed_bytes / (1 << 20):.0f} MiB in {len(arena.segments)} segments, grows when full",
-            "waits": f"{SPINS} looks, {YIELDS} yields, {how}; peers checked every {SLICE_NS // 1_000_000} ms",
+            "waits": f"{SPINS} looks, {YIELDS} yields, {how}; peers checked every "
+            f"{SLICE_NS // 1_000_000} to {LONGEST_SLICE_NS // 1_000_000} ms",
         }
 
     def _opened(self) -> _Open:
@@ -224,7 +226,10 @@ class SharedTransport:
 
     def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
         """Look, and sleep up to one slice; return how many messages are missing."""
-        deadline_ns = now_ns + SLICE_NS if self._sleeps else 0
+        waited_ns = now_ns - began_ns
+        left_ns = max(1, int(self._timeout_s * 1e9) - waited_ns)
+        slice_ns = min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns)
+        deadline_ns = now_ns + slice_ns if self._sleeps else 0
         missing: int = self._signals.await_each(
             self._doorbell,
             slot.first,
