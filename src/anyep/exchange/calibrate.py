@@ -17,12 +17,13 @@ from anyep.exchange.endpoint import Lanes
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Transport, Words
 
-_REPEATS, _WARM_UP = 6, 2
-NUM_EPOCHS = 2 * _REPEATS + 1
-"""How many epochs the measurement takes."""
+_ROUNDS, _TURNS = 4, 3
+"""Rounds that are timed together, as the last rank to come finds a single one short; and how often."""
 _COPY_BYTES = 1 << 19
-_COPIES = 8
-"""Copies before a round: together they take several times as long as the round, so that its jitter matters little."""
+_COPIES = 4
+"""Pieces that a rank copies before a round: together they take longer than the round."""
+NUM_EPOCHS = 2 * _ROUNDS * _TURNS + 1
+"""How many epochs the measurement takes."""
 
 
 def given_rule(eager_bytes: int) -> EagerRule:
@@ -34,26 +35,36 @@ def measured_rule(transport: Transport, lanes: Lanes, kernels: KernelSet, area: 
     """Measure with all ranks. Collective; takes the epochs from ``epoch`` on."""
     if transport.size == 1:
         return EagerRule(pair_bytes=0, reason="a single rank writes to itself")
-    num_bytes = min(area.num_bytes // 2, _COPY_BYTES)
+    num_bytes = min(area.num_bytes // (2 * _COPIES), _COPY_BYTES)
     rounds_s: list[float] = []
     copies_s: list[float] = []
-    for number in range(2 * _REPEATS):
-        begin = time.perf_counter()
-        if number % 2:
-            for _ in range(_COPIES):
-                kernels.copy(area.address, area.address + num_bytes, num_bytes)
-            kernels.fence()
-        _round(transport, lanes, epoch + number, 0, 0)
-        (copies_s if number % 2 else rounds_s).append(time.perf_counter() - begin)
-    round_s = min(rounds_s[_WARM_UP:])  # what else the machine does only makes it slower
-    extra_s = max(round_s / 4, min(copies_s[_WARM_UP:]) - round_s)
-    told_R2 = _round(transport, lanes, epoch + 2 * _REPEATS, int(1e9 * round_s), int(_COPIES * num_bytes / extra_s))
+    for turn in range(_TURNS):
+        for times_s, copies in ((rounds_s, False), (copies_s, True)):
+            begin = time.perf_counter()
+            for number in range(_ROUNDS):
+                if copies:
+                    _copy_pieces(kernels, area.address, num_bytes, back=(turn + number) % 2 == 1)
+                _round(transport, lanes, epoch, 0, 0)
+                epoch += 1
+            times_s.append((time.perf_counter() - begin) / _ROUNDS)
+    round_s = min(rounds_s)  # what else the machine does only makes it slower
+    extra_s = max(round_s / 4, min(copies_s) - round_s)
+    told_R2 = _round(transport, lanes, epoch, int(1e9 * round_s), int(_COPIES * num_bytes / extra_s))
     round_s, rate = float(np.median(told_R2[:, 0])) / 1e9, float(np.median(told_R2[:, 1]))
     reason = (
         f"a round of messages takes {round_s * 1e6:.0f} us, a copy {rate / 1e9:.1f} GB/s a rank with all at it, "
         f"for {transport.size} ranks"
     )
     return EagerRule(pair_bytes=int(round_s * rate / transport.size), reason=reason)
+
+
+def _copy_pieces(kernels: KernelSet, address: int, num_bytes: int, *, back: bool) -> None:
+    """Copy every other piece to its neighbour, or back: what it reads was written past the caches, as are slots."""
+    for piece in range(_COPIES):
+        first = address + 2 * piece * num_bytes
+        second = first + num_bytes
+        kernels.copy(second if back else first, first if back else second, num_bytes)
+    kernels.fence()
 
 
 def _round(transport: Transport, lanes: Lanes, epoch: int, first: int, second: int) -> Words:
