@@ -225,6 +225,8 @@ def _steps(draw: st.DrawFn, base: Case, earlier: list[Step], number: int) -> Ste
     if kind in ("combine", "again"):
         of = draw(st.sampled_from(known))
         case = earlier[of].case
+        if kind == "again" and (case.layout != "padded" or not case.with_weights):  # padded ones stay as they were
+            case = replace(case, with_weights=draw(st.booleans()))
         reduce = "rank" if case.layout == "compact" else draw(st.sampled_from(["rank", "expert"]))
         coded = kind == "combine" and case.layout == "padded" and base.wire in ("bf16", "fp8")
         wire = draw(st.sampled_from([None, "logfmt10"])) if coded else None

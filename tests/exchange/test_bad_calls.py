@@ -7,37 +7,13 @@ a received batch. Calls that only one rank makes are refused before a word is se
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyep
-
-T, H, K, E, R = 5, 64, 3, 8, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    ep: anyep.Buffer
-    fp8: anyep.Buffer
-    x: torch.Tensor
-    idx: torch.Tensor
-    weights: torch.Tensor
-    received: anyep.Received
-    blocks: anyep.Received
-    """in the padded layout"""
-    fp8_blocks: anyep.Received
-    foreign: anyep.Handle
-
-    @property
-    def y(self) -> torch.Tensor:
-        return self.received.x
-
-    @property
-    def handle(self) -> anyep.Handle:
-        return self.received.handle
+from tests.exchange.scene import E, H, K, R, T, check_works, make_scene
 
 
 def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -292,37 +268,6 @@ CALLS = [
 ]
 
 
-def make_scene(member, stack: ExitStack) -> Scene:
-    sizes = {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": 16, "timeout_s": 20}
-    ep = stack.enter_context(anyep.Buffer(member, **sizes))
-    fp8 = stack.enter_context(anyep.Buffer(member, wire="fp8", **sizes))
-    generator = torch.Generator().manual_seed(member.rank)
-    x = torch.randn(T, H, generator=generator).bfloat16()
-    idx = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
-    idx[0, 0], idx[1, 0] = 0, E - 1  # every rank receives something
-    weights = torch.rand(T, K, generator=generator)
-    return Scene(
-        ep=ep,
-        fp8=fp8,
-        x=x,
-        idx=idx,
-        weights=weights,
-        received=ep.dispatch(x, idx, weights),
-        blocks=ep.dispatch(x, idx, weights, layout="padded"),
-        fp8_blocks=fp8.dispatch(x, idx, weights, layout="padded"),
-        foreign=fp8.dispatch(x, idx).handle,
-    )
-
-
-def check_works(scene: Scene) -> None:
-    received = scene.ep.dispatch(scene.x, scene.idx, scene.weights)
-    assert torch.equal(received.x, scene.received.x)
-    ranks = (scene.idx // (E // R)).unsqueeze(-1) == torch.arange(R)
-    copies = ranks.any(dim=1).sum(dim=1, keepdim=True)
-    combined = scene.ep.combine(received.x, received.handle)
-    assert torch.equal(combined, (scene.x.float() * copies).bfloat16())
-
-
 def test_the_table_is_long_and_named_apart():
     names = [row[0] for row in CALLS]
     assert len(names) == len(set(names)) >= 40
@@ -340,117 +285,5 @@ def test_every_bad_call_is_refused_and_the_buffer_still_works():
                     failures.append(f"{name}: {type(caught.value).__name__}: {caught.value}")
                 check_works(scene)
             assert not failures, "\n".join(failures)
-
-    anyep.local_group(R).run(rank_main)
-
-
-DISAGREEMENTS = [
-    (
-        "layout",
-        lambda s, rank: s.ep.dispatch(s.x, s.idx, layout=["compact", "expert"][rank]),
-        ["layout", "'expert' on rank 1"],
-    ),
-    (
-        "weights",
-        lambda s, rank: s.ep.dispatch(s.x, s.idx, [s.weights, None][rank]),
-        ["topk_weights", "not given on rank 1"],
-    ),
-    (
-        "index dtype",
-        lambda s, rank: s.ep.dispatch(s.x, [s.idx, s.idx.int()][rank]),
-        ["int32 on rank 1", "int64 on rank 0"],
-    ),
-    (
-        "operation",
-        lambda s, rank: s.ep.combine(s.y, s.handle) if rank else s.ep.dispatch(s.x, s.idx, s.weights),
-        ["the operation", "combine on rank 1"],
-    ),
-    ("barrier", lambda s, rank: s.ep.barrier() if rank else s.ep.combine(s.y, s.handle), ["barrier on rank 1"]),
-    (
-        "dtype of y",
-        lambda s, rank: s.ep.combine([s.y, s.y.float()][rank], s.handle),
-        ["dtype of y", "float32 on rank 1"],
-    ),
-    (
-        "returned weights",
-        lambda s, rank: s.ep.combine(s.y, s.handle, topk_weights=[None, s.received.topk_weights][rank]),
-        ["topk_weights", "given on rank 1"],
-    ),
-    (
-        "padded or not",
-        lambda s, rank: s.ep.dispatch(s.x, s.idx, layout=["padded", "expert"][rank]),
-        ["layout", "'padded' on rank 0"],
-    ),
-    (
-        "weights of blocks",
-        lambda s, rank: s.ep.dispatch(s.x, s.idx, [s.weights, None][rank], layout="padded"),
-        ["topk_weights", "not given on rank 1"],
-    ),
-    (
-        "wire of combine",
-        lambda s, rank: s.ep.combine(s.blocks.x, s.blocks.handle, wire=[None, "logfmt10"][rank]),
-        ["the wire of combine", "'none' on rank 0", "'logfmt10' on rank 1"],
-    ),
-    (
-        "reduce of blocks",
-        lambda s, rank: s.ep.combine(s.blocks.x, s.blocks.handle, reduce=["rank", "expert"][rank]),
-        ["reduce", "'rank' on rank 0"],
-    ),
-    (
-        "handles of two layouts",
-        lambda s, rank: s.ep.combine([s.y, s.blocks.x][rank], [s.handle, s.blocks.handle][rank], reduce="rank"),
-        ["layout is", "'compact' on rank 0"],
-    ),
-    (
-        "cached or not",
-        lambda s, rank: s.ep.dispatch(s.x, handle=s.handle) if rank else s.ep.dispatch(s.x, s.idx),
-        ["cached dispatch on rank 1"],
-    ),
-]
-
-
-def test_ranks_that_call_differently_all_hear_of_it():
-    def rank_main(member):
-        with ExitStack() as own:
-            scene = make_scene(member, own)
-            for name, call, words in DISAGREEMENTS:
-                with pytest.raises(ValueError, match="ranks disagree") as caught:
-                    call(scene, member.rank)
-                assert all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
-                check_works(scene)
-            assert scene.ep.stats().refused == len(DISAGREEMENTS)
-
-    anyep.local_group(R).run(rank_main)
-
-
-def test_handles_of_different_dispatches():
-    def rank_main(member):
-        with ExitStack() as own:
-            scene = make_scene(member, own)
-            again = scene.ep.dispatch(scene.x, scene.idx)
-            handle = [scene.handle, again.handle][member.rank]
-            with pytest.raises(ValueError, match="the handle is of dispatch"):
-                scene.ep.combine(again.x, handle)
-            check_works(scene)
-
-    anyep.local_group(R).run(rank_main)
-
-
-def test_a_closed_buffer_says_so():
-    def rank_main(member):
-        with ExitStack() as own:
-            scene = make_scene(member, own)
-            scene.ep.barrier()
-            scene.ep.close()
-            scene.ep.close()
-            for call in (
-                lambda: scene.ep.dispatch(scene.x, scene.idx),
-                lambda: scene.ep.combine(scene.y, scene.handle),
-                lambda: scene.ep.empty_output(scene.handle),
-                scene.ep.barrier,
-            ):
-                with pytest.raises(anyep.ClosedError, match="closed; make a new one"):
-                    call()
-            assert scene.y.float().isfinite().all(), "received tensors outlive the buffer"
 
     anyep.local_group(R).run(rank_main)
