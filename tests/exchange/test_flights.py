@@ -49,11 +49,12 @@ def check_programs(group, rank, chosen):
     poison_arenas()
     for program in chosen:
         with open_for(program, group) as ep:
-            data = io.BytesIO()
-            torch.save(Player(program, ep).play(), data)
-            items = group.allgather(data.getvalue())
-            if rank == 0:
-                check_program(program, [torch.load(io.BytesIO(item), weights_only=False) for item in items])
+            diary = Player(program, ep).play()
+        data = io.BytesIO()
+        torch.save(diary, data)  # after the buffer's end: a peer may wait for what this rank has still in flight
+        items = group.allgather(data.getvalue())
+        if rank == 0:
+            check_program(program, [torch.load(io.BytesIO(item), weights_only=False) for item in items])
     return len(chosen)
 
 
