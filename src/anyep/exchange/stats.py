@@ -39,6 +39,8 @@ class Stats:
     """rows that were written to, or read from, their final place"""
     second_offers: int
     """dispatches in which a rank's first offer of memory was too small"""
+    message_rounds: int
+    """messages of all ranks, or of some, that were awaited: 1 for each hop of an operation"""
     waiting_s: float
     """the sum over all sources of what each was waited for"""
     waiting_s_by_source: torch.Tensor
@@ -67,6 +69,7 @@ class Counters:
         self.eager_rows = 0
         self.direct_rows = 0
         self.second_offers = 0
+        self.message_rounds = 0
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
         self.rows_by_expert: Words = np.zeros(num_local, np.int64)
 
