@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 bench: $(STAMP)
 	mkdir -p $(RESULTS)
-	$(BIN)/anyep bench --compare gloo,mpich --json $(RESULTS)/bench.json $(BENCH)
+	$(BIN)/anyep bench --compare gloo,mpich --tokens 4096 --tokens 128 --latency 2x1,2x0,8x0 \
+		--json $(RESULTS)/bench.json $(BENCH)
 	$(BIN)/python benchmarks/import_time.py --json $(RESULTS)/import.json
 
 test: $(STAMP)

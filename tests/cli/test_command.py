@@ -44,6 +44,9 @@ def anyep(*arguments, **environment):
         (["--routing", "balanced", "--experts", "9", "--ranks", "2", "--compare", "gloo"], "--ranks divides"),
         (["--wire", "fp32,bf16", "--compare", "gloo"], "got fp32, bf16"),
         (["--hidden", "0"], "--hidden"),
+        (["--tokens", "0", "--compare", "gloo"], "--compare goes with --tokens of at least 1"),
+        (["--latency", "2x1,two"], "'two' is not RANKSxTOKENS"),
+        (["--latency", "2x129"], "up to 128 tokens"),
         (["--colour", "red"], "--colour"),
     ],
 )
@@ -85,7 +88,13 @@ def test_threads_are_measured_and_verified(capsys, tmp_path):
         "combine_copied_in",
         "dispatch_combine",
         "dispatch_combine_copied_in",
+        "dispatch_padded",
+        "combine_padded",
+        "combine_padded_logfmt10",
+        "dispatch_combine_padded",
+        "dispatch_combine_padded_logfmt10",
     }
+    assert all(1 <= row["message_rounds"] <= 6 and row["us_p99"] <= row["us_max"] for row in data["rows"])
     assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_max"] for row in data["rows"])
     assert data["paired"] == []
     assert data["machine"]["cores"] >= 1
@@ -144,11 +153,12 @@ def test_one_wrong_byte_makes_the_command_fail(capsys, monkeypatch, tmp_path, wi
     load = setup.load
     monkeypatch.setattr(setup, "load", lambda name: Spoiled(load(name), function, address))
     file = tmp_path / "result.json"
-    code = bench("--transport", "inprocess", "--ranks", "2", "--wire", wire, "--json", str(file), *SMALL)
+    large = ["129" if option == "7" else option for option in SMALL]  # padded batches find places by what is spoiled
+    code = bench("--transport", "inprocess", "--ranks", "2", "--wire", wire, "--json", str(file), *large)
     assert code == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
-    assert f"MISMATCH 7-tokens {wire}, {operation}: " in out
+    assert f"MISMATCH 129-tokens {wire}, {operation}: " in out
     wrong = [row["op"] for row in json.loads(file.read_text())["rows"] if not row["verified"]]
     assert operation in wrong
 
@@ -165,9 +175,38 @@ def test_processes_meet_gloo_and_mpich(tmp_path):
         ("gloo", "dispatch_combine_copied_in"),
         ("mpich", "dispatch_combine"),
         ("mpich", "dispatch_combine_copied_in"),
+        ("gloo", "dispatch_combine_padded"),
+        ("gloo", "dispatch_combine_padded_logfmt10"),
+        ("mpich", "dispatch_combine_padded"),
+        ("mpich", "dispatch_combine_padded_logfmt10"),
     ]
     assert all(pair["verified"] and pair["ratio_median"] > 0 for pair in data["paired"])
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("tokens", ["0", "1"])
+def test_hardly_any_tokens(tmp_path, tokens):
+    file = tmp_path / "result.json"
+    options = ["--ranks", "2", "--tokens", tokens, "--hidden", "200", "--rounds", "1", "--json", str(file)]
+    assert bench("--transport", "inprocess", *options) == 0
+    assert all(row["verified"] for row in json.loads(file.read_text())["rows"])
+
+
+def test_latency_has_ranks_of_its_own(tmp_path):
+    file = tmp_path / "result.json"
+    options = ["--hidden", "200", "--rounds", "2", "--json", str(file)]
+    done = anyep("bench", "--latency", "2x1,2x0,3x0", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "latency: 200 channels" in done.stdout
+    data = json.loads(file.read_text())
+    assert data["rows"] == []
+    assert data["copy_gb_s"] is None
+    rows = [row for row in data["latency"] if row["op"] == "dispatch_combine"]
+    assert [(row["ranks"], row["tokens"]) for row in rows] == [(2, 1), (2, 0), (3, 0)]
+    assert {row["op"] for row in data["latency"]} >= {"dispatch_combine_padded", "combine_padded_logfmt10"}
+    assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_p99"] for row in data["latency"])
+    assert [row["message_rounds"] for row in rows if row["tokens"] == 0] == [2, 2]
 
 
 def test_the_shipped_trace_is_the_default():
@@ -210,7 +249,7 @@ def test_it_works_inside_a_torchrun_job(tmp_path):
     data = json.loads(file.read_text())
     assert {row["ranks"] for row in data["rows"]} == {2}
     assert done.stdout.count("7-tokens: 2 ranks") == 1
-    assert len(data["paired"]) == 2
+    assert len(data["paired"]) == 4
 
 
 def test_mpich_without_its_packages_names_the_extra(capsys, monkeypatch):
@@ -223,7 +262,7 @@ def test_mpich_without_its_packages_names_the_extra(capsys, monkeypatch):
 
 
 def test_too_little_memory_makes_it_smaller(capsys, monkeypatch):
-    monkeypatch.setattr("anyep.cli.bench.command.available_memory_bytes", lambda: 3 << 29)
+    monkeypatch.setattr("anyep.cli.bench.carry_out.available_memory_bytes", lambda: 3 << 29)
     options = ["--transport", "inprocess", "--ranks", "1", "--rounds", "1", "--routing", "balanced", "--hidden", "2048"]
     assert bench(*options, "--tokens", "1000000") == 0
     out = capsys.readouterr().out
@@ -232,7 +271,7 @@ def test_too_little_memory_makes_it_smaller(capsys, monkeypatch):
 
 
 def test_no_memory_at_all(capsys, monkeypatch):
-    monkeypatch.setattr("anyep.cli.bench.command.available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("anyep.cli.bench.carry_out.available_memory_bytes", lambda: 1 << 20)
     assert bench("--ranks", "2", *SMALL) == 1
     assert "CapacityError" in capsys.readouterr().err
 

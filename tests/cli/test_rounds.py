@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from anyep.cli.bench.copy_speed import COPY_BYTES
 from anyep.cli.bench.plan import Plan, Workload
-from anyep.cli.bench.rank import RankResult
 from anyep.cli.bench.rounds import Operation, contest, durations_us
+from anyep.cli.bench.stage import RankResult
 from anyep.cli.bench.summary import summarise, to_json
 
 WORKLOAD = Workload(name="prefill", tokens=10, hidden=256, topk=2, experts=4, wire="fp8", routing="balanced")
@@ -84,6 +86,34 @@ def test_one_wrong_byte_on_one_rank_marks_the_row():
     summary = summarise(PLAN, {}, [], results({"dispatch": "row 3, byte 4"}.items()))
     assert [row.verified for row in summary.rows] == [False, True, True]
     assert summary.mismatches == ["prefill fp8, dispatch: row 3, byte 4"]
+
+
+def padded_and_latency():
+    """Two ranks, two rounds: 100 and 200 us for the first operation, 300 and 600 for the second."""
+    names = ["dispatch_padded", "combine_padded_logfmt10"]
+    return [
+        [
+            replace(result("padded", ["copy", *names], [1000, 100, 300], 16), hops={names[0]: rank, names[1]: 2}),
+            replace(result("latency", names, [100, 300], 16), hops={names[0]: 1, names[1]: 1 + rank}),
+        ]
+        for rank in (1, 2)
+    ]
+
+
+def test_padded_rows_carry_a_token_number_and_no_routing():
+    there, back = summarise(PLAN, {}, [], padded_and_latency()).rows
+    assert there.moved_bytes == 32 * (256 + 2 * 4 + 4)
+    assert back.moved_bytes == 32 * (64 + 2 * 160)  # a cache line of headers, two groups of 128 ten-bit codes
+    assert back.logical_bytes == 2 * 10 * 2 * 512
+    assert (there.hops, back.hops) == (2, 2)
+
+
+def test_latency_rows_name_their_ranks_and_their_tail():
+    first, second = summarise(PLAN, {}, [], results(), padded_and_latency()).latency
+    assert (first.ranks, first.op, first.hops, second.hops) == (2, "dispatch_padded", 1, 3)
+    assert first.us_median == 150
+    assert first.us_p99 == pytest.approx(199)
+    assert second.verified
 
 
 def test_json_has_the_documented_keys():

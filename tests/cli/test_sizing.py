@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from anyep.cli.bench.plan import Plan, Workload, name_of
-from anyep.cli.bench.sizing import fit, required_bytes
+from anyep.cli.bench.sizing import fit, padded_required_bytes, required_bytes
 from anyep.errors import CapacityError
 
 GIB = 1 << 30
@@ -43,6 +45,32 @@ def test_a_comparison_needs_more():
 def test_the_estimate_covers_the_batches_themselves():
     rows_and_outputs = 5.2 * 4096 * 8 * 7168 * (1 + 2 + 2)
     assert required_bytes(plan(), plan().workloads[0]) > rows_and_outputs
+
+
+def small(padded=True, peers=()):
+    decode = replace(plan(128).workloads[0], padded=padded)
+    return replace(plan(128, peers), workloads=(decode,))
+
+
+def test_the_padded_layout_is_left_out_where_it_does_not_fit():
+    assert fit(small(), 20 * GIB) == (small(), [])
+    fitted, notes = fit(small(), 8 * GIB)
+    assert fitted == small(padded=False)
+    assert "decode-size fp8: no padded layout, which would need" in notes[0]
+
+
+def test_padded_blocks_are_counted_whole():
+    rows = 32 * 8 * 128
+    needed = padded_required_bytes(small(), small().workloads[0])
+    assert needed > 8 * rows * 7168 * 3
+    assert padded_required_bytes(small(peers=("gloo",)), small().workloads[0]) > needed
+
+
+def test_latency_is_measured_as_it_is_or_not_at_all():
+    alone = replace(plan(), workloads=(), latency=(plan(128).workloads[0],))
+    assert fit(alone, 20 * GIB) == (alone, [])
+    with pytest.raises(CapacityError):
+        fit(alone, 4 * GIB)
 
 
 def test_unknown_memory_makes_nothing_smaller():

@@ -1,29 +1,21 @@
-"""``anyep bench``: options to a plan, the plan to results, results to tables and JSON."""
+"""``anyep bench``: options to plans."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from anyep.cli.bench.plan import PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
-from anyep.cli.machine_facts import available_memory_bytes, describe_machine
-from anyep.errors import CapacityError, Unavailable
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from anyep.cli.bench.rank import RankResult, Report
+from anyep.cli.bench.carry_out import run_alone, run_as_rank
+from anyep.cli.bench.plan import DECODE_TOKENS, PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
 
 _DRAWN = ("balanced", "zipf")
 _DEFAULT_RANKS, _DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 8, 256
-_WIDTH = 132
-"""Columns of the output where it goes to a file."""
+_CASE = re.compile(r"([1-9]\d*)x(\d+)")
+"""Ranks and tokens of a latency case."""
 
 
 def _names(choices: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
@@ -39,11 +31,24 @@ def _names(choices: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     return split
 
 
+def _cases(context: click.Context, parameter: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
+    """Return (ranks, tokens) of each latency case of a list as 2x1,8x0."""
+    cases = []
+    for text in filter(None, value.split(",")):
+        match = _CASE.fullmatch(text.strip())
+        if match is None or int(match[2]) > DECODE_TOKENS:
+            raise click.BadParameter(
+                f"{text!r} is not RANKSxTOKENS with up to {DECODE_TOKENS} tokens, as 2x1", context, parameter
+            )
+        cases.append((int(match[1]), int(match[2])))
+    return tuple(cases)
+
+
 @click.command()
 @click.option("--ranks", type=click.IntRange(1, 1024), help="Rank processes.  [default: 8, or the job's]")
 @click.option(
     "--tokens",
-    type=click.IntRange(1),
+    type=click.IntRange(0),
     multiple=True,
     help="Tokens of each rank; may be repeated.  [default: 4096, 128]",
 )
@@ -57,7 +62,14 @@ def _names(choices: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @click.option(
     "--compare", callback=_names(PEERS), default="", metavar="gloo,mpich", help="Pair with these, in the same run."
 )
-@click.option("--rounds", type=click.IntRange(1), help="Timed rounds.  [default: 11 for large batches, 41 for small]")
+@click.option(
+    "--latency",
+    callback=_cases,
+    default="",
+    metavar="RANKSxTOKENS,...",
+    help="Time small batches by themselves, as 2x1,2x0,8x0; workloads too where --tokens says so.",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Timed rounds.  [default: by the number of tokens]")
 @click.option("--transport", type=click.Choice(["shm", "inprocess"]), default="shm", show_default=True)
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds for a silent rank."
@@ -74,6 +86,7 @@ def bench(
     wire: tuple[str, ...],
     routing: str,
     compare: tuple[str, ...],
+    latency: tuple[tuple[int, int], ...],
     rounds: int | None,
     transport: str,
     timeout: float,
@@ -95,20 +108,40 @@ def bench(
         raise click.UsageError(f"--compare goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
     if compare and experts % num_ranks:
         raise click.UsageError(f"--compare needs --experts that --ranks divides, got {experts} and {num_ranks}")
-    sizes = [(name_of(n), n) for n in tokens] or list(default_sizes())
+    if compare and 0 in tokens:
+        raise click.UsageError("--compare goes with --tokens of at least 1: an empty batch is no exchange to compare")
+    if latency and job is not None:
+        raise click.UsageError("--latency starts ranks of its own; leave it out inside a job")
+
+    def workloads(sizes: Iterable[int]) -> tuple[Workload, ...]:
+        return tuple(
+            Workload(
+                name=name_of(n),
+                tokens=n,
+                hidden=hidden,
+                topk=topk,
+                experts=experts,
+                wire=one_wire,
+                routing=routing,
+                padded=n <= DECODE_TOKENS,
+            )
+            for one_wire in wire
+            for n in sizes
+        )
+
     plan = Plan(
         ranks=num_ranks,
-        workloads=tuple(
-            Workload(name=name, tokens=n, hidden=hidden, topk=topk, experts=experts, wire=one_wire, routing=routing)
-            for one_wire in wire
-            for name, n in sizes
-        ),
+        workloads=workloads(tokens or (() if latency else default_sizes())),
         peers=compare,
         transport=transport,
         rounds=rounds,
         timeout_s=timeout,
     )
-    code = _in_job(plan, ranks, json_file) if job is not None else _alone(plan, json_file)
+    alone = [
+        replace(plan, ranks=n, workloads=(), peers=(), latency=workloads(size for ranks, size in latency if ranks == n))
+        for n in dict.fromkeys(ranks for ranks, _ in latency)
+    ]
+    code = run_as_rank(plan, ranks, json_file) if job is not None else run_alone(plan, alone, json_file)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -129,106 +162,3 @@ def _check_routing(routing: str, topk: int | None, experts: int | None) -> tuple
     except (OSError, ValueError) as error:
         raise click.UsageError(f"--routing {routing}: {error}") from error
     return topk, experts
-
-
-def _alone(plan: Plan, json_file: Path | None) -> int:
-    """Start the ranks, print, and return the exit code."""
-    from anyep.cli.bench.launch import run_processes, run_threads
-    from anyep.cli.bench.peers import find_mpiexec
-    from anyep.cli.bench.sizing import fit
-
-    if "mpich" in plan.peers:
-        find_mpiexec()
-    console = _console()
-    plan, notes = fit(plan, available_memory_bytes())
-    _say(console, notes)
-    launch = run_threads if plan.transport == "inprocess" else run_processes
-    with _progress(console, plan) as report:
-        results = launch(plan, report)
-    return _publish(plan, notes, results, console, json_file)
-
-
-def _in_job(plan: Plan, ranks: int | None, json_file: Path | None) -> int:
-    """Run as one rank of a torchrun job; rank 0 prints, every rank returns the same exit code."""
-    from contextlib import nullcontext
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    from anyep.cli.bench.launch import run_in_job
-
-    if "mpich" in plan.peers:
-        raise Unavailable("inside a torchrun job there is no mpiexec to start MPICH's ranks: run anyep bench by itself")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=plan.timeout_s))
-    try:
-        if ranks not in (None, dist.get_world_size()):
-            raise click.UsageError(f"--ranks {ranks} in a job of {dist.get_world_size()} ranks; leave it out")
-        first = dist.get_rank() == 0
-        console = _console()
-        plan, notes = _agreed(plan, dist.get_world_size())
-        if first:
-            _say(console, notes)
-        with _progress(console, plan) if first else nullcontext(lambda step: None) as report:
-            results = run_in_job(plan, report)
-        if first:
-            return _publish(plan, notes, results, console, json_file)
-        return int(any(result.mismatches for rank in results for result in rank))
-    finally:
-        dist.destroy_process_group()
-
-
-def _agreed(plan: Plan, ranks: int) -> tuple[Plan, list[str]]:
-    """Let rank 0 look at the memory, and all ranks take its sizes."""
-    from dataclasses import replace
-
-    import torch.distributed as dist
-
-    from anyep.cli.bench.sizing import fit
-
-    fitted: list[object] = [None]
-    if dist.get_rank() == 0:
-        try:
-            fitted = [fit(replace(plan, ranks=ranks), available_memory_bytes())]
-        except CapacityError as error:
-            fitted = [error]
-    dist.broadcast_object_list(fitted)
-    if isinstance(fitted[0], CapacityError):
-        raise fitted[0]
-    return fitted[0]  # type: ignore[return-value]
-
-
-def _publish(
-    plan: Plan, notes: list[str], results: list[list[RankResult]], console: Console, json_file: Path | None
-) -> int:
-    from anyep.cli.bench.summary import summarise, to_json
-    from anyep.cli.bench.table import print_summary
-
-    summary = summarise(plan, describe_machine(), notes, results)
-    print_summary(summary, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(summary), indent=1) + "\n")
-    return 1 if summary.mismatches else 0
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-
-
-def _say(console: Console, notes: list[str]) -> None:
-    for note in notes:
-        console.print(f"smaller, to fit this machine's memory: {note}", highlight=False)
-
-
-@contextmanager
-def _progress(console: Console, plan: Plan) -> Iterator[Report]:
-    """Show a progress bar on a terminal; each report is one step."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from anyep.cli.bench.rank import num_steps
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting ranks", total=num_steps(plan))
-        yield lambda step: bar.update(task, description=step.text, advance=1)

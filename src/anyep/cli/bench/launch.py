@@ -20,7 +20,8 @@ import torch
 
 from anyep.cli.bench.peers import find_mpiexec
 from anyep.cli.bench.plan import Plan
-from anyep.cli.bench.rank import RankResult, Report, Step, run_rank
+from anyep.cli.bench.rank import run_rank
+from anyep.cli.bench.stage import RankResult, Report, Step
 from anyep.cli.machine_facts import available_cores
 from anyep.errors import AnyEPError
 from anyep.machine import linux

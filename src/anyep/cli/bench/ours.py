@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -11,14 +13,17 @@ from anyep.buffer import Buffer
 from anyep.cli.bench.plan import WIRE_BYTES, Workload
 from anyep.cli.bench.rounds import Operation
 from anyep.cli.bench.tape import OUTPUT, SENT, Tape
+from anyep.exchange.event import Pending
 from anyep.exchange.handle import Handle, Received
+from anyep.exchange.options import memory_account
+from anyep.layout.regions import MemoryAccount
 from anyep.numerics.formats import num_scale_groups
 from anyep.testing.oracle import Exchange
 from anyep.transport.rendezvous import find_rendezvous
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """What goes in, and what experts return."""
-_POISON = 0xFF
+POISON = 0xFF
 _ROUTING_BYTES = 12
 """Index and weight of one column."""
 _SLACK_BYTES = 1 << 20
@@ -28,7 +33,15 @@ class Ours:
     """One rank. The experts' outputs are made once: every dispatch of the same batch gives the same rows."""
 
     def __init__(
-        self, group: object, workload: Workload, exchange: Exchange, tape: Tape, *, transport: str, timeout_s: float
+        self,
+        group: object,
+        workload: Workload,
+        exchange: Exchange,
+        tape: Tape,
+        *,
+        transport: str,
+        timeout_s: float,
+        eager_bytes: int | None = None,
     ) -> None:
         rank = find_rendezvous(group).rank
         self._stack = ExitStack()
@@ -43,6 +56,7 @@ class Ours:
                 transport=transport,
                 arena_bytes=arena_bytes(workload, exchange.arrivals[rank].num_rows),
                 timeout_s=timeout_s,
+                eager_bytes=eager_bytes,
             )
         )
         self.tape = tape
@@ -52,7 +66,16 @@ class Ours:
         self.handle: Handle = self.dispatch().handle
         self.in_arena = self.ep.empty_output(self.handle)
         tape.fill(self.in_arena, OUTPUT, rank, torch.arange(self.handle.num_rows))
-        self.outside = self.in_arena.clone()
+
+    @cached_property
+    def outside(self) -> torch.Tensor:
+        """The experts' outputs once more, where combine has to copy them."""
+        return self.in_arena.clone()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that this rank receives."""
+        return self.handle.num_rows
 
     def __enter__(self) -> Ours:
         return self
@@ -75,6 +98,12 @@ class Ours:
         self.combine(y, received.handle)
         return received
 
+    def start_dispatch(self) -> Pending[Received]:
+        return self.ep.dispatch(self.x, self._routing.topk_idx, self._routing.topk_weights, wait=False)
+
+    def start_combine(self, handle: Handle) -> Pending[Any]:
+        return self.ep.combine(self.in_arena, handle, out=self.out, wait=False)
+
     def together(self) -> list[Operation]:
         """Return the operations that a comparison is paired with."""
         return [
@@ -94,7 +123,20 @@ class Ours:
 
     def poison_out(self) -> None:
         """Make what an operation leaves unwritten visible."""
-        self.out.view(torch.uint8).fill_(_POISON)
+        self.out.view(torch.uint8).fill_(POISON)
+
+
+def account(workload: Workload, num_ranks: int, rank: int = 0) -> MemoryAccount:
+    """Return what a buffer for a workload takes."""
+    return memory_account(
+        num_ranks,
+        rank=rank,
+        hidden=workload.hidden,
+        num_experts=workload.experts,
+        num_topk=workload.topk,
+        max_tokens_per_rank=workload.tokens,
+        wire=workload.wire,
+    )
 
 
 def arena_bytes(workload: Workload, num_rows: int) -> int:
@@ -108,4 +150,4 @@ def poison(received: Received) -> None:
     """Overwrite a batch before its memory is used again: what the next one leaves unwritten shows."""
     for tensor in (received.x, received.scales, received.topk_idx, received.topk_weights):
         if tensor is not None:
-            tensor.view(torch.uint8).fill_(_POISON)
+            tensor.view(torch.uint8).fill_(POISON)

@@ -10,26 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anyep.cli.bench.ours import Ours
 from anyep.cli.bench.plan import Workload
+from anyep.cli.bench.stage import Side
 from anyep.errors import Unavailable
 from anyep.testing.oracle import Exchange
 from anyep.testing.peers.base import Batch, Peer
 
 
 def open_peer(
-    name: str, communicator: Any, ours: Ours, workload: Workload, exchange: Exchange
+    name: str, communicator: Any, side: Side, workload: Workload, exchange: Exchange
 ) -> tuple[Peer, Exchange]:
     """Return a peer of our rank, with its memory touched, and the exchange in its layout. Collective."""
-    rank = ours.ep.rank
+    rank = side.ep.rank
     routing = exchange.routing[rank]
     assert routing.topk_weights is not None
     batch = Batch(
-        x=ours.x,
+        x=side.x,
         topk_idx=routing.topk_idx,
         topk_weights=routing.topk_weights,
         num_experts=workload.experts,
-        out=ours.out,
+        out=side.out,
     )
     if name == "gloo":
         import torch.distributed as dist

@@ -13,7 +13,10 @@ WIRE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 """Of one channel on its way."""
 WIRES = tuple(WIRE_BYTES)
 _LARGE_TOKENS = 1024
+_TINY_TOKENS = 8
 _LARGE_ROUNDS, _SMALL_ROUNDS = 11, 41
+_TAIL_ROUNDS, _TINY_ROUNDS = 201, 401
+"""Of small workloads by themselves: a 99th percentile needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,13 @@ class Workload:
     wire: str
     routing: str
     """``"balanced"``, ``"zipf"``, ``"trace"``, or the path of a trace file"""
+    padded: bool = False
+    """whether the padded layout, and overlap with computation, are measured too"""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether latency matters: a decode step or less."""
+        return self.tokens <= DECODE_TOKENS
 
     def with_tokens(self, tokens: int) -> Workload:
         return replace(self, tokens=tokens)
@@ -45,19 +55,30 @@ class Plan:
     rounds: int | None
     """timed rounds of each contest; None: by the number of tokens"""
     timeout_s: float
+    latency: tuple[Workload, ...] = ()
+    """small workloads of which nothing but the time is asked, with nothing else in the caches"""
 
-    def rounds_of(self, workload: Workload) -> int:
-        """Return the timed rounds of one contest."""
+    @property
+    def has_work(self) -> bool:
+        return bool(self.workloads or self.latency)
+
+    def rounds_of(self, workload: Workload, *, alone: bool = False) -> int:
+        """Return the timed rounds of one contest; ``alone``: of our operations only, which are fast."""
         if self.rounds is not None:
             return self.rounds
+        if alone and workload.is_small:
+            return _TINY_ROUNDS if workload.tokens <= _TINY_TOKENS else _TAIL_ROUNDS
         return _LARGE_ROUNDS if workload.tokens >= _LARGE_TOKENS else _SMALL_ROUNDS
 
 
-def default_sizes() -> tuple[tuple[str, int], ...]:
-    """Return name and tokens of the workloads that are measured unless told otherwise."""
-    return (("prefill", PREFILL_TOKENS), ("decode-size", DECODE_TOKENS))
+_NAMES = {PREFILL_TOKENS: "prefill", DECODE_TOKENS: "decode-size"}
+
+
+def default_sizes() -> tuple[int, ...]:
+    """Return the tokens of the workloads that are measured unless told otherwise."""
+    return tuple(_NAMES)
 
 
 def name_of(tokens: int) -> str:
     """Return the name of a workload of that many tokens."""
-    return {size: name for name, size in default_sizes()}.get(tokens, f"{tokens}-tokens")
+    return _NAMES.get(tokens, f"{tokens}-tokens")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyep.cli.bench.copy_speed import COPY_BYTES
-from anyep.cli.bench.ours import DTYPES, arena_bytes
+from anyep.cli.bench.ours import DTYPES, account, arena_bytes
+from anyep.cli.bench.padded import padded_bytes
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.errors import CapacityError
 from anyep.layout.regions import hit_probability
@@ -33,7 +34,7 @@ def fit(plan: Plan, available_bytes: int | None) -> tuple[Plan, list[str]]:
         tokens = workload.tokens
         while required_bytes(plan, workload.with_tokens(tokens)) > room:
             tokens //= 2
-            if tokens == 0:
+            if not tokens:
                 raise CapacityError(_too_large(plan, workload, available_bytes))
         if tokens < workload.tokens:
             notes.append(
@@ -41,7 +42,18 @@ def fit(plan: Plan, available_bytes: int | None) -> tuple[Plan, list[str]]:
                 f"which would need {required_bytes(plan, workload) / 2**30:.1f} GiB "
                 f"of the {available_bytes / 2**30:.1f} GiB available"
             )
-        fitted.append(workload.with_tokens(tokens))
+        chosen = workload.with_tokens(tokens)
+        if chosen.padded and padded_required_bytes(plan, chosen) > room:
+            notes.append(
+                f"{workload.name} {workload.wire}: no padded layout, which would need "
+                f"{padded_required_bytes(plan, chosen) / 2**30:.1f} GiB "
+                f"of the {available_bytes / 2**30:.1f} GiB available"
+            )
+            chosen = replace(chosen, padded=False)
+        fitted.append(chosen)
+    for workload in plan.latency:
+        if max(required_bytes(plan, workload), padded_required_bytes(plan, workload)) > room:
+            raise CapacityError(_too_large(plan, workload, available_bytes))
     return replace(plan, workloads=tuple(fitted)), notes
 
 
@@ -51,12 +63,24 @@ def required_bytes(plan: Plan, workload: Workload) -> int:
     rows = int(_SKEW * hit * workload.tokens * plan.ranks)
     pairs = workload.tokens * workload.topk
     output = workload.hidden * DTYPES[workload.wire].itemsize
-    ours = arena_bytes(workload, rows) + rows * output + 2 * workload.tokens * output
+    slots = account(workload, plan.ranks).eager_bytes
+    ours = arena_bytes(workload, rows) + slots + rows * output + 2 * workload.tokens * output
     row = workload.hidden * _BF16_BYTES
     peers = {"gloo": _PEER_BUFFERS * pairs * row, "mpich": _PEER_BUFFERS * rows * row}
     judged = arena_bytes(workload, rows) - 2 * rows * output + workload.tokens * output
     peer = max([judged, *(peers[name] for name in plan.peers)])
     return plan.ranks * (ours + peer + 2 * COPY_BYTES + _PROCESS_BYTES)
+
+
+def padded_required_bytes(plan: Plan, workload: Workload) -> int:
+    """Return what all ranks take while they measure the padded layout, in a buffer that is then the only one."""
+    pairs = int(_SKEW * workload.tokens * workload.topk) + 1
+    output = workload.hidden * DTYPES[workload.wire].itemsize
+    slots = account(workload, plan.ranks).eager_bytes
+    ours = padded_bytes(workload, plan.ranks, 0, pairs) + slots + 2 * workload.tokens * output
+    peer = _PEER_BUFFERS * pairs * workload.hidden * _BF16_BYTES if plan.peers else 0
+    judged = pairs * output + 2 * workload.tokens * output
+    return plan.ranks * (ours + max(judged, peer) + 2 * COPY_BYTES + _PROCESS_BYTES)
 
 
 def _too_large(plan: Plan, workload: Workload, available_bytes: int) -> str:

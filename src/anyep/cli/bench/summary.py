@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.cli.bench.copy_speed import COPY, COPY_BYTES
+from anyep.cli.bench.latency import LatencyRow, latency_json, latency_rows
 from anyep.cli.bench.ours import DTYPES
-from anyep.cli.bench.plan import WIRE_BYTES, Plan, Workload
-from anyep.cli.bench.rank import OURS, RankResult
+from anyep.cli.bench.padded import LOGFMT
+from anyep.cli.bench.plan import PEERS, WIRE_BYTES, Plan, Workload
 from anyep.cli.bench.rounds import durations_us
+from anyep.cli.bench.stage import LATENCY, OURS, PADDED, RankResult
 from anyep.numerics.formats import num_scale_groups
+from anyep.numerics.logfmt import logfmt_coded_bytes
 
-_IDX_BYTES, _WEIGHT_BYTES, _SCALE_BYTES = 8, 4, 4
+_IDX_BYTES, _WEIGHT_BYTES, _SCALE_BYTES, _TOKEN_BYTES = 8, 4, 4, 4
 
 Durations = NDArray[np.float64]
 
@@ -34,6 +37,8 @@ class OperationRow:
     moved_bytes: int
     """that were written to, or read from, other ranks' and the own arena"""
     us: Durations
+    hops: int
+    """rounds of messages, one behind the other, that the rank with the most of them awaited"""
     copy_gb_s: float
     verified: bool
 
@@ -69,24 +74,27 @@ class Summary:
     plan: Plan
     machine: dict[str, object]
     notes: list[str]
-    copy_gb_s: float
+    copy_gb_s: float | None
+    """None where no workload was measured, but latency only"""
     rows: list[OperationRow]
     pairs: list[Pairing]
+    latency: list[LatencyRow]
     mismatches: list[str]
 
 
-def summarise(plan: Plan, machine: dict[str, object], notes: list[str], results: list[list[RankResult]]) -> Summary:
-    """Put the ranks' results together; ``results`` holds every rank's list, in rank order."""
-    contests = list(zip(*results, strict=True))
-    own = [ranks for ranks in contests if ranks[0].contest == OURS]
+def summarise(plan: Plan, machine: dict[str, object], notes: list[str], *launches: list[list[RankResult]]) -> Summary:
+    """Put the ranks' results together; each of ``launches`` holds every rank's list, in rank order."""
+    contests = [ranks for results in launches for ranks in zip(*results, strict=True)]
+    own = [ranks for ranks in contests if ranks[0].contest in (OURS, PADDED)]
     copies = [_copy_speeds(ranks) for ranks in own]
     return Summary(
         plan=plan,
         machine=machine,
         notes=notes,
-        copy_gb_s=median(speed for speeds in copies for speed in speeds),
+        copy_gb_s=median(speed for speeds in copies for speed in speeds) if copies else None,
         rows=[row for ranks, speeds in zip(own, copies, strict=True) for row in _rows(plan, ranks, median(speeds))],
-        pairs=[pair for ranks in contests if ranks[0].contest != OURS for pair in _pairs(ranks)],
+        pairs=[pair for ranks in contests if ranks[0].contest in PEERS for pair in _pairs(ranks)],
+        latency=[row for ranks in contests if ranks[0].contest == LATENCY for row in latency_rows(ranks)],
         mismatches=[
             f"{result.workload.name} {result.workload.wire}, {op}: {text}"
             for ranks in contests
@@ -113,6 +121,7 @@ def _rows(plan: Plan, ranks: tuple[RankResult, ...], copy_gb_s: float) -> list[O
             logical_bytes=plan.ranks * workload.tokens * workload.topk * _row_bytes(workload, op, logical=True),
             moved_bytes=num_rows * _row_bytes(workload, op, logical=False),
             us=us[:, position],
+            hops=max(rank.hops.get(op, 0) for rank in ranks),
             copy_gb_s=copy_gb_s,
             verified=all(op not in rank.mismatches for rank in ranks),
         )
@@ -144,12 +153,13 @@ def _trips(op: str) -> int:
 
 
 def _row_bytes(workload: Workload, op: str, *, logical: bool) -> int:
-    """Bytes of a row on its trips; on the way there scales and routing lie beside it."""
+    """Bytes of a row on its trips; on the way there scales, and routing or the token's number, lie beside it."""
     there = workload.hidden * WIRE_BYTES[workload.wire]
-    if not logical:
-        there += workload.topk * (_IDX_BYTES + _WEIGHT_BYTES)
-        there += _SCALE_BYTES * num_scale_groups(workload.hidden) if workload.wire == "fp8" else 0
     back = workload.hidden * DTYPES[workload.wire].itemsize
+    if not logical:
+        there += _TOKEN_BYTES if "padded" in op else workload.topk * (_IDX_BYTES + _WEIGHT_BYTES)
+        there += _SCALE_BYTES * num_scale_groups(workload.hidden) if workload.wire == "fp8" else 0
+        back = logfmt_coded_bytes(workload.hidden) if op.endswith(LOGFMT) else back
     return (there if op.startswith("dispatch") else 0) + (back if "combine" in op else 0)
 
 
@@ -157,10 +167,11 @@ def to_json(summary: Summary) -> dict[str, Any]:
     """Return the result as documented in docs/benchmark.md."""
     return {
         "machine": summary.machine,
-        "copy_gb_s": round(summary.copy_gb_s, 3),
+        "copy_gb_s": None if summary.copy_gb_s is None else round(summary.copy_gb_s, 3),
         "notes": summary.notes,
         "rows": [_row_json(summary.plan, row) for row in summary.rows],
         "paired": [_pair_json(summary.plan, pair) for pair in summary.pairs],
+        "latency": [{**latency_json(row), "transport": summary.plan.transport} for row in summary.latency],
         "mismatches": summary.mismatches,
     }
 
@@ -192,6 +203,8 @@ def _row_json(plan: Plan, row: OperationRow) -> dict[str, Any]:
         "op": row.op,
         **_sizes(plan, row.workload),
         **_spread("us", row.us, 1),
+        "us_p99": round(float(np.percentile(row.us, 99)), 1) if row.workload.is_small else None,
+        "message_rounds": row.hops,
         "gb_s": round(row.gb_s, 3),
         "copy_fraction": round(row.copy_fraction, 4),
         "verified": row.verified,

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from anyep.cli.bench.latency import LatencyRow
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.summary import Durations, OperationRow, Pairing, Summary
 
@@ -17,6 +18,11 @@ _OPERATIONS = {
     "combine_copied_in": "combine, output copied in",
     "dispatch_combine": "dispatch + combine",
     "dispatch_combine_copied_in": "dispatch + combine, copied in",
+    "dispatch_padded": "dispatch, padded",
+    "combine_padded": "combine, padded",
+    "combine_padded_logfmt10": "combine, padded, LogFMT-10",
+    "dispatch_combine_padded": "dispatch + combine, padded",
+    "dispatch_combine_padded_logfmt10": "dispatch + combine, padded, LogFMT-10",
 }
 _PEERS = {"gloo": "gloo all_to_all_single, as Megatron", "mpich": "MPICH Alltoallv"}
 _NOTES = (
@@ -26,8 +32,10 @@ _NOTES = (
     "% of copy is its share of a copy by all ranks at once, past the caches, in the same rounds. "
     "A copy reads as much as it writes; dispatch reads a row once for several writes, combine writes one for several "
     "reads: both may exceed it.",
-    "copied in: the experts' output lay outside the arena and was copied first.",
+    "copied in: the experts' output lay outside the arena and was copied first. padded: one row for every "
+    "(token, expert), weights applied at the origin. hops: rounds of messages, one behind the other.",
 )
+_WAYS = {"copied_in": "copied in", "padded": "padded", "logfmt10": "padded, LogFMT-10"}
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -40,6 +48,9 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.pairs:
         console.print()
         console.print(_pairings(summary))
+    if summary.latency:
+        console.print()
+        console.print(_latency(summary.latency))
     for note in (*_NOTES, *summary.notes):
         console.print(f"[dim]{note}[/dim]", highlight=False)
     for mismatch in summary.mismatches:
@@ -48,9 +59,10 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def _machine_line(summary: Summary) -> str:
     machine = summary.machine
+    copy = "" if summary.copy_gb_s is None else f"; all ranks copy {summary.copy_gb_s:.2f} GB/s"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {_memory(machine)}; torch {machine['torch']}, "
-        f"numba {machine['numba']}, anyep {machine['anyep']}; all ranks copy {summary.copy_gb_s:.2f} GB/s"
+        f"numba {machine['numba']}, anyep {machine['anyep']}{copy}"
     )
 
 
@@ -68,7 +80,8 @@ def _headline(plan: Plan, workload: Workload) -> str:
 def _operations(summary: Summary, workload: Workload) -> Table:
     table = _table(_headline(summary.plan, workload))
     table.add_column("operation")
-    for name in ("rows", "logical MB", "moved MB", "median ms", "min - max", "GB/s", "% of copy"):
+    tail = ("p99 ms", "hops") if workload.is_small else ()
+    for name in ("rows", "logical MB", "moved MB", "median ms", "min - max", *tail, "GB/s", "% of copy"):
         table.add_column(name, justify="right")
     table.add_column("every byte")
     for row in summary.rows:
@@ -78,6 +91,7 @@ def _operations(summary: Summary, workload: Workload) -> Table:
 
 
 def _operation_cells(row: OperationRow) -> tuple[str, ...]:
+    tail = (f"{np.percentile(row.us, 99) / 1e3:.2f}", f"{row.hops}") if row.workload.is_small else ()
     return (
         _OPERATIONS[row.op],
         f"{row.rows:,}",
@@ -85,6 +99,7 @@ def _operation_cells(row: OperationRow) -> tuple[str, ...]:
         f"{row.moved_bytes / 1e6:,.0f}",
         f"{np.median(row.us) / 1e3:.2f}",
         _range(row.us / 1e3, 2),
+        *tail,
         f"{row.gb_s:.2f}",
         f"{100 * row.copy_fraction:.0f}",
         _verdict(row.verified),
@@ -107,13 +122,43 @@ def _pairing_cells(pair: Pairing) -> tuple[str, ...]:
     return (
         _PEERS[pair.peer],
         pair.workload.name,
-        f"{pair.workload.wire}, {'copied in' if pair.op.endswith('copied_in') else 'in the arena'}",
+        f"{pair.workload.wire}, {_way(pair.op)}",
         f"{np.median(pair.ours_us) / 1e3:.2f}",
         f"{np.median(pair.theirs_us) / 1e3:.2f}",
         f"{np.median(pair.ratios):.2f}",
         _range(pair.ratios, 2),
         _verdict(pair.verified),
     )
+
+
+def _way(op: str) -> str:
+    return next((text for end, text in _WAYS.items() if op.endswith(end)), "in the arena")
+
+
+def _latency(rows: list[LatencyRow]) -> Table:
+    first = rows[0].workload
+    table = _table(
+        f"latency: {first.hidden} channels, top-{first.topk} of {first.experts}, {first.wire} wire, "
+        "nothing else in between"
+    )
+    for name in ("ranks", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("operation")
+    for name in ("median us", "p99 us", "min - max", "hops"):
+        table.add_column(name, justify="right")
+    table.add_column("every byte")
+    for row in rows:
+        table.add_row(
+            f"{row.ranks}",
+            f"{row.workload.tokens}",
+            _OPERATIONS[row.op],
+            f"{row.us_median:.0f}",
+            f"{row.us_p99:.0f}",
+            _range(row.us, 0),
+            f"{row.hops}",
+            _verdict(row.verified),
+        )
+    return table
 
 
 def _table(title: str) -> Table:

@@ -17,14 +17,14 @@ SENT, OUTPUT, PEER_OUTPUT = 1, 2, 3
 
 
 class Tape:
-    """Rows of ``hidden`` channels of ``dtype``; the same in every process."""
+    """Rows of ``hidden`` channels of ``dtype``; the same in every process. ``exponent``: times a power of two."""
 
-    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, dtype: torch.dtype, *, exponent: int = 0) -> None:
         self.hidden = hidden
         generator = torch.Generator().manual_seed(0)
         length = -(-(_LENGTH + hidden) // _RUN) * _RUN
         values = torch.randn(length // _RUN, _RUN, generator=generator)
-        exponents = torch.randint(-4, 5, (length // _RUN, 1), generator=generator)
+        exponents = torch.randint(-4, 5, (length // _RUN, 1), generator=generator) + exponent
         self._values = (values * 2.0**exponents).flatten().to(dtype)
 
     def rows(self, kind: int, rank: int, numbers: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
 from anyep.exchange.handle import Received
+from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
 from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows, expected_sum, terms
 from anyep.testing.peers.base import Peer
 
@@ -22,25 +23,36 @@ def check_received(received: Received, exchange: Exchange, rank: int, tape: Tape
         return f"counts on rank {rank} are {received.counts}, expected {arrivals.counts}"
     parts = (received.x,) if received.scales is None else (received.x, received.scales)
     assert received.topk_idx is not None, "only the padded layout has none"
-    return (
-        _routing_differs(arrivals, rank, received.topk_idx, received.topk_weights)
-        or _shape_differs(parts[0], arrivals, rank)
-        or _rows_differ(parts, arrivals, rank, tape, wire)
-    )
+    routing = _routing_differs(arrivals, rank, received.topk_idx, received.topk_weights)
+    return routing or check_rows(parts, arrivals, rank, tape, wire)
 
 
-def check_combined(out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape) -> str | None:
-    """Compare combine's result with the same order of additions, bit for bit."""
+def check_combined(
+    out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *, weighs: bool = False, logfmt: bool = False
+) -> str | None:
+    """Compare combine's result with the same order of additions, bit for bit.
+
+    ``weighs``: one row a (token, column), multiplied with its weight and added in the order of the columns.
+    ``logfmt``: rows came back in LogFMT-10.
+    """
 
     def outputs(destination: int, rows: torch.Tensor) -> torch.Tensor:
-        return tape.rows(OUTPUT, destination, rows)
+        sent = tape.rows(OUTPUT, destination, rows)
+        return decode_logfmt(encode_logfmt(sent), tape.hidden) if logfmt else sent
 
+    reduce, factors = ("expert", exchange.routing[rank].topk_weights) if weighs else ("rank", None)
     for first, last in _pieces(len(out)):
-        expected = expected_sum(exchange, rank, outputs, dtype=out.dtype, tokens=slice(first, last))
+        tokens = slice(first, last)
+        expected = expected_sum(exchange, rank, outputs, dtype=out.dtype, reduce=reduce, factors=factors, tokens=tokens)
         difference = first_difference(out[first:last], expected, first)
         if difference:
             return f"combined on rank {rank}: {difference}"
     return None
+
+
+def check_rows(parts: tuple[torch.Tensor, ...], arrivals: Arrivals, rank: int, tape: Tape, wire: str) -> str | None:
+    """Compare received rows [N, H], and scales [N, G] where the wire has them."""
+    return _shape_differs(parts[0], arrivals, rank) or _rows_differ(parts, arrivals, rank, tape, wire)
 
 
 def check_same(name: str, got: torch.Tensor | None, verified: torch.Tensor | None) -> str | None:
@@ -68,7 +80,7 @@ def check_peer(peer: Peer, exchange: Exchange, rank: int, tape: Tape) -> str | N
     arrivals = exchange.arrivals[rank]
     rows = peer.dispatch()
     routing = peer.received_routing()
-    difference = _shape_differs(rows, arrivals, rank) or _rows_differ((rows,), arrivals, rank, tape, "bf16")
+    difference = check_rows((rows,), arrivals, rank, tape, "bf16")
     if routing is not None:
         difference = difference or _routing_differs(arrivals, rank, *routing)
     tape.fill(rows, PEER_OUTPUT, rank, torch.arange(len(rows)))

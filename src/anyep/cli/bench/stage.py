@@ -1,0 +1,132 @@
+"""What a rank brings to every contest of a workload, and what it takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from anyep.buffer import Buffer
+from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.rounds import Operation, Spans, contest
+from anyep.cli.bench.tape import Tape
+from anyep.exchange.handle import Received
+from anyep.testing.oracle import Exchange
+
+WARM_UP = 3
+"""Rounds that are not counted: the allocator and the processor's caches reach their steady state."""
+OURS, PADDED, LATENCY = "anyep", "padded", "latency"
+"""Contests of our operations alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One unit of progress, with what is being done."""
+
+    text: str
+
+
+Report = Callable[[Step], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """One contest as one rank saw it."""
+
+    workload: Workload
+    contest: str
+    """one of the names above, or the peer's"""
+    names: list[str]
+    spans: Spans
+    """[rounds, names, 2]"""
+    rows: int
+    """that this rank received"""
+    mismatches: dict[str, str] = field(default_factory=dict)
+    """operation -> the first difference; empty when every byte was right"""
+    hops: dict[str, int] = field(default_factory=dict)
+    """operation -> rounds of messages that this rank awaited in it"""
+
+
+class Side(Protocol):
+    """Our side of a contest: a buffer, its batch, and operations on them."""
+
+    ep: Buffer
+    x: torch.Tensor
+    """[T, H]"""
+    out: torch.Tensor
+    """[T, H]"""
+    tape: Tape
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def operations(self) -> list[Operation]: ...
+
+    def together(self) -> list[Operation]: ...
+
+
+class Checks(Protocol):
+    """Judges every operation of a side; a mismatch is a sentence under the operation's name."""
+
+    def first(self) -> dict[str, str]: ...
+
+    def again(self) -> dict[str, str]: ...
+
+    def both_of(self, both: Callable[[], Received]) -> str | None: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """One workload on one rank."""
+
+    group: object
+    plan: Plan
+    workload: Workload
+    exchange: Exchange
+    report: Report
+
+    def say(self, text: str) -> None:
+        """Report one step."""
+        self.report(Step(text=f"{self.workload.name} {self.workload.wire}: {text}"))
+
+    def contest(self, side: Side, operations: Sequence[Operation], text: str, *, alone: bool = False) -> Spans:
+        """Time ``operations`` round by round."""
+        return contest(
+            operations,
+            rounds=self.plan.rounds_of(self.workload, alone=alone),
+            warm_up=WARM_UP,
+            barrier=side.ep.barrier,
+            after_round=lambda: self.say(text),
+        )
+
+    def result(
+        self,
+        side: Side,
+        name: str,
+        operations: Sequence[Operation],
+        spans: Spans,
+        *,
+        mismatches: dict[str, str],
+        hops: dict[str, int] | None = None,
+    ) -> RankResult:
+        return RankResult(
+            workload=self.workload,
+            contest=name,
+            names=[operation.name for operation in operations],
+            spans=spans,
+            rows=side.num_rows,
+            mismatches=mismatches,
+            hops=hops or {},
+        )
+
+
+def count_hops(side: Side) -> dict[str, int]:
+    """Run each of our operations once more and return how many rounds of messages it awaited. Collective."""
+    hops = {}
+    for operation in side.operations():
+        before = side.ep.stats().message_rounds
+        operation.run()
+        hops[operation.name] = side.ep.stats().message_rounds - before
+    return hops
