@@ -1,6 +1,7 @@
 # One command each. A machine with Python >= 3.10 and make is enough: the first target makes .venv.
 #
 #   make bench      the main job: 8 rank processes move a real routing, every byte checked, with comparisons
+#   make sweep      the ways that rows can go, by size: a table and a picture
 #   make test       quick tests          make test-all   all tests
 #   make check      format, lint, strict types, layers, inert import
 #   make clean      forget everything that these targets made
@@ -17,7 +18,7 @@ STAMP := $(VENV)/installed
 RESULTS := benchmarks/results
 SOURCES := src tests benchmarks examples
 
-.PHONY: bench test test-all check install clean
+.PHONY: bench sweep test test-all check install clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -39,6 +40,11 @@ bench: $(STAMP)
 	$(BIN)/anyep bench --compare gloo,mpich --tokens 4096 --tokens 128 --latency 2x1,2x0,8x0 \
 		--json $(RESULTS)/bench.json $(BENCH)
 	$(BIN)/python benchmarks/import_time.py --json $(RESULTS)/import.json
+
+sweep: $(STAMP)
+	mkdir -p $(RESULTS)
+	$(BIN)/anyep bench --sweep tokens=1,8,32,128,512,2048 \
+		--json $(RESULTS)/sweep.json --picture $(RESULTS)/sweep.png $(BENCH)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

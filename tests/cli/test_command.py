@@ -47,6 +47,10 @@ def anyep(*arguments, **environment):
         (["--tokens", "0", "--compare", "gloo"], "--compare goes with --tokens of at least 1"),
         (["--latency", "2x1,two"], "'two' is not RANKSxTOKENS"),
         (["--latency", "2x129"], "up to 128 tokens"),
+        (["--sweep", "1,2"], "'1,2' is not a list as tokens=1,8,32"),
+        (["--picture", "a.png"], "--picture draws a --sweep"),
+        (["--sweep", "tokens=1", "--wire", "fp8,bf16", "--picture", "a.png"], "of one --wire"),
+        (["--sweep", "tokens=1", "--picture", "a.doc"], "must end in .png"),
         (["--colour", "red"], "--colour"),
     ],
 )
@@ -207,6 +211,35 @@ def test_latency_has_ranks_of_its_own(tmp_path):
     assert {row["op"] for row in data["latency"]} >= {"dispatch_combine_padded", "combine_padded_logfmt10"}
     assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_p99"] for row in data["latency"])
     assert [row["message_rounds"] for row in rows if row["tokens"] == 0] == [2, 2]
+
+
+def test_a_sweep_is_a_table_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "result.json", tmp_path / "sweep.png"
+    options = ["--ranks", "2", "--hidden", "200", "--rounds", "2", "--json", str(file), "--picture", str(picture)]
+    done = anyep("bench", "--sweep", "tokens=200,1,0", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "came along" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(file.read_text())["sweep"]
+    assert [row["tokens"] for row in rows] == [0, 1, 200]
+    for row in rows:
+        assert set(row["ways"]) == {"automatic", "rendezvous", "eager"}
+        assert all(way["verified"] for way in row["ways"].values())
+        assert row["automatic_ratio"] > 0
+    shares = [{name: way["dispatch_eager_share"] for name, way in row["ways"].items()} for row in rows]
+    assert [share["rendezvous"] for share in shares] == [0, 0, 0]
+    assert [share["eager"] for share in shares] == [0, 1, 1]
+
+
+def test_a_picture_without_its_package_names_the_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert bench("--ranks", "2", "--sweep", "tokens=1", "--picture", str(tmp_path / "a.png")) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("anyep: Unavailable: ")
+    assert "anyep[pictures]" in line
 
 
 def test_the_shipped_trace_is_the_default():

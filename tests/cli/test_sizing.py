@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from anyep.cli.bench.plan import Plan, Workload, name_of
-from anyep.cli.bench.sizing import fit, padded_required_bytes, required_bytes
+from anyep.cli.bench.sizing import fit, padded_required_bytes, required_bytes, sweep_required_bytes
 from anyep.errors import CapacityError
 
 GIB = 1 << 30
@@ -71,6 +71,15 @@ def test_latency_is_measured_as_it_is_or_not_at_all():
     assert fit(alone, 20 * GIB) == (alone, [])
     with pytest.raises(CapacityError):
         fit(alone, 4 * GIB)
+
+
+def test_a_size_of_the_sweep_that_does_not_fit_is_left_out_and_said():
+    sizes = tuple(plan(tokens).workloads[0] for tokens in (8, 4096))
+    sweep = replace(plan(), workloads=(), sweep=sizes)
+    fitted, notes = fit(sweep, 12 * GIB)
+    assert fitted.sweep == sizes[:1]
+    assert "sweep: prefill fp8 is left out" in notes[0]
+    assert sweep_required_bytes(sweep, sizes[1]) > 3 * 5.2 * 4096 * 8 * 7168 * 3
 
 
 def test_unknown_memory_makes_nothing_smaller():

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,22 @@ _WIDTH = 132
 """Columns of the output where it goes to a file."""
 
 
-def run_alone(plan: Plan, alone: list[Plan], json_file: Path | None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Files that are written beside the tables."""
+
+    json: Path | None
+    picture: Path | None
+
+    def check(self) -> None:
+        """Raise Unavailable now where a file could not be made in the end."""
+        if self.picture is not None:
+            from anyep.cli.bench.picture import load_figure
+
+            load_figure()
+
+
+def run_alone(plan: Plan, alone: list[Plan], outputs: Outputs) -> int:
     """Start the ranks of ``plan``, then those of each of ``alone``, print, and return the exit code."""
     from anyep.cli.bench.launch import run_processes, run_threads
     from anyep.cli.bench.peers import find_mpiexec
@@ -44,10 +59,10 @@ def run_alone(plan: Plan, alone: list[Plan], json_file: Path | None) -> int:
         if smaller.has_work:
             with _progress(console, smaller) as report:
                 launches.append(launch(smaller, report))
-    return _publish(fitted[0], notes, launches, console, json_file)
+    return _publish(fitted[0], notes, launches, console, outputs)
 
 
-def run_as_rank(plan: Plan, ranks: int | None, json_file: Path | None) -> int:
+def run_as_rank(plan: Plan, ranks: int | None, outputs: Outputs) -> int:
     """Run as one rank of a torchrun job; rank 0 prints, every rank returns the same exit code."""
     from contextlib import nullcontext
     from datetime import timedelta
@@ -70,7 +85,7 @@ def run_as_rank(plan: Plan, ranks: int | None, json_file: Path | None) -> int:
         with _progress(console, plan) if first else nullcontext(lambda step: None) as report:
             results = run_in_job(plan, report)
         if first:
-            return _publish(plan, notes, [results], console, json_file)
+            return _publish(plan, notes, [results], console, outputs)
         return int(any(result.mismatches for rank in results for result in rank))
     finally:
         dist.destroy_process_group()
@@ -95,15 +110,19 @@ def _agreed(plan: Plan, ranks: int) -> tuple[Plan, list[str]]:
 
 
 def _publish(
-    plan: Plan, notes: list[str], launches: list[list[list[RankResult]]], console: Console, json_file: Path | None
+    plan: Plan, notes: list[str], launches: list[list[list[RankResult]]], console: Console, outputs: Outputs
 ) -> int:
     from anyep.cli.bench.summary import summarise, to_json
     from anyep.cli.bench.table import print_summary
 
     summary = summarise(plan, describe_machine(), notes, *launches)
     print_summary(summary, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(summary), indent=1) + "\n")
+    if outputs.json is not None:
+        outputs.json.write_text(json.dumps(to_json(summary), indent=1) + "\n")
+    if outputs.picture is not None and summary.sweep:
+        from anyep.cli.bench.picture import draw
+
+        draw(summary.sweep, outputs.picture)
     return 1 if summary.mismatches else 0
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import click
 
-from anyep.cli.bench.carry_out import run_alone, run_as_rank
+from anyep.cli.bench.carry_out import Outputs, run_alone, run_as_rank
 from anyep.cli.bench.plan import DECODE_TOKENS, PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
 
 _DRAWN = ("balanced", "zipf")
 _DEFAULT_RANKS, _DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 8, 256
 _CASE = re.compile(r"([1-9]\d*)x(\d+)")
 """Ranks and tokens of a latency case."""
+_PICTURES = (".png", ".svg", ".pdf")
+_SWEEP = re.compile(r"tokens=\d+(,\d+)*")
 
 
 def _names(choices: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
@@ -44,6 +46,21 @@ def _cases(context: click.Context, parameter: click.Parameter, value: str) -> tu
     return tuple(cases)
 
 
+def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Return the numbers of a list as tokens=1,8,32, in ascending order."""
+    if not value:
+        return ()
+    if _SWEEP.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is not a list as tokens=1,8,32", context, parameter)
+    return tuple(sorted({int(number) for number in value.removeprefix("tokens=").split(",")}))
+
+
+def _picture(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix not in _PICTURES:
+        raise click.BadParameter(f"{value} must end in {', '.join(_PICTURES)}", context, parameter)
+    return value
+
+
 @click.command()
 @click.option("--ranks", type=click.IntRange(1, 1024), help="Rank processes.  [default: 8, or the job's]")
 @click.option(
@@ -69,6 +86,19 @@ def _cases(context: click.Context, parameter: click.Parameter, value: str) -> tu
     metavar="RANKSxTOKENS,...",
     help="Time small batches by themselves, as 2x1,2x0,8x0; workloads too where --tokens says so.",
 )
+@click.option(
+    "--sweep",
+    callback=_sizes,
+    default="",
+    metavar="tokens=N,N,...",
+    help="Pair the ways that rows can go at each size; workloads too where --tokens says so.",
+)
+@click.option(
+    "--picture",
+    callback=_picture,
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Draw the sweep: .png, .svg or .pdf.",
+)
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds.  [default: by the number of tokens]")
 @click.option("--transport", type=click.Choice(["shm", "inprocess"]), default="shm", show_default=True)
 @click.option(
@@ -87,6 +117,8 @@ def bench(
     routing: str,
     compare: tuple[str, ...],
     latency: tuple[tuple[int, int], ...],
+    sweep: tuple[int, ...],
+    picture: Path | None,
     rounds: int | None,
     transport: str,
     timeout: float,
@@ -112,6 +144,10 @@ def bench(
         raise click.UsageError("--compare goes with --tokens of at least 1: an empty batch is no exchange to compare")
     if latency and job is not None:
         raise click.UsageError("--latency starts ranks of its own; leave it out inside a job")
+    if picture is not None and (not sweep or len(wire) > 1):
+        raise click.UsageError("--picture draws a --sweep of one --wire")
+    outputs = Outputs(json=json_file, picture=picture)
+    outputs.check()
 
     def workloads(sizes: Iterable[int]) -> tuple[Workload, ...]:
         return tuple(
@@ -131,17 +167,19 @@ def bench(
 
     plan = Plan(
         ranks=num_ranks,
-        workloads=workloads(tokens or (() if latency else default_sizes())),
+        workloads=workloads(tokens or (() if latency or sweep else default_sizes())),
         peers=compare,
         transport=transport,
         rounds=rounds,
         timeout_s=timeout,
+        sweep=workloads(sweep),
     )
+    none = replace(plan, workloads=(), peers=(), sweep=())
     alone = [
-        replace(plan, ranks=n, workloads=(), peers=(), latency=workloads(size for ranks, size in latency if ranks == n))
+        replace(none, ranks=n, latency=workloads(size for ranks, size in latency if ranks == n))
         for n in dict.fromkeys(ranks for ranks, _ in latency)
     ]
-    code = run_as_rank(plan, ranks, json_file) if job is not None else run_alone(plan, alone, json_file)
+    code = run_as_rank(plan, ranks, outputs) if job is not None else run_alone(plan, alone, outputs)
     if code:
         raise click.exceptions.Exit(code)
 

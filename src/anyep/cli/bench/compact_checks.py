@@ -28,6 +28,11 @@ class CompactChecks:
 
     def first(self) -> dict[str, str]:
         """Judge by the oracle and return the mismatches by operation."""
+        judged = self.judge()
+        return {**self.again(), **judged}
+
+    def judge(self) -> dict[str, str]:
+        """Judge a dispatch and a combine by the oracle, and nothing else."""
         ours, rank = self._ours, self._ours.ep.rank
         poison(ours.dispatch())
         self._batch = _outside(ours.dispatch())
@@ -35,8 +40,13 @@ class CompactChecks:
         ours.poison_out()
         self._sum = ours.combine(ours.in_arena).clone()
         combined = check_combined(self._sum, self._exchange, rank, ours.tape)
-        judged = {"dispatch": received, "combine": combined}
-        return {**self.again(), **{name: text for name, text in judged.items() if text}}
+        return {name: text for name, text in (("dispatch", received), ("combine", combined)) if text}
+
+    def beside(self, ours: Ours) -> CompactChecks:
+        """Return checks of another buffer that moves the same batch: its results must be the bits judged here."""
+        other = CompactChecks(ours, self._exchange, self._wire)
+        other._batch, other._sum = self._batch, self._sum
+        return other
 
     def again(self) -> dict[str, str]:
         """Compare every operation's result with what :meth:`first` has judged; return the mismatches."""

@@ -42,6 +42,7 @@ class Ours:
         transport: str,
         timeout_s: float,
         eager_bytes: int | None = None,
+        num_outputs: int = 2,
     ) -> None:
         rank = find_rendezvous(group).rank
         self._stack = ExitStack()
@@ -54,7 +55,7 @@ class Ours:
                 max_tokens_per_rank=workload.tokens,
                 wire=workload.wire,
                 transport=transport,
-                arena_bytes=arena_bytes(workload, exchange.arrivals[rank].num_rows),
+                arena_bytes=arena_bytes(workload, exchange.arrivals[rank].num_rows, num_outputs),
                 timeout_s=timeout_s,
                 eager_bytes=eager_bytes,
             )
@@ -139,11 +140,11 @@ def account(workload: Workload, num_ranks: int, rank: int = 0) -> MemoryAccount:
     )
 
 
-def arena_bytes(workload: Workload, num_rows: int) -> int:
-    """Return what one rank's arena holds at most: a batch, an output, and another output that is copied in."""
+def arena_bytes(workload: Workload, num_rows: int, num_outputs: int = 2) -> int:
+    """Return what one rank's arena holds at most: a batch, an output, and another output where one is copied in."""
     wire = workload.hidden * WIRE_BYTES[workload.wire] + 4 * num_scale_groups(workload.hidden)
     output = workload.hidden * DTYPES[workload.wire].itemsize
-    return num_rows * (wire + workload.topk * _ROUTING_BYTES + 2 * output) + _SLACK_BYTES
+    return num_rows * (wire + workload.topk * _ROUTING_BYTES + num_outputs * output) + _SLACK_BYTES
 
 
 def poison(received: Received) -> None:

@@ -57,10 +57,16 @@ class Plan:
     timeout_s: float
     latency: tuple[Workload, ...] = ()
     """small workloads of which nothing but the time is asked, with nothing else in the caches"""
+    sweep: tuple[Workload, ...] = ()
+    """workloads in which the ways that rows can go meet"""
 
     @property
     def has_work(self) -> bool:
-        return bool(self.workloads or self.latency)
+        return bool(self.workloads or self.latency or self.sweep)
+
+    def sweep_rounds_of(self, workload: Workload) -> int:
+        """Return the timed rounds of one size of the sweep: enough to see a tenth."""
+        return self.rounds or max(_SMALL_ROUNDS, self.rounds_of(workload, alone=True))
 
     def rounds_of(self, workload: Workload, *, alone: bool = False) -> int:
         """Return the timed rounds of one contest; ``alone``: of our operations only, which are fast."""

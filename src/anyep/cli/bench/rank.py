@@ -17,15 +17,16 @@ from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.rounds import Operation
 from anyep.cli.bench.routing import make_exchange
 from anyep.cli.bench.stage import LATENCY, OURS, PADDED, WARM_UP, Checks, RankResult, Report, Side, Stage, count_hops
+from anyep.cli.bench.sweep import sweep
 from anyep.cli.bench.tape import Tape
 from anyep.cli.bench.verify import check_peer
 
 
 def num_steps(plan: Plan) -> int:
     """Return how many steps a rank reports."""
-    return sum(_steps(plan, workload) for workload in plan.workloads) + sum(
-        2 * (2 + WARM_UP + plan.rounds_of(workload, alone=True)) for workload in plan.latency
-    )
+    latency = sum(2 * (2 + WARM_UP + plan.rounds_of(workload, alone=True)) for workload in plan.latency)
+    sweep = sum(2 + WARM_UP + plan.sweep_rounds_of(workload) for workload in plan.sweep)
+    return sum(_steps(plan, workload) for workload in plan.workloads) + latency + sweep
 
 
 def _steps(plan: Plan, workload: Workload) -> int:
@@ -41,6 +42,8 @@ def run_rank(group: object, plan: Plan, report: Report, communicator: Any = None
         results += _Contests(_stage(group, plan, workload, report), CopyProbe(), communicator).run()
     for workload in plan.latency:
         results += _latency(_stage(group, plan, workload, report))
+    for workload in plan.sweep:
+        results.append(sweep(_stage(group, plan, workload, report)))
     return results
 
 
@@ -79,7 +82,7 @@ def _own(stage: Stage, side: Side, checks: Checks, name: str, before: list[Opera
     stage.say("checking every byte")
     mismatches = checks.first()
     operations = [*before, *side.operations()]
-    spans = stage.contest(side, operations, "timing", alone=True)
+    spans = stage.contest(side, operations, "timing", rounds=stage.plan.rounds_of(stage.workload, alone=True))
     stage.say("checking every byte again")
     mismatches = {**checks.again(), **mismatches}
     return stage.result(side, name, operations, spans, mismatches=mismatches, hops=count_hops(side))
@@ -116,7 +119,9 @@ class _Contests:
             difference = check_peer(peer, layout, side.ep.rank, side.tape)
             turn = Operation(name=name, run=lambda: peer.combine(peer.dispatch()))
             operations = [*side.together(), turn]
-            spans = self.stage.contest(side, operations, f"against {name}")
+            spans = self.stage.contest(
+                side, operations, f"against {name}", rounds=self.stage.plan.rounds_of(self.stage.workload)
+            )
         finally:
             peer.close()
         mismatches = {name: difference} if difference else {}

@@ -8,7 +8,9 @@ from anyep.cli.bench.copy_speed import COPY_BYTES
 from anyep.cli.bench.ours import DTYPES, account, arena_bytes
 from anyep.cli.bench.padded import padded_bytes
 from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.sweep import NUM_WAYS
 from anyep.errors import CapacityError
+from anyep.exchange.eager import AREA_BYTES
 from anyep.layout.regions import hit_probability
 
 _PROCESS_BYTES = 260 << 20
@@ -17,6 +19,8 @@ _USABLE = 0.93
 """Of the available memory: the rest stays with the machine's other work."""
 _SKEW = 1.02
 """Rows of all ranks above what uniform routing gives; real routing visits fewer ranks."""
+_FIRST_OFFER = 1.125
+"""Memory for a batch is cut before its rows are counted."""
 _PEER_BUFFERS = 2
 _BF16_BYTES = 2
 
@@ -54,13 +58,22 @@ def fit(plan: Plan, available_bytes: int | None) -> tuple[Plan, list[str]]:
     for workload in plan.latency:
         if max(required_bytes(plan, workload), padded_required_bytes(plan, workload)) > room:
             raise CapacityError(_too_large(plan, workload, available_bytes))
-    return replace(plan, workloads=tuple(fitted)), notes
+    sweep = []
+    for workload in plan.sweep:
+        needed = sweep_required_bytes(plan, workload)
+        if needed <= room:
+            sweep.append(workload)
+            continue
+        notes.append(
+            f"sweep: {workload.name} {workload.wire} is left out: it would need {needed / 2**30:.1f} GiB "
+            f"of the {available_bytes / 2**30:.1f} GiB available"
+        )
+    return replace(plan, workloads=tuple(fitted), sweep=tuple(sweep)), notes
 
 
 def required_bytes(plan: Plan, workload: Workload) -> int:
     """Return what all ranks take at the busiest moment: while results are judged, or while they meet a peer."""
-    hit = hit_probability(workload.experts, -(-workload.experts // plan.ranks), workload.topk)
-    rows = int(_SKEW * hit * workload.tokens * plan.ranks)
+    rows = _expected_rows(plan, workload)
     pairs = workload.tokens * workload.topk
     output = workload.hidden * DTYPES[workload.wire].itemsize
     slots = account(workload, plan.ranks).eager_bytes
@@ -81,6 +94,21 @@ def padded_required_bytes(plan: Plan, workload: Workload) -> int:
     peer = _PEER_BUFFERS * pairs * workload.hidden * _BF16_BYTES if plan.peers else 0
     judged = pairs * output + 2 * workload.tokens * output
     return plan.ranks * (ours + max(judged, peer) + 2 * COPY_BYTES + _PROCESS_BYTES)
+
+
+def sweep_required_bytes(plan: Plan, workload: Workload) -> int:
+    """Return what all ranks take while the ways that rows can go meet: a buffer for each, and what was judged."""
+    rows = int(_FIRST_OFFER * _expected_rows(plan, workload))
+    output = workload.hidden * DTYPES[workload.wire].itemsize
+    one = arena_bytes(workload, rows, num_outputs=1) + AREA_BYTES + 2 * workload.tokens * output
+    judged = arena_bytes(workload, rows, num_outputs=0) + workload.tokens * output
+    return plan.ranks * (NUM_WAYS * one + judged + _PROCESS_BYTES)
+
+
+def _expected_rows(plan: Plan, workload: Workload) -> int:
+    """Return how many rows a rank receives of the compact layout."""
+    hit = hit_probability(workload.experts, -(-workload.experts // plan.ranks), workload.topk)
+    return int(_SKEW * hit * workload.tokens * plan.ranks)
 
 
 def _too_large(plan: Plan, workload: Workload, available_bytes: int) -> str:

@@ -17,7 +17,7 @@ from anyep.testing.oracle import Exchange
 
 WARM_UP = 3
 """Rounds that are not counted: the allocator and the processor's caches reach their steady state."""
-OURS, PADDED, LATENCY = "anyep", "padded", "latency"
+OURS, PADDED, LATENCY, SWEEP = "anyep", "padded", "latency", "sweep"
 """Contests of our operations alone."""
 
 
@@ -29,6 +29,18 @@ class Step:
 
 
 Report = Callable[[Step], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """How a rank's rows went in one dispatch and one combine: along with the announcement, or to their final place."""
+
+    dispatch_eager: int
+    dispatch_direct: int
+    combine_eager: int
+    combine_direct: int
+    rule: str
+    """up to what size rows go eagerly, and why, as the buffer explains it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,8 @@ class RankResult:
     """operation -> the first difference; empty when every byte was right"""
     hops: dict[str, int] = field(default_factory=dict)
     """operation -> rounds of messages that this rank awaited in it"""
+    ways: dict[str, Ways] = field(default_factory=dict)
+    """operation -> how this rank's rows went"""
 
 
 class Side(Protocol):
@@ -91,11 +105,11 @@ class Stage:
         """Report one step."""
         self.report(Step(text=f"{self.workload.name} {self.workload.wire}: {text}"))
 
-    def contest(self, side: Side, operations: Sequence[Operation], text: str, *, alone: bool = False) -> Spans:
+    def contest(self, side: Side, operations: Sequence[Operation], text: str, *, rounds: int) -> Spans:
         """Time ``operations`` round by round."""
         return contest(
             operations,
-            rounds=self.plan.rounds_of(self.workload, alone=alone),
+            rounds=rounds,
             warm_up=WARM_UP,
             barrier=side.ep.barrier,
             after_round=lambda: self.say(text),
@@ -110,6 +124,7 @@ class Stage:
         *,
         mismatches: dict[str, str],
         hops: dict[str, int] | None = None,
+        ways: dict[str, Ways] | None = None,
     ) -> RankResult:
         return RankResult(
             workload=self.workload,
@@ -119,6 +134,7 @@ class Stage:
             rows=side.num_rows,
             mismatches=mismatches,
             hops=hops or {},
+            ways=ways or {},
         )
 
 

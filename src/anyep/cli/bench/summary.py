@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.cli.bench.copy_speed import COPY, COPY_BYTES
+from anyep.cli.bench.crossover import SweepRow, overflow_notes, sweep_json, sweep_row
 from anyep.cli.bench.latency import LatencyRow, latency_json, latency_rows
 from anyep.cli.bench.ours import DTYPES
 from anyep.cli.bench.padded import LOGFMT
 from anyep.cli.bench.plan import PEERS, WIRE_BYTES, Plan, Workload
 from anyep.cli.bench.rounds import durations_us
-from anyep.cli.bench.stage import LATENCY, OURS, PADDED, RankResult
+from anyep.cli.bench.stage import LATENCY, OURS, PADDED, SWEEP, RankResult
 from anyep.numerics.formats import num_scale_groups
 from anyep.numerics.logfmt import logfmt_coded_bytes
 
@@ -75,10 +76,11 @@ class Summary:
     machine: dict[str, object]
     notes: list[str]
     copy_gb_s: float | None
-    """None where no workload was measured, but latency only"""
+    """None where no workload was measured, but latency or a sweep only"""
     rows: list[OperationRow]
     pairs: list[Pairing]
     latency: list[LatencyRow]
+    sweep: list[SweepRow]
     mismatches: list[str]
 
 
@@ -87,14 +89,16 @@ def summarise(plan: Plan, machine: dict[str, object], notes: list[str], *launche
     contests = [ranks for results in launches for ranks in zip(*results, strict=True)]
     own = [ranks for ranks in contests if ranks[0].contest in (OURS, PADDED)]
     copies = [_copy_speeds(ranks) for ranks in own]
+    sweep = [sweep_row(ranks) for ranks in contests if ranks[0].contest == SWEEP]
     return Summary(
         plan=plan,
         machine=machine,
-        notes=notes,
+        notes=[*notes, *overflow_notes(sweep)],
         copy_gb_s=median(speed for speeds in copies for speed in speeds) if copies else None,
         rows=[row for ranks, speeds in zip(own, copies, strict=True) for row in _rows(plan, ranks, median(speeds))],
         pairs=[pair for ranks in contests if ranks[0].contest in PEERS for pair in _pairs(ranks)],
         latency=[row for ranks in contests if ranks[0].contest == LATENCY for row in latency_rows(ranks)],
+        sweep=sweep,
         mismatches=[
             f"{result.workload.name} {result.workload.wire}, {op}: {text}"
             for ranks in contests
@@ -172,6 +176,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "rows": [_row_json(summary.plan, row) for row in summary.rows],
         "paired": [_pair_json(summary.plan, pair) for pair in summary.pairs],
         "latency": [{**latency_json(row), "transport": summary.plan.transport} for row in summary.latency],
+        "sweep": [{**sweep_json(row), "transport": summary.plan.transport} for row in summary.sweep],
         "mismatches": summary.mismatches,
     }
 

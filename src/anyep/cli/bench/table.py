@@ -7,9 +7,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from anyep.cli.bench.crossover import LABELS, SweepRow
 from anyep.cli.bench.latency import LatencyRow
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.summary import Durations, OperationRow, Pairing, Summary
+from anyep.cli.bench.sweep import AUTOMATIC
 
 _OPERATIONS = {
     "dispatch": "dispatch",
@@ -51,7 +53,10 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.latency:
         console.print()
         console.print(_latency(summary.latency))
-    for note in (*_NOTES, *summary.notes):
+    if summary.sweep:
+        console.print()
+        console.print(_sweep(summary.sweep))
+    for note in (*(_NOTES if summary.rows else ()), *summary.notes):
         console.print(f"[dim]{note}[/dim]", highlight=False)
     for mismatch in summary.mismatches:
         console.print(f"[bold red]MISMATCH[/bold red] {mismatch}", highlight=False)
@@ -158,6 +163,33 @@ def _latency(rows: list[LatencyRow]) -> Table:
             f"{row.hops}",
             _verdict(row.verified),
         )
+    return table
+
+
+def _sweep(rows: list[SweepRow]) -> Table:
+    first = rows[0].workload
+    table = _table(
+        f"dispatch + combine by size: {rows[0].ranks} ranks x {first.hidden}, top-{first.topk} of {first.experts}, "
+        f"routing {first.routing}"
+    )
+    table.add_column("wire")
+    table.add_column("tokens", justify="right")
+    for name in (*LABELS.values(), "came along", "better", "automatic / better"):
+        table.add_column(f"{name} ms" if name in LABELS.values() else name, justify="right")
+    table.add_column("every byte")
+    for row in rows:
+        chosen = row.ways[AUTOMATIC]
+        table.add_row(
+            row.workload.wire,
+            f"{row.workload.tokens}",
+            *(f"{row.ways[name].us_median / 1e3:.2f}" for name in LABELS),
+            f"{100 * chosen.dispatch_eager_share:.0f} %, {100 * chosen.combine_eager_share:.0f} %",
+            row.better,
+            f"{row.ratio:.2f}",
+            _verdict(all(way.verified for way in row.ways.values())),
+        )
+    table.caption = "came along: rows of dispatch, and of combine, that the automatic choice sent eagerly"
+    table.caption_justify = "left"
     return table
 
 
