@@ -101,6 +101,10 @@ def test_threads_are_measured_and_verified(capsys, tmp_path):
     assert all(1 <= row["message_rounds"] <= 6 and row["us_p99"] <= row["us_max"] for row in data["rows"])
     assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_max"] for row in data["rows"])
     assert data["paired"] == []
+    assert [(row["layout"], row["wire"]) for row in data["overlap"]] == [
+        (layout, wire) for wire in ("fp8", "bf16") for layout in ("compact", "padded")
+    ]
+    assert all(row["verified"] and row["compute_us_median"] > 0 for row in data["overlap"])
     assert data["machine"]["cores"] >= 1
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from anyep.cli.bench.copy_speed import COPY_BYTES
+from anyep.cli.bench.launch import run_threads
 from anyep.cli.bench.plan import Plan, Workload
+from anyep.cli.bench.rank import num_steps
 from anyep.cli.bench.rounds import Operation, contest, durations_us
 from anyep.cli.bench.stage import RankResult
 from anyep.cli.bench.summary import summarise, to_json
@@ -32,6 +34,14 @@ def test_every_operation_runs_once_a_round_behind_a_barrier():
     assert set(rounds) == {"|a|b", "|b|a"}
     assert spans.shape == (2, 2, 2)
     assert (spans[..., 1] >= spans[..., 0]).all()
+
+
+def test_the_progress_bar_reaches_its_end():
+    small = replace(WORKLOAD, tokens=3, wire="fp32", padded=True)
+    plan = replace(PLAN, transport="inprocess", peers=(), workloads=(small,), latency=(small,), sweep=(small,))
+    steps = []
+    run_threads(plan, steps.append)
+    assert len(steps) == num_steps(plan)
 
 
 def test_a_round_lasts_from_the_first_begin_to_the_last_end():
@@ -114,6 +124,14 @@ def test_latency_rows_name_their_ranks_and_their_tail():
     assert first.us_median == 150
     assert first.us_p99 == pytest.approx(199)
     assert second.verified
+
+
+def test_what_is_hidden_behind_computation():
+    names = ["compute", "communicate", "overlapped"]
+    ranks = [[result("overlap padded", names, [100, 80, 120], 16)] for _ in range(2)]
+    (row,) = summarise(PLAN, {}, [], ranks).overlaps
+    assert (row.layout, row.verified) == ("padded", True)
+    assert row.hidden_share == pytest.approx(1 - 20 / 80)
 
 
 def test_json_has_the_documented_keys():

@@ -10,6 +10,7 @@ from typing import Any
 from anyep.cli.bench.compact_checks import CompactChecks
 from anyep.cli.bench.copy_speed import COPY, CopyProbe
 from anyep.cli.bench.ours import DTYPES, Ours
+from anyep.cli.bench.overlap import TRIAL_ROUNDS, overlap
 from anyep.cli.bench.padded import Padded
 from anyep.cli.bench.padded_checks import PaddedChecks
 from anyep.cli.bench.peers import open_peer
@@ -32,7 +33,9 @@ def num_steps(plan: Plan) -> int:
 def _steps(plan: Plan, workload: Workload) -> int:
     own = 2 + WARM_UP + plan.rounds_of(workload, alone=True)
     against = 1 + WARM_UP + plan.rounds_of(workload)
-    return (1 + workload.padded) * (own + len(plan.peers) * against) + 1
+    both = TRIAL_ROUNDS + 2 * WARM_UP + plan.rounds_of(workload, alone=True)
+    overlaps = workload.is_small + workload.padded
+    return (1 + workload.padded) * (own + len(plan.peers) * against) + overlaps * both + 1
 
 
 def run_rank(group: object, plan: Plan, report: Report, communicator: Any = None) -> list[RankResult]:
@@ -101,11 +104,14 @@ class _Contests:
         results = []
         with _compact(self.stage) as (side, checks):
             results.append(self._own(side, checks, OURS))
+            if self.stage.workload.is_small:
+                results.append(overlap(self.stage, side, checks, "compact"))
             del checks  # its copies are as large as the batch; a comparison needs that memory
             results += [self._against(side, name) for name in self.stage.plan.peers]
         if self.stage.workload.padded:
             with _padded(self.stage) as (side, checks):
                 results.append(self._own(side, checks, PADDED))
+                results.append(overlap(self.stage, side, checks, "padded"))
                 results += [self._against(side, name) for name in self.stage.plan.peers]
         return results
 

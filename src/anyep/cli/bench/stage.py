@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,13 +12,14 @@ from anyep.buffer import Buffer
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.rounds import Operation, Spans, contest
 from anyep.cli.bench.tape import Tape
-from anyep.exchange.handle import Received
+from anyep.exchange.event import Pending
+from anyep.exchange.handle import Handle, Received
 from anyep.testing.oracle import Exchange
 
 WARM_UP = 3
 """Rounds that are not counted: the allocator and the processor's caches reach their steady state."""
-OURS, PADDED, LATENCY, SWEEP = "anyep", "padded", "latency", "sweep"
-"""Contests of our operations alone."""
+OURS, PADDED, LATENCY, SWEEP, OVERLAP = "anyep", "padded", "latency", "sweep", "overlap"
+"""Contests of our operations alone; the last with a layout behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,10 @@ class Side(Protocol):
     def operations(self) -> list[Operation]: ...
 
     def together(self) -> list[Operation]: ...
+
+    def start_dispatch(self) -> Pending[Received]: ...
+
+    def start_combine(self, handle: Handle) -> Pending[Any]: ...
 
 
 class Checks(Protocol):

@@ -13,10 +13,11 @@ from anyep.cli.bench.copy_speed import COPY, COPY_BYTES
 from anyep.cli.bench.crossover import SweepRow, overflow_notes, sweep_json, sweep_row
 from anyep.cli.bench.latency import LatencyRow, latency_json, latency_rows
 from anyep.cli.bench.ours import DTYPES
+from anyep.cli.bench.overlap import OverlapRow, overlap_json, overlap_row
 from anyep.cli.bench.padded import LOGFMT
 from anyep.cli.bench.plan import PEERS, WIRE_BYTES, Plan, Workload
 from anyep.cli.bench.rounds import durations_us
-from anyep.cli.bench.stage import LATENCY, OURS, PADDED, SWEEP, RankResult
+from anyep.cli.bench.stage import LATENCY, OURS, OVERLAP, PADDED, SWEEP, RankResult
 from anyep.numerics.formats import num_scale_groups
 from anyep.numerics.logfmt import logfmt_coded_bytes
 
@@ -81,6 +82,7 @@ class Summary:
     pairs: list[Pairing]
     latency: list[LatencyRow]
     sweep: list[SweepRow]
+    overlaps: list[OverlapRow]
     mismatches: list[str]
 
 
@@ -99,6 +101,7 @@ def summarise(plan: Plan, machine: dict[str, object], notes: list[str], *launche
         pairs=[pair for ranks in contests if ranks[0].contest in PEERS for pair in _pairs(ranks)],
         latency=[row for ranks in contests if ranks[0].contest == LATENCY for row in latency_rows(ranks)],
         sweep=sweep,
+        overlaps=[overlap_row(ranks) for ranks in contests if ranks[0].contest.startswith(OVERLAP)],
         mismatches=[
             f"{result.workload.name} {result.workload.wire}, {op}: {text}"
             for ranks in contests
@@ -177,6 +180,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "paired": [_pair_json(summary.plan, pair) for pair in summary.pairs],
         "latency": [{**latency_json(row), "transport": summary.plan.transport} for row in summary.latency],
         "sweep": [{**sweep_json(row), "transport": summary.plan.transport} for row in summary.sweep],
+        "overlap": [{**overlap_json(row), "transport": summary.plan.transport} for row in summary.overlaps],
         "mismatches": summary.mismatches,
     }
 

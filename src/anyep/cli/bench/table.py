@@ -9,6 +9,7 @@ from rich.table import Table
 
 from anyep.cli.bench.crossover import LABELS, SweepRow
 from anyep.cli.bench.latency import LatencyRow
+from anyep.cli.bench.overlap import OverlapRow
 from anyep.cli.bench.plan import Plan, Workload
 from anyep.cli.bench.summary import Durations, OperationRow, Pairing, Summary
 from anyep.cli.bench.sweep import AUTOMATIC
@@ -50,6 +51,9 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.pairs:
         console.print()
         console.print(_pairings(summary))
+    if summary.overlaps:
+        console.print()
+        console.print(_overlaps(summary.overlaps))
     if summary.latency:
         console.print()
         console.print(_latency(summary.latency))
@@ -138,6 +142,25 @@ def _pairing_cells(pair: Pairing) -> tuple[str, ...]:
 
 def _way(op: str) -> str:
     return next((text for end, text in _WAYS.items() if op.endswith(end)), "in the arena")
+
+
+def _overlaps(rows: list[OverlapRow]) -> Table:
+    table = _table("behind computation: half of it between dispatch's halves (wait=False), half between combine's")
+    for name in ("workload", "wire", "layout"):
+        table.add_column(name)
+    for name in ("computation ms", "exchange ms", "both ms", "hidden"):
+        table.add_column(name, justify="right")
+    table.add_column("every byte")
+    for row in rows:
+        table.add_row(
+            row.workload.name,
+            row.workload.wire,
+            row.layout,
+            *(f"{np.median(us) / 1e3:.2f}" for us in (row.compute_us, row.communicate_us, row.overlapped_us)),
+            f"{100 * row.hidden_share:.0f} %",
+            _verdict(row.verified),
+        )
+    return table
 
 
 def _latency(rows: list[LatencyRow]) -> Table:
