@@ -19,8 +19,6 @@ _USABLE = 0.93
 """Of the available memory: the rest stays with the machine's other work."""
 _SKEW = 1.02
 """Rows of all ranks above what uniform routing gives; real routing visits fewer ranks."""
-_FIRST_OFFER = 1.125
-"""Memory for a batch is cut before its rows are counted."""
 _PEER_BUFFERS = 2
 _BF16_BYTES = 2
 
@@ -98,7 +96,7 @@ def padded_required_bytes(plan: Plan, workload: Workload) -> int:
 
 def sweep_required_bytes(plan: Plan, workload: Workload) -> int:
     """Return what all ranks take while the ways that rows can go meet: a buffer for each, and what was judged."""
-    rows = int(_FIRST_OFFER * _expected_rows(plan, workload))
+    rows = _expected_rows(plan, workload)
     output = workload.hidden * DTYPES[workload.wire].itemsize
     one = arena_bytes(workload, rows, num_outputs=1) + AREA_BYTES + 2 * workload.tokens * output
     judged = arena_bytes(workload, rows, num_outputs=0) + workload.tokens * output
