@@ -107,7 +107,7 @@ def test_every_rank_settles_to_the_plain_places(announced, alignment, by_expert,
 @given(announcements())
 def test_blocks_of_the_padded_layout(announced):
     placement, rank_rows, expert_rows = announced
-    block = int(expert_rows.sum(axis=0).max())
+    block = max(1, int(expert_rows.sum(axis=0).max()))
     for rank in range(placement.num_ranks):
         settled = Settled(placement, rank, rank_rows, expert_rows, by_expert=True, block_rows=block)
         before = np.cumsum(expert_rows, axis=0) - expert_rows

@@ -20,6 +20,10 @@ class Barrier:
     def wants_background(self) -> bool:
         return False
 
+    def may_answer(self) -> bool:
+        """Nobody waits for a second half that sends nothing."""
+        return False
+
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)

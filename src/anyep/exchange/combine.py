@@ -69,6 +69,10 @@ class Combine:
         plan = self._back.handle.send
         return not plan.geometry.padded and int(plan.numbers("rank_entries").max()) > self._limit_rows
 
+    def may_answer(self) -> bool:
+        """Whether an owner may wait until this rank has read."""
+        return not self._back.handle.send.geometry.padded
+
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)

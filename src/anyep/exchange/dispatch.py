@@ -63,6 +63,10 @@ class Dispatch:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
         return self._direct_rows > 0 and not self._geometry.padded
 
+    def may_answer(self) -> bool:
+        """Whether a peer may wait for this rank's second offer, or its rows."""
+        return not self._geometry.padded
+
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)

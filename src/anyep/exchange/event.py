@@ -11,7 +11,8 @@ Result = TypeVar("Result")
 class Pending(Generic[Result]):
     """An operation whose first half is done. Its input tensors must not change until ``wait``.
 
-    Dropped without waiting, the operation is finished all the same, when the buffer next waits for anything.
+    Unless it goes on in the background, it advances when its rank next waits for anything of the buffer, also when it
+    was dropped without waiting: a rank that blocks elsewhere meanwhile may keep others waiting.
     """
 
     def __init__(self, label: str, done: Callable[[], bool], land: Callable[[], Result]) -> None:
@@ -27,7 +28,7 @@ class Pending(Generic[Result]):
         """Do the second half, or await it, and return the result or raise the operation's error.
 
         Once: a second call is a ValueError. The errors are those of the call that returned this object, and
-        ClosedError when the buffer was closed meanwhile.
+        ClosedError when an error has ended the buffer's ``with`` block meanwhile.
         """
         land, self._land = self._land, None
         if land is None:

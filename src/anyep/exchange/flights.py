@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
-from anyep.errors import ClosedError
+from anyep.errors import ClosedError, PeerError
 from anyep.exchange.event import Pending
 from anyep.exchange.opening import RefusedError
 
@@ -32,6 +32,8 @@ class Operation(Protocol[Out]):
     def post(self, epoch: int) -> None: ...
 
     def wants_background(self) -> bool: ...
+
+    def may_answer(self) -> bool: ...
 
     def ready(self) -> bool: ...
 
@@ -63,12 +65,20 @@ class Flight(Generic[Result]):
     def finished(self) -> bool:
         return self.operation is None and not self.turn.locked()
 
+    def may_answer(self) -> bool:
+        """Whether peers may wait for what its second half sends."""
+        operation = self.operation
+        return operation is not None and operation.may_answer()
+
     def ready(self) -> bool:
         """Whether its second half is over, or could begin without waiting for an announcement."""
         operation = self.operation
         if self.future is not None or operation is None:
             return self.finished
-        return operation.ready()
+        try:
+            return operation.ready()
+        except ClosedError:
+            return True  # wait() raises it at once
 
     def take(self) -> Result:
         """Return the outcome, once; a batch must not live as long as the operation that brought it."""
@@ -120,17 +130,27 @@ class Flights:
         if operation.wants_background():
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="anyep-operations")
-            flight.future = self._background.submit(self._finish, flight)
+            for one in list(self._flying):
+                if one.future is None and one.may_answer():  # what a peer's background waits for goes there as well
+                    one.future = self._background.submit(self._finish, one)
         return pending
 
     def check_open(self) -> None:
         """Raise ClosedError if no operation can run any more."""
         if self.broken is not None:
-            raise ClosedError(
-                f"this buffer ended with {type(self.broken).__name__}: {self.broken}; close it and make a new one"
-            ) from self.broken
+            raise self._closed_error() from self.broken
         if self.closed:
             raise ClosedError("this buffer is closed; make a new one")
+
+    def _check_peers(self) -> None:
+        """The same for one that was posted: a peer that an older operation missed is what ends it too."""
+        if isinstance(self.broken, PeerError):
+            raise self.broken
+        self.check_open()
+
+    def _closed_error(self) -> ClosedError:
+        cause = self.broken
+        return ClosedError(f"this buffer ended with {type(cause).__name__}: {cause}; close it and make a new one")
 
     def settle(self) -> None:
         """Finish everything that is under way, whatever comes of it; each wait is bounded by its own time limit."""
@@ -203,12 +223,13 @@ class Flights:
 
     def _finish(self, flight: Flight[Any]) -> None:
         """Run the second half, once, and keep its outcome."""
+        interruption: BaseException | None = None
         with flight.turn:
             operation, flight.operation = flight.operation, None
             if operation is None:
                 return
             try:
-                self.check_open()
+                self._check_peers()
                 flight.result = operation.finish()
             except RefusedError as refusal:
                 self._on_refusal()
@@ -216,10 +237,12 @@ class Flights:
             except BaseException as error:
                 flight.error = error
                 self._break(error)
+            if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C, once
+                interruption, flight.error = flight.error, self._closed_error()
         if not flight.held:  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
             self._forget(flight)
-        if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C
-            raise flight.error
+        if interruption is not None:
+            raise interruption
 
     def _forget(self, flight: Flight[Any]) -> None:
         with suppress(ValueError):  # two threads may come to it

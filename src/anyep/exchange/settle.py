@@ -39,6 +39,7 @@ from anyep.exchange.ledger import (
     STATIC_TOO_SMALL,
     WAY,
 )
+from anyep.machine.atomics import add_i64
 from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import copy_bytes, fill_bytes, load_i32, store_i32
 
@@ -229,7 +230,8 @@ def settle(
             result = LANDING_TOO_SMALL
     for source in range(ranks):
         store_i32(field(ledger_addr, offsets, F_SOURCE_ROWS), source, load_i32(counts_addr + source * stride, rank))
-        rows_of_sources[source] += load_i32(field(ledger_addr, offsets, F_SOURCE_ENTRIES), source)
+        arrived = load_i32(field(ledger_addr, offsets, F_SOURCE_ENTRIES), source)
+        add_i64(rows_of_sources.ctypes.data + 8 * source, arrived)
     for local in range(dims[D_LOCAL]):
-        rows_of_experts[local] += load_i32(field(ledger_addr, offsets, F_COUNTS), local)
+        add_i64(rows_of_experts.ctypes.data + 8 * local, load_i32(field(ledger_addr, offsets, F_COUNTS), local))
     return result

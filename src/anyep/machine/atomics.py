@@ -1,7 +1,7 @@
 """Atomics for compiled loops: words at addresses with an order, and sleeping on them.
 
-Addresses are int64 and aligned to the word. Used by ``transport/signals.py`` and nowhere else: what an acquire or
-a release is for is said there. *Ordered* means sequentially consistent.
+Addresses are int64 and aligned to the word. What an acquire or a release is for is said in ``transport/signals.py``,
+where alone they are used; elsewhere only counters are added to. *Ordered* means sequentially consistent.
 """
 
 from __future__ import annotations
