@@ -33,7 +33,6 @@ from anyep.exchange.opening import (
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
 from anyep.exchange.wire import ELEMENTS
-from anyep.layout.regions import aligned
 from anyep.transport.base import Words
 
 _NO_PLACES: Words = np.array([0, -1, 0, -1, 0], np.int64)
@@ -82,11 +81,10 @@ class Combine:
         end, back, plan = self._end, self._back, self._back.handle.send
         desk = end.desk(epoch)
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
-        weights_bytes = 0 if back.topk_weights is None else 4 * end.num_topk
+        slots = end.return_slots(back.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
+        self._weights_offset = slots.weights_offset
         if back.wire == "none":
-            capacity = end.slots.capacity(back.row_bytes + weights_bytes)
-            self._limit_rows = end.rule.limit_rows(back.row_bytes + weights_bytes, capacity)
-            self._weights_offset = aligned(capacity * back.row_bytes)
+            self._limit_rows = slots.limit_rows
         end.books.announce(
             desk.places_RW,
             self._header,
@@ -96,7 +94,7 @@ class Combine:
             plan.field("source_entries"),
             self._limit_rows,
             desk.send_slots_R,
-            np.array([0, self._weights_offset], np.int64),
+            slots.offsets,
             desk.back.values,
             desk.tally,
         )
@@ -222,7 +220,7 @@ class Combine:
             end.kernels.reduce_logfmt(end.hidden, first, last, *entries, *rest)
         if sums.weights_addr:
             end.kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, sums.weights_addr)
-        end.kernels.fence()
+        end.kernels.fence()  # nobody else reads the sums, but the caller may hand them to another thread
 
 
 class _Sums(NamedTuple):

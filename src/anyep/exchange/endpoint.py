@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from anyep.exchange.stats import Counters
 from anyep.exchange.wire import Wire
 from anyep.kernels.spec import KernelSet
 from anyep.layout.placement import Placement
+from anyep.layout.regions import aligned
 from anyep.transport.base import Lane, Place, Transport, Words
 
 OFFER_WORDS = ROUTING_OFFSET + 1
@@ -137,6 +139,15 @@ class Desk:
         self.tally: Words = np.zeros(5, np.int64)
 
 
+class ReturnSlots(NamedTuple):
+    """Rows and weights in eager slots on their way back."""
+
+    limit_rows: int
+    weights_offset: int
+    offsets: Words
+    """of rows and weights in a slot"""
+
+
 class SegmentBases:
     """Addresses of the peers' segments, int64 [R, segments]; 0 where nobody has looked yet."""
 
@@ -194,6 +205,7 @@ class Endpoint:
     desks: tuple[Desk, ...]
     geometries: dict[GeometryKey, Geometry] = field(default_factory=dict)
     headers: dict[tuple[int, ...], Words] = field(default_factory=dict)
+    returns: dict[tuple[int, int], ReturnSlots] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -222,6 +234,19 @@ class Endpoint:
                 static_rows=self.static_rows,
                 slots=self.slots,
                 rule=self.rule,
+            )
+        return known
+
+    def return_slots(self, row_bytes: int, weights_bytes: int) -> ReturnSlots:
+        """Return how eager slots hold rows and weights of these sizes on their way back, worked out once."""
+        known = self.returns.get((row_bytes, weights_bytes))
+        if known is None:
+            capacity = self.slots.capacity(row_bytes + weights_bytes)
+            weights_offset = aligned(capacity * row_bytes)
+            known = self.returns[row_bytes, weights_bytes] = ReturnSlots(
+                limit_rows=self.rule.limit_rows(row_bytes + weights_bytes, capacity),
+                weights_offset=weights_offset,
+                offsets=np.array([0, weights_offset], np.int64),
             )
         return known
 

@@ -80,7 +80,7 @@ class SendPlan:
         return torch.from_numpy(words).view(geometry.idx_dtype).view(self.num_tokens, geometry.num_topk)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Handle:
     """One dispatch, as both sides remember it. Opaque to callers but for the sizes.
 
@@ -114,7 +114,7 @@ def check_handle(handle: object, buffer: object) -> Handle:
     return handle
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Received:
     """A received batch of N rows; every tensor belongs to the caller and stays valid while referenced.
 

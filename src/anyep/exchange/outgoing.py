@@ -5,7 +5,7 @@ An error here is this rank's own; it costs the others nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from anyep.exchange.wire import Rows, check_rows
 _IDX_DTYPES = (torch.int64, torch.int32)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A checked and routed batch, ready to be announced."""
 
     rows: Rows

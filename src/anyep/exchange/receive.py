@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ _SMALL_BYTES = 1 << 18
 """Up to here rows that all came along are unpacked into private memory; the offered memory is kept for next time."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Landing:
+class Landing(NamedTuple):
     """Memory that peers may write a batch to: room for ``capacity`` rows, in two blocks, or one if it is small."""
 
     data: Block
@@ -67,8 +66,7 @@ def prepare_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing
         return None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """A batch's tensors and where each begins; None and 0 for what its rows do not have."""
 
     x: torch.Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ REDUCES = ("rank", "expert")
 COMBINE_WIRES = ("none", "logfmt10")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Returning:
+class Returning(NamedTuple):
     """Checked outputs of this rank's experts, and where the sum goes."""
 
     y: torch.Tensor
@@ -36,8 +35,7 @@ class Returning:
     """of a row of y"""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Loan:
+class Loan(NamedTuple):
     """A tensor's bytes where peers can read them; ``block`` keeps a copy alive, None if it lay there already."""
 
     place: Place

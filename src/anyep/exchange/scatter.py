@@ -49,10 +49,14 @@ def send_rows(end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[i
     """
     num_tokens = out.plan.num_tokens
     if end.workers.num_threads == 1:
-        _send_tokens(end, out, route, table_addr, row, 0, num_tokens)
-    else:
-        row_bytes = row.x * route.width
-        end.workers.over(num_tokens, row_bytes, lambda a, b: _send_tokens(end, out, route, table_addr, row, a, b))
+        _send_tokens(end, out, route, table_addr, row, 0, num_tokens)  # posting fences what this thread has written
+        return
+
+    def tokens(first: int, last: int) -> None:
+        _send_tokens(end, out, route, table_addr, row, first, last)
+        end.kernels.fence()
+
+    end.workers.over(num_tokens, row.x * route.width, tokens)
 
 
 def _send_tokens(
@@ -97,4 +101,3 @@ def _send_tokens(
         weights_table,
         token_table if row.token else 0,
     )
-    kernels.fence()

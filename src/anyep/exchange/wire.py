@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -59,8 +60,7 @@ def make_wire(name: object, scales: object, hidden: int) -> Wire:
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """The rows that a caller wants sent: as they are, already quantised, or to be quantised on the way."""
 
     x: torch.Tensor
