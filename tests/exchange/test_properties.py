@@ -25,9 +25,9 @@ def run(case: Case, kernels: str = "cpu") -> None:
 @pytest.mark.parametrize("wires", [WIRES[:3], WIRES[3:]], ids=["plain", "fp8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exchange_is_exact(layout, wires):
-    """4 x 500 cases."""
+    """6 x 340 cases."""
 
-    @settings(max_examples=500, **PATIENT)
+    @settings(max_examples=340, **PATIENT)
     @given(cases(layouts=[layout], wires=wires))
     def property_holds(case):
         run(case)
