@@ -50,6 +50,7 @@ class Combine:
         self._epoch = 0
         self._step = self.label
         self._loans: list[Loan] = []
+        self._no_memory: CapacityError | None = None
         self._limit_rows = 0
         self._weights_offset = 0
         self._header = end.handle_header(
@@ -111,7 +112,7 @@ class Combine:
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
         opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
         if not end.books.agree(opened_RW, self._header):
-            check_agreement(self._header, opened_RW, self._step)
+            check_agreement(self._header, opened_RW, self._step, self._no_memory)
         self._connect(desk, opened_RW)
         moved, _, num_to, num_from, num_rows = desk.tally.tolist()
         weights = self._sum(self._rows(desk) if moved else None, desk)
@@ -140,7 +141,8 @@ class Combine:
         try:
             rows = lend_rows(end, back)
             weights = NOWHERE if back.topk_weights is None else lend(end, back.topk_weights)
-        except CapacityError:
+        except CapacityError as error:
+            self._no_memory = error
             desk.places_RW[:, STATUS] = back.y.nbytes
             return
         self._loans = [rows, weights]

@@ -196,17 +196,19 @@ class Dispatch:
         end, plan = self._end, self._out.plan
         needed = int(plan.numbers("batch_rows")[end.rank])
         desk.offers_RW[:, 0] = 0
+        no_memory: CapacityError | None = None
         if self._landing is None or self._landing.capacity < needed:
             self._landing = None
             try:
                 self._landing = cut_landing(end, self._geometry, needed)
-            except CapacityError:
+            except CapacityError as error:
+                no_memory = error
                 desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
         if self._landing is not None:
             desk.offers_RW[:, 1:] = self._landing.places
         end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
         offers_RW = end.wait(end.lanes.offer, self._epoch, self._step)
-        check_memory(offers_RW[:, 0], self._step)
+        check_memory(offers_RW[:, 0], self._step, no_memory)
         end.counters.second_offers += 1
         return offers_RW
 

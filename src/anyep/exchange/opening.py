@@ -90,22 +90,24 @@ _NAMES = {
 }
 
 
-def check_agreement(header: Words, received_RW: Words, step: str) -> None:
-    """Raise RefusedError on every rank where headers differ, or where a rank had no memory."""
+def check_agreement(header: Words, received_RW: Words, step: str, own: Exception | None = None) -> None:
+    """Raise RefusedError on every rank where headers differ, or where a rank had no memory (``own``: this one's)."""
     if not (received_RW[:, :STATUS] == header[:STATUS]).all():
         raise RefusedError(ValueError(_disagreement(received_RW, step)))
-    check_memory(received_RW[:, STATUS], step)
+    check_memory(received_RW[:, STATUS], step, own)
 
 
-def check_memory(status_R: Words, step: str) -> None:
-    """Raise RefusedError where a rank reports bytes that it could not allocate."""
+def check_memory(status_R: Words, step: str, own: Exception | None = None) -> None:
+    """Raise RefusedError where a rank reports bytes that it could not allocate; on that rank caused by ``own``."""
     if not status_R.any():
         return
     short = {int(rank): int(status_R[rank]) for rank in np.flatnonzero(status_R)}
     text = ", ".join(f"rank {rank} could not allocate {needed / 2**20:.1f} MiB" for rank, needed in short.items())
-    raise RefusedError(
-        CapacityError(f"{step}: {text}; release received tensors, send fewer tokens, or free memory on that machine")
+    error = CapacityError(
+        f"{step}: {text}; release received tensors, send fewer tokens, or free memory on that machine"
     )
+    error.__cause__ = own
+    raise RefusedError(error)
 
 
 def _disagreement(received_RW: Words, step: str) -> str:
