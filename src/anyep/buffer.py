@@ -316,7 +316,7 @@ class Buffer:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Leave at once: what is in flight ends with ClosedError, here within milliseconds, and PeerLost elsewhere."""
+        """Leave at once: what is in flight ends with ClosedError, here within 100 ms, and PeerLost elsewhere."""
         if self._closed:
             return
         self._closed = True

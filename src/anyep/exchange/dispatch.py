@@ -4,7 +4,7 @@
 
     prepare      check, route                     alone: exchange/outgoing.py
     post         announce counts, and where a batch may be put; small pairs' rows come along      lane "announcement"
-    finish       everybody works out every place                                                exchange/ledger.py
+    finish       everybody works out every place                                                exchange/settle.py
                  where the memory that was offered is too small, offer again                      lane "offer"
                  rows to their final places; rows that came along are unpacked
                  done, from those whose rows did not come along                                    lane "rows"

@@ -100,7 +100,8 @@ class Geometry:
         """Return how many rows to prepare memory for before the counts are known.
 
         The first time as if all ranks had ``num_tokens`` and experts were equally likely; then an eighth more than
-        last time. Too few cost a message more, too many nothing: the rest goes back at once.
+        last time. Too few cost a message more, too many little: of a large batch the
+        rest goes back at once, of a small one with the batch.
         """
         if self.shape.block_rows:
             return self.shape.num_local * self.shape.block_rows

@@ -98,7 +98,7 @@ class Handle:
     counts: list[int]
     has_weights: bool
     topk_weights: torch.Tensor | None
-    """padded layout: fp32 [T, K], what combine multiplies rows with; the caller's tensor"""
+    """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
 
     @property
     def num_tokens(self) -> int:

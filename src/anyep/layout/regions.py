@@ -51,7 +51,7 @@ class RowRegion:
 
 
 def row_region(row: RowBytes, num_rows: int) -> RowRegion:
-    """Lay out ``num_rows`` received rows. Every rank does so for every other's batch (``exchange/ledger.py``).
+    """Lay out ``num_rows`` received rows. ``exchange/connect.py`` does so for every other rank's batch.
 
     >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, token=0, y=200), 3)
     RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, token_offset=256, routing_bytes=256)

@@ -100,13 +100,17 @@ class Transport(Protocol):
         ...
 
     def address(self, rank: int, place: Place) -> int:
-        """Return the address, in this process, of a place in ``rank``'s arena (mapped on first use)."""
+        """Return the address, in this process, of a place in ``rank``'s arena (mapped on first use).
+
+        Raises PeerLost when that rank is gone, and its memory with it.
+        """
         ...
 
     def post(self, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
         """Send row d of ``words`` (int64 [R, n], n <= lane.words) to rank d, for each d of ``ranks``.
 
-        ``ranks``: int64 [m], distinct, possibly none; None: every rank, oneself included.
+        ``ranks``: int64 [m], distinct, possibly none; None: every rank, oneself included. Raises TypeError and
+        ValueError, with nothing sent, for words or ranks of another dtype, shape or range.
         """
         ...
 
@@ -130,7 +134,7 @@ class Transport(Protocol):
     def leave(self, blame: Blame | None = None) -> None:
         """Tell the peers that nothing more will come, and why. Idempotent, never waits for a peer.
 
-        From then on every call raises ClosedError, and so does, within 25 ms, a wait that is under way in another
+        From then on every call raises ClosedError, and so does, within 100 ms, a wait that is under way in another
         thread of this rank. All memory stays mapped: such a thread may be copying to a peer. A peer that already has
         every message it waits for is not disturbed.
         """
