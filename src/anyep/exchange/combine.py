@@ -54,14 +54,13 @@ class Combine:
         self._limit_rows = 0
         self._weights_offset = 0
         self._header = end.handle_header(
-            Kind.COMBINE,
-            LAYOUT_CODES[back.handle.layout],
-            0,
-            back.topk_weights is not None,
-            ELEMENTS[back.y.dtype],
-            REDUCE_CODES[back.reduce],
-            COMBINE_WIRE_CODES[back.wire],
             back.handle.epoch,
+            kind=Kind.COMBINE,
+            layout=LAYOUT_CODES[back.handle.layout],
+            has_weights=back.topk_weights is not None,
+            element=ELEMENTS[back.y.dtype],
+            reduce=REDUCE_CODES[back.reduce],
+            combine_wire=COMBINE_WIRE_CODES[back.wire],
         )
 
     def wants_background(self) -> bool:

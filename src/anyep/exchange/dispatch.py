@@ -55,9 +55,13 @@ class Dispatch:
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
 
     def _cached_header(self, handle: Handle) -> Words:
-        layout, idx_bytes, weights = LAYOUT_CODES[handle.layout], handle.send.idx_bytes, self._out.topk_weights
-        kind = Kind.CACHED_DISPATCH
-        return self._end.handle_header(kind, layout, idx_bytes, weights is not None, -1, 0, 0, handle.epoch)
+        return self._end.handle_header(
+            handle.epoch,
+            kind=Kind.CACHED_DISPATCH,
+            layout=LAYOUT_CODES[handle.layout],
+            idx_bytes=handle.send.idx_bytes,
+            has_weights=self._out.topk_weights is not None,
+        )
 
     def wants_background(self) -> bool:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""

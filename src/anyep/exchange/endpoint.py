@@ -204,7 +204,7 @@ class Endpoint:
     rule: EagerRule
     desks: tuple[Desk, ...]
     geometries: dict[GeometryKey, Geometry] = field(default_factory=dict)
-    headers: dict[tuple[int, ...], Words] = field(default_factory=dict)
+    headers: dict[tuple[tuple[str, int], ...], Words] = field(default_factory=dict)
     returns: dict[tuple[int, int], ReturnSlots] = field(default_factory=dict)
 
     @property
@@ -250,22 +250,12 @@ class Endpoint:
             )
         return known
 
-    def handle_header(
-        self, kind: int, layout: int, idx_bytes: int, has_weights: int, element: int, reduce: int, wire: int, epoch: int
-    ) -> Words:
-        """Return the header of an operation that names the dispatch of ``epoch``."""
-        key = (kind, layout, idx_bytes, has_weights, element, reduce, wire)
+    def handle_header(self, epoch: int, **fields: int) -> Words:
+        """Return the header of an operation that names the dispatch of ``epoch``; ``fields`` as :func:`make_header`."""
+        key = tuple(fields.items())
         known = self.headers.get(key)
         if known is None:
-            known = self.headers[key] = make_header(
-                kind=kind,
-                layout=layout,
-                idx_bytes=idx_bytes,
-                has_weights=has_weights,
-                element=element,
-                reduce=reduce,
-                combine_wire=wire,
-            )
+            known = self.headers[key] = make_header(**fields)
         header: Words = known.copy()
         header[HANDLE_EPOCH] = epoch
         return header

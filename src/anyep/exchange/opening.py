@@ -65,6 +65,7 @@ BODY = STATUS + 1
 
 def make_header(**fields: int) -> Words:
     """Return header and status, int64 [BODY]; what is not given is "none"."""
+    assert fields.keys() <= _DEFAULTS.keys(), "a header has no other fields"
     return np.array([*(_DEFAULTS | fields).values(), 0], np.int64)
 
 
