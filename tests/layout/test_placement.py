@@ -11,7 +11,6 @@ def test_even_placement_gives_the_first_ranks_one_more():
     assert placement.expert_rank_E.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
     assert placement.expert_local_E.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1]
     assert placement.experts_per_rank_R.tolist() == [3, 3, 2, 2]
-    assert placement.max_local_experts == 3
 
 
 def test_more_ranks_than_experts():

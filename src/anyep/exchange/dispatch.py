@@ -140,7 +140,7 @@ class Dispatch:
         """Return the handle of a cached dispatch, with its own weights where combine will want them."""
         if self._out.topk_weights is None or not self._geometry.padded:
             return handle
-        return replace(handle, has_weights=True, topk_weights=self._out.topk_weights.clone())
+        return replace(handle, topk_weights=self._out.topk_weights.clone())
 
     def _handle(self, num_rows: int) -> Handle:
         plan, out = self._out.plan, self._out
@@ -154,7 +154,6 @@ class Dispatch:
             num_rows=num_rows,
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
-            has_weights=out.topk_weights is not None,
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
         )
 
@@ -178,7 +177,7 @@ class Dispatch:
         if found == ledger.STATIC_TOO_SMALL:
             raise RefusedError(CapacityError(self._too_many_rows(plan)))
         if found == ledger.BLOCK_TOO_SMALL:
-            raise RefusedError(CapacityError(self._too_many_for_an_expert(plan)))
+            raise RefusedError(CapacityError(self._too_many_for_an_expert()))
         return bool(found == ledger.SETTLED)
 
     def _too_many_rows(self, plan: SendPlan) -> str:
@@ -187,7 +186,7 @@ class Dispatch:
         over = ", ".join(f"rank {rank} would receive {n}" for rank, n in enumerate(rows) if n > limit)
         return f"{self._step}: static_rows={limit} is too small: {over}; raise static_rows or send fewer tokens"
 
-    def _too_many_for_an_expert(self, plan: SendPlan) -> str:
+    def _too_many_for_an_expert(self) -> str:
         rows = self._geometry.shape.block_rows
         return (
             f"{self._step}: an expert would receive more than R * max_tokens_per_rank = {rows} rows, which a block of "

@@ -96,7 +96,6 @@ class Handle:
     shape: tuple[int, ...]
     """of the batch without its channels: (N,), or (L, R * Tmax) in the padded layout"""
     counts: list[int]
-    has_weights: bool
     topk_weights: torch.Tensor | None
     """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
 

@@ -107,8 +107,8 @@ def announce(
 
 
 @inlined
-def field(ledger_addr: int, offsets: Any, field: int) -> int:
-    return ledger_addr + offsets[field]
+def field(ledger_addr: int, offsets: Any, number: int) -> int:
+    return ledger_addr + offsets[number]
 
 
 @inlined

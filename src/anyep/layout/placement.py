@@ -26,10 +26,6 @@ class Placement:
     def num_experts(self) -> int:
         return len(self.expert_rank_E)
 
-    @property
-    def max_local_experts(self) -> int:
-        return int(self.experts_per_rank_R.max(initial=0))
-
 
 def even_placement(num_experts: int, num_ranks: int) -> Placement:
     """Place contiguous ranges of experts; where E is no multiple of R the first ranks own one more.
