@@ -357,4 +357,4 @@ class Buffer:
         self._end.transport.leave(blame)
 
     def _count_refusal(self) -> None:
-        self._end.counters.refused += 1
+        self._end.counters.add(refused=1)

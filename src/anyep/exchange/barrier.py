@@ -41,4 +41,4 @@ class Barrier:
         opened_RW = self._end.wait(self._end.lanes.open, self._epoch, step)
         if not self._end.books.agree(opened_RW, _HEADER):
             check_agreement(_HEADER, opened_RW, step)
-        self._end.counters.barriers += 1
+        self._end.counters.add(barriers=1)

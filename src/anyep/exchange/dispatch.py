@@ -212,7 +212,7 @@ class Dispatch:
         end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
         offers_RW = end.wait(end.lanes.offer, self._epoch, self._step)
         check_memory(offers_RW[:, 0], self._step, no_memory)
-        end.counters.second_offers += 1
+        end.counters.add(second_offers=1)
         return offers_RW
 
     def _connect(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:

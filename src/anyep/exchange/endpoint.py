@@ -262,5 +262,5 @@ class Endpoint:
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
         """Await messages of all ranks, or of some."""
-        self.counters.message_rounds += 1
+        self.counters.add(rounds=1)
         return self.transport.wait(lane, epoch, f"{step}: {lane.name}", ranks)

@@ -152,7 +152,7 @@ def lend_rows(end: Endpoint, back: Returning) -> Loan:
     num_bins, rows_addr, start_addr = blocks
     end.kernels.pack(back.row_bytes, 1, num_bins, rows_addr, start_addr, back.y.data_ptr(), packed.data_ptr())
     end.kernels.fence()
-    end.counters.copied_in_bytes += rows * back.row_bytes
+    end.counters.add(copied_in_bytes=rows * back.row_bytes)
     return Loan(place=block.place, block=block, dense=True)
 
 
@@ -165,7 +165,7 @@ def lend(end: Endpoint, tensor: torch.Tensor) -> Loan:
         return Loan(place=place, block=None)
     block = end.transport.allocate(tensor.nbytes)
     end.workers.copy(end.kernels, tensor.data_ptr(), block.address, tensor.nbytes)
-    end.counters.copied_in_bytes += tensor.nbytes
+    end.counters.add(copied_in_bytes=tensor.nbytes)
     return Loan(place=block.place, block=block)
 
 

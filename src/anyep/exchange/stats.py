@@ -73,6 +73,17 @@ class Counters:
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
         self.rows_by_expert: Words = np.zeros(num_local, np.int64)
 
+    def add(
+        self, *, barriers: int = 0, copied_in_bytes: int = 0, refused: int = 0, second_offers: int = 0, rounds: int = 0
+    ) -> None:
+        """Count what may happen in two threads at once; ``rounds``: of messages."""
+        with self._adding:
+            self.barriers += barriers
+            self.copied_in_bytes += copied_in_bytes
+            self.refused += refused
+            self.second_offers += second_offers
+            self.message_rounds += rounds
+
     def dispatched(self, eager_rows: int, direct_rows: int, received: int, out: Outgoing) -> None:
         """Count one dispatch; ``eager_rows`` and ``direct_rows`` count each token once a rank."""
         plan = out.plan
