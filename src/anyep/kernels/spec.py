@@ -1,6 +1,7 @@
 """What a kernel set is: loops over rows that know addresses and sizes, and no groups.
 
-Legend: T tokens, H hidden, K top-k, E experts, R ranks, W entries a token, G scale groups (ceil(H / 128)).
+Legend: T tokens, H hidden, K top-k, E experts, R ranks, W entries a token, G scale groups (ceil(H / 128)),
+L local experts, S sources, P peers, B bins.
 
 Every argument is an integer (an enumeration as ``int(element)``: Numba looks 10 us at an IntEnum). ``*_addr`` is the
 address of a dense row-major array; its dtype and shape stand beside it. A *peer table* is an int64 [R] array of
