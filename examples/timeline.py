@@ -54,7 +54,8 @@ def draw(timelines: Mapping[str, Sequence[Sequence[Span]]], path: Path) -> None:
         Patch(facecolor="white", edgecolor="black", hatch=hatch, label=f"micro-batch {batch}")
         for batch, hatch in _HATCHES.items()
     ]
-    figure.legend(handles=[*kinds, *batches], loc="outside upper right", ncols=6)
+    below = Patch(facecolor="gray", alpha=0.5, edgecolor="black", linewidth=0.3, label="under way (below)")
+    figure.legend(handles=[*kinds, *batches, below], loc="outside upper right", ncols=7)
     figure.savefig(path, dpi=130)
 
 
