@@ -315,13 +315,13 @@ class Buffer:
         finally:
             self._abandon()
 
-    def _abandon(self) -> None:
+    def _abandon(self, blame: Blame | None = None) -> None:
         """Leave at once: what is in flight ends with ClosedError, here within 100 ms, and PeerLost elsewhere."""
         if self._closed:
             return
         self._closed = True
         try:
-            self._end.transport.leave()
+            self._end.transport.leave(blame)
             self._flights.close()
             self._end.workers.close()
             self._end.transport.close()
@@ -337,7 +337,7 @@ class Buffer:
         if error is None:
             self.close()
         else:
-            self._abandon()
+            self._abandon(self._own_fault() if self._flights.unfinished else None)
 
     def __del__(self) -> None:
         if not self._closed:
@@ -350,11 +350,15 @@ class Buffer:
         return f"<anyep.Buffer rank {self.rank} of {self.num_ranks}, {self._end.transport.name}, {state}>"
 
     def _leave(self, error: BaseException) -> None:
-        """Tell the peers why this rank goes, so that they name the culprit and not this rank."""
-        blame = (
-            Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
-        )
-        self._end.transport.leave(blame)
+        """Tell the peers why this rank goes, so that they name the culprit."""
+        if isinstance(error, PeerError):
+            self._end.transport.leave(Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)))
+        else:
+            self._end.transport.leave(self._own_fault())
+
+    def _own_fault(self) -> Blame:
+        """Why a rank leaves in the middle of an operation by itself: peers may still read what it now writes over."""
+        return Blame(ranks=(self.rank,), timeout=False)
 
     def _count_refusal(self) -> None:
         self._end.counters.add(refused=1)

@@ -135,6 +135,11 @@ class Flights:
                     one.future = self._background.submit(self._finish, one)
         return pending
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether peers may still read or write this rank's tensors."""
+        return any(not flight.finished for flight in list(self._flying))
+
     def check_open(self) -> None:
         """Raise ClosedError if no operation can run any more."""
         if self.broken is not None:

@@ -111,7 +111,7 @@ def _lost_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequence[int
     tales = []
     for culprit in culprits:
         direct = gone.get(culprit)
-        if direct is not None and direct.blame is None:
+        if direct is not None and (direct.blame is None or culprit in direct.blame.ranks):
             tales.append(f"{_named(wait, culprit)} {_HOW[direct.how]} while this rank needed it")
         else:
             tales.append(f"{_named(wait, culprit)} was lost, as {_messengers(gone, culprit)}")
