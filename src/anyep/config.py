@@ -2,10 +2,11 @@
 
 Arguments come before the environment: a variable only fills in what a call leaves open.
 
-=====================  ==================================================================
-``ANYEP_CACHE_DIR``    directory for compiled kernels
-``ANYEP_HOST_ID``      this host's identity; ranks with the same one share memory
-=====================  ==================================================================
+========================  ==================================================================
+``ANYEP_CACHE_DIR``       directory for compiled kernels
+``ANYEP_HOST_ID``         this host's identity; ranks with the same one share memory
+``ANYEP_RANKS_PER_HOST``  act as if a host had so many ranks (one machine plays a cluster)
+========================  ==================================================================
 """
 
 from __future__ import annotations
@@ -34,3 +35,13 @@ def cache_directories() -> list[Path]:
 def host_id() -> str | None:
     """Return the host identity given by the user, if any."""
     return os.environ.get("ANYEP_HOST_ID") or None
+
+
+def ranks_per_host() -> int | None:
+    """Return how many consecutive ranks shall count as one host, if the user said so. ValueError for no such number."""
+    given = os.environ.get("ANYEP_RANKS_PER_HOST")
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"ANYEP_RANKS_PER_HOST must be a whole number from 1 on, got {given!r}")
+    return int(given)

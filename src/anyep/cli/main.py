@@ -10,6 +10,7 @@ import sys
 import click
 
 from anyep.cli.bench.command import bench
+from anyep.cli.compat_path import compat_path
 from anyep.cli.doctor import doctor
 from anyep.errors import AnyEPError
 from anyep.version import __version__
@@ -22,6 +23,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(compat_path)
 cli.add_command(doctor)
 
 
