@@ -136,6 +136,13 @@ class _TransposesWholeBlocks(_Faulty):
         super().transpose_scales(num_blocks, block_rows, columns, ctypes.addressof(everything), source, there)
 
 
+class _GathersFromTheFirstRank(_Faulty):
+    def gather(self, row_bytes, num_rows, index, idx_bytes, rows_per_rank, num_ranks, peers, out):
+        first = (ctypes.c_int64 * num_ranks)(*[ctypes.c_int64.from_address(peers).value] * num_ranks)
+        rest = (index, idx_bytes, rows_per_rank, num_ranks, ctypes.addressof(first), out)
+        return super().gather(row_bytes, num_rows, *rest)
+
+
 class _EncodesOneBin(_Faulty):
     def logfmt_encode(self, x, hidden, num_bins, *rest):
         super().logfmt_encode(x, hidden, min(num_bins, 1), *rest)

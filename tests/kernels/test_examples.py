@@ -166,6 +166,20 @@ def test_pack(kernels):
 
 
 @pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
+def test_gather(kernels, idx_dtype):
+    ranks = [torch.tensor(rows, dtype=torch.uint8) for rows in ([[1, 2], [3, 4]], [[5, 6], [7, 8]])]
+    peers = table(*ranks)
+    index, out = torch.tensor([3, 0, 3], dtype=idx_dtype), poisoned(3, 2, dtype=torch.uint8)
+    tail = (2, 2, peers.data_ptr(), out.data_ptr())
+    assert kernels.gather(2, 3, index.data_ptr(), index.itemsize, *tail) == -1
+    kernels.fence()
+    assert out.tolist() == [[7, 8], [1, 2], [7, 8]]
+    wrong = torch.tensor([0, 4, -1], dtype=idx_dtype)
+    assert kernels.gather(2, 3, wrong.data_ptr(), wrong.itemsize, *tail) == 1
+    assert out.tolist() == [[7, 8], [1, 2], [7, 8]]
+
+
+@pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
 def test_expand(kernels, idx_dtype):
     x, token = torch.tensor([[7], [8]], dtype=torch.uint8), i32([4, 6])
     idx, weights = torch.tensor([[0, 1], [-1, 0]], dtype=idx_dtype), torch.tensor([[0.5, 0.25], [0.0, 1.0]])

@@ -215,6 +215,26 @@ class ReferenceRows:
             for c in range(columns):
                 write(destination_addr + 4 * (first + c * block_rows), words[:, c])
 
+    def gather(
+        self,
+        row_bytes: int,
+        num_rows: int,
+        index_addr: int,
+        idx_bytes: int,
+        rows_per_rank: int,
+        num_ranks: int,
+        peer_addr: int,
+        out_addr: int,
+    ) -> int:
+        index = read(index_addr, IDX_DTYPES[idx_bytes], num_rows).tolist()
+        for position, number in enumerate(index):
+            if not 0 <= number < num_ranks * rows_per_rank:
+                return position
+        for position, number in enumerate(index):
+            rank, row = divmod(number, rows_per_rank)
+            write(out_addr + position * row_bytes, _rows(peer(peer_addr, rank), row_bytes, row, 1))
+        return -1
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         write(destination_addr, read(source_addr, torch.uint8, num_bytes))
 

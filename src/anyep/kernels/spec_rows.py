@@ -212,6 +212,28 @@ class RowKernels(Protocol):
         """
         ...
 
+    def gather(
+        self,
+        row_bytes: int,
+        num_rows: int,
+        index_addr: int,
+        idx_bytes: int,
+        rows_per_rank: int,
+        num_ranks: int,
+        peer_addr: int,
+        out_addr: int,
+    ) -> int:
+        """Fetch rows by their number among those of all ranks; return -1, or the first position with a wrong number.
+
+        Rank r holds rows [r n, (r + 1) n) of n = ``rows_per_rank`` at peer[r]: out[i] becomes row index[i] % n of
+        rank index[i] // n. ``index`` int32 or int64 [num_rows] (``idx_bytes`` 4 or 8). A number outside [0, R n) is
+        wrong, and then nothing is written.
+
+        >>> # row_bytes=2, n=2, rank 0: [[1, 2], [3, 4]], rank 1: [[5, 6], [7, 8]], index=[3, 0, 3]
+        >>> # out=[[7, 8], [1, 2], [7, 8]]; index=[0, 4, -1]: returns 1
+        """
+        ...
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         """Copy bytes past the caches (they will be read by another rank, not here)."""
         ...

@@ -20,7 +20,7 @@ from anyep.testing.kernel_exam_numbers import (
     exam_reduce,
     exam_reduce_weights,
 )
-from anyep.testing.kernel_exam_packing import exam_expand, exam_pack, exam_transpose_scales, exam_unpack
+from anyep.testing.kernel_exam_packing import exam_expand, exam_gather, exam_pack, exam_transpose_scales, exam_unpack
 from anyep.testing.kernel_exam_rows import (
     exam_copy,
     exam_fill_rows,
@@ -65,6 +65,7 @@ _EXAMS: tuple[Callable[[Case], None], ...] = (
     exam_pack,
     exam_expand,
     exam_transpose_scales,
+    exam_gather,
     exam_logfmt_encode,
     exam_reduce_logfmt,
 )

@@ -85,3 +85,17 @@ def exam_transpose_scales(case: Case) -> None:
     counts_B = rng.integers(0, block_rows + 1, B, dtype=np.int32)
     arrays = [stretch.cut(name, 4 * B * block_rows * columns, int(rng.choice([4, 64]))) for name in ("source", "there")]
     case.run("transpose_scales", B, block_rows, columns, stretch.put("counts", counts_B), *arrays)
+
+
+def exam_gather(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    R, n, count = (int(number) for number in (rng.integers(1, 6), rng.integers(0, 9), rng.integers(0, 40)))
+    row_bytes, alignment = int(rng.choice((*_ROW_BYTES, 0, 4096))), int(rng.choice([1, 64]))
+    peers = [stretch.cut(f"rows[{rank}]", n * row_bytes, alignment) for rank in range(R)]
+    index = rng.integers(0, R * n, count) if n else np.zeros(0, np.int64)
+    if len(index) and rng.random() < 0.3:
+        index[rng.integers(0, len(index), 2)] = rng.choice([-1, R * n, 2**31 - 1])
+    index = index.astype(np.int32 if rng.random() < 0.5 else np.int64)
+    head = (row_bytes, len(index), stretch.put("index", index), index.itemsize, n, R)
+    out = stretch.cut("out", len(index) * row_bytes, alignment)
+    case.run("gather", *head, stretch.put("table of rows", np.array(peers, np.int64)), out)

@@ -6,6 +6,7 @@ from anyep.kernels.cpu import (
     decode,
     encode,
     expansion,
+    gathering,
     logfmt_rows,
     logfmt_sums,
     packing,
@@ -35,6 +36,7 @@ class CpuKernels:
     transpose_scales = staticmethod(transposition.transpose_scales)
     logfmt_encode = staticmethod(logfmt_rows.logfmt_encode)
     reduce_logfmt = staticmethod(logfmt_sums.reduce_logfmt)
+    gather = staticmethod(gathering.gather)
     copy = staticmethod(rows.copy)
     fill_rows = staticmethod(rows.fill_rows)
     fence = staticmethod(rows.fence)
