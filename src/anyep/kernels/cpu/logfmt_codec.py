@@ -23,7 +23,7 @@ from anyep.numerics.logfmt import (
 
 QUARTER = 32
 """Codes of a group that are decoded together; the bits of a quarter lie at the same place in all its bytes."""
-_LOG2_OF_MANTISSA = log2_of(torch.arange(128, dtype=torch.float32) / 128).numpy()
+_LOG2_OF_MANTISSA = log2_of(torch.arange(128, dtype=torch.float32, device="cpu") / 128).numpy()
 """BF16 has 128 mantissas; a header's two logarithms come from here, 32 channels' at a time from the polynomial."""
 _MAX_RANGE, _STEPS, _BORDER = np.float32(MAX_RANGE), np.float32(STEPS), np.float32(BORDER)
 _WHOLE, _NEAREST, _ONE = np.float32(WHOLE), np.float32(NEAREST), np.float32(1)
