@@ -5,7 +5,7 @@ The layers, lowest first; imports go down only::
     errors config machine         words everybody shares, and the machine below
     layout numerics               who goes where; what the bytes are
     kernels | transport           loops over rows; how bytes move (neither sees the other)
-    exchange                      dispatch and combine, the protocol
+    exchange collectives          dispatch and combine, the protocol; rows by number, rings, all-gathers
     buffer                        the public class
     testing cli                   on top
 """
