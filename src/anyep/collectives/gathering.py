@@ -86,7 +86,7 @@ class Gatherer(Station):
         self._max_gathers = max_gathers
         self._sessions = 0
         self._running: GatherSession | None = None
-        with self._unbroken():
+        with self._opening():
             self._block = self._transport.allocate(session_bytes)
             told_R2 = self._swap(_ENTER, 0, np.array(place_words(self._block), np.int64), "opening: memory").tolist()
             self._bases_R = np.array([self._address(rank, *told) for rank, told in enumerate(told_R2)], np.int64)

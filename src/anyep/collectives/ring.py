@@ -73,7 +73,7 @@ class Ring(Station):
         self._neighbours = sorted({self.previous, self.next})
         self._sent = dict.fromkeys(self._neighbours, 0)
         self._taken = dict.fromkeys(self._neighbours, 0)
-        with self._unbroken():
+        with self._opening():
             self._inboxes = {rank: self._transport.allocate(slots * self._slot_bytes) for rank in self._neighbours}
             self._outboxes = self._meet()
 

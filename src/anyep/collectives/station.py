@@ -139,6 +139,16 @@ class Station:
                 self._transport.leave(_blame(error, self.rank))
             raise
 
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """The last steps of making the object, together with the peers: it is closed where they fail."""
+        try:
+            with self._unbroken():
+                yield
+        except BaseException:
+            self._end(None)
+            raise
+
     def _swap(self, lane: Lane, epoch: int, words_N: Words, step: str, ranks: Ranks | None = None) -> Words:
         """Tell the same words to ``ranks`` (None: all) and return what they told: int64 [R, lane.words], by rank."""
         self._transport.post(lane, epoch, np.tile(words_N, (self.num_ranks, 1)), ranks)
