@@ -172,7 +172,7 @@ def test_a_wrong_call_is_an_error_and_no_compilation():
     with pytest.raises(TypeError):
         kernels.copy("here", "there", 1)
     functions = [getattr(kernels, name) for name in dir(KernelSet) if not name.startswith("_")]
-    assert len(functions) == 17
+    assert len(functions) == 18
     for function in functions:
         assert len(function.signatures) == 1
         assert function.targetoptions["nogil"]
