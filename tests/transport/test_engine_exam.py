@@ -11,18 +11,29 @@ from anyep.testing import EngineExamError, check_engine
 from anyep.testing import engine_cases as cases
 from anyep.testing import engine_end_cases as end_cases
 from anyep.testing.engine_exam import engine_exams
+from anyep.testing.processes import run_processes
 from anyep.testing.transport_exam import Exam
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.inprocess import local_group
+from tests.transport import engine_ranks
 
 
 def run_threads(num_ranks: int, case: Any, *args: Any, kind: Any = InProcessEngine) -> list[Any]:
     return local_group(num_ranks).run(lambda m: case(partial(kind, m), m.rank, *args))
 
 
+def run_gloo(num_ranks: int, case: Any, *args: Any) -> list[Any]:
+    return run_processes(num_ranks, engine_ranks.with_gloo, case, *args)
+
+
 @pytest.mark.parametrize("exam", engine_exams(), ids=lambda exam: exam.name)
 def test_the_engine_between_threads_passes(exam):
     check_engine(run_threads, [exam])
+
+
+@pytest.mark.parametrize("exam", engine_exams(), ids=lambda exam: exam.name)
+def test_gloo_passes(exam):
+    check_engine(run_gloo, [exam])
 
 
 class LosesAByte(InProcessEngine):

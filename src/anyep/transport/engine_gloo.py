@@ -1,0 +1,261 @@
+"""The engine that is always there: gloo, which every torch has, over TCP.
+
+Of a gloo message one can only learn that it is done by waiting for it: ``is_completed()`` stays False until ``wait()``,
+there is no future, and a wait that times out closes the connections to all ranks. So nothing here waits for messages.
+One thread for each other rank awaits *notes* (``engine_talk.py``), which arrive in order and behind the data they tell
+of; data itself is received without anybody waiting. What was sent is free again once the other side says that it has
+heard the note behind it. To close is to let a wait time out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyep.errors import ClosedError
+from anyep.transport.engine import NUM_TAGS, Bytes, Transfer
+from anyep.transport.engine_checks import check_message, check_writable
+from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
+from anyep.transport.gloo_group import GlooGroup, open_gloo
+from anyep.transport.liveness import Departure
+from anyep.transport.rendezvous import Rendezvous
+
+EAGER_BYTES = 16 << 10
+"""Up to here a copy costs less than the answer of a rank."""
+_RING = 16
+"""Notes that a rank can take before it has looked at the first; gloo holds back what exceeds them."""
+_HEADER = struct.Struct("<IIQQ")
+"""Kind, tag, bytes, and how many notes of the other side were heard."""
+_NOTES, _DATA, _NOBODY = 0, 1, NUM_TAGS + 1
+"""gloo's tags: of notes, of data (plus ours), and one that nothing is ever sent under."""
+_AT_ONCE = timedelta(milliseconds=1)
+_JOIN_S = 1.0
+
+
+class GlooEngine:
+    """See :class:`anyep.transport.engine.Engine`. Made by all ranks, collectively; needs no process group.
+
+    ``interface``: the network interface to use; None: that of GLOO_SOCKET_IFNAME, else that of the default route.
+    Raises Unavailable on all ranks where one cannot be reached, or has no such interface.
+    """
+
+    name = "gloo"
+
+    def __init__(self, rendezvous: Rendezvous, *, interface: str | None = None, timeout_s: float = 60.0) -> None:
+        self.rank = rendezvous.rank
+        self.size = rendezvous.size
+        self.sent_bytes = 0
+        self._group: GlooGroup | None = open_gloo(rendezvous, interface, timeout_s)
+        self._interface = self._group.interface
+        self._changed = threading.Condition()
+        self._lines = {rank: _Line(self, rank, self._group.process_group) for rank in self._others()}
+
+    def send(self, rank: int, tag: int, memory: Bytes) -> Transfer:
+        talk = self._talk(rank, tag, memory)
+        parcel = talk.send(tag, memory)
+        with self._changed:
+            self.sent_bytes += memory.size
+        return parcel
+
+    def receive(self, rank: int, tag: int, memory: Bytes) -> Transfer:
+        talk = self._talk(rank, tag, memory)
+        check_writable(memory)
+        return talk.receive(tag, memory)
+
+    def wait(self, transfers: Sequence[Transfer], timeout_s: float) -> None:
+        self._check_open()
+        with self._changed:
+            self._changed.wait_for(lambda: self._group is None or any(map(_settled, transfers)), timeout_s)
+
+    def departures(self) -> Mapping[int, Departure]:
+        talks = {rank: line.talk for rank, line in self._lines.items()}
+        return {rank: talk.departure for rank, talk in talks.items() if talk.departure is not None}
+
+    def describe(self) -> dict[str, str]:
+        interface = self._interface
+        return {
+            "engine": f"gloo of torch {torch.__version__}, TCP",
+            "interface": f"{interface.name} ({interface.address}): {interface.reason}",
+            "window": f"as many messages as are sent; up to {EAGER_BYTES >> 10} KiB go at once",
+            "engine memory": f"{(self.size - 1) * _RING * (EAGER_BYTES + _HEADER.size) >> 10} KiB for notes",
+        }
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        for line in self._lines.values():
+            line.say_goodbye(_closed())
+        self._hang_up(group)
+        for line in self._lines.values():
+            line.join()
+        group.close()
+        self.settled()
+
+    def settled(self) -> None:
+        """Wake who waits."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def is_open(self) -> bool:
+        return self._group is not None
+
+    def _hang_up(self, group: GlooGroup) -> None:
+        """Close the connections to all ranks, and so end the waits of our threads; nothing else does."""
+        for rank in self._others():
+            with suppress(RuntimeError):  # the time-out that is wanted, or a connection that is gone already
+                group.process_group.recv([torch.empty(1, dtype=torch.uint8)], rank, _NOBODY).wait(_AT_ONCE)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _talk(self, rank: int, tag: int, memory: Bytes) -> Talk:
+        self._check_open()
+        check_message(self.rank, self.size, rank, tag, memory)
+        return self._lines[rank].talk
+
+    def _check_open(self) -> None:
+        if self._group is None:
+            raise _closed()
+
+
+class _Line:
+    """The connection to one rank: its thread, its notes, and what was sent and not yet heard of."""
+
+    eager_bytes = EAGER_BYTES
+
+    def __init__(self, engine: GlooEngine, rank: int, process_group: Any) -> None:
+        self._engine = engine
+        self._rank = rank
+        self._group = process_group
+        self._lock = threading.RLock()
+        self._told = 0
+        self._heard = 0
+        self._acknowledged = 0
+        """how many heard notes the other side knows of"""
+        self._unheard: deque[tuple[int, Any, Any, Parcel | None]] = deque()
+        """(number of the note behind it, what gloo works on, its memory, whose memory it is)"""
+        self.talk = Talk(rank, engine.rank, self, self._lock)
+        self._notes = [torch.empty(_HEADER.size + EAGER_BYTES, dtype=torch.uint8) for _ in range(_RING)]
+        self._works = [process_group.recv([note], rank, _NOTES) for note in self._notes]
+        self._thread = threading.Thread(target=self._listen, name=f"anyep-gloo-{rank}", daemon=True)
+        self._thread.start()
+
+    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
+        note = torch.empty(_HEADER.size + rest.size, dtype=torch.uint8)
+        view = note.numpy()
+        _HEADER.pack_into(view.data, 0, kind, tag, num_bytes, self._heard)
+        view[_HEADER.size :] = rest
+        self._acknowledged = self._heard
+        self._told += 1
+        self._post(note, _NOTES, self._told, None)
+
+    def expose(self, parcel: Parcel) -> Bytes:
+        """gloo finds the place by the tag."""
+        parcel.registration = self._try(lambda: self._group.recv([_tensor(parcel.memory)], self._rank, _tag(parcel)))
+        return np.zeros(0, np.uint8)
+
+    def withdraw(self, parcel: Parcel) -> None:
+        parcel.registration = None
+
+    def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
+        """The note that this was READY came behind gloo's own: the data leaves at once, and DONE behind it."""
+        if count:
+            self._post(_tensor(parcel.memory[:count]), _tag(parcel), self._told + 1, parcel)
+        self.tell(self._rank, Kind.DONE, parcel.tag, told_bytes, np.zeros(0, np.uint8))
+        if not count:
+            self.talk.sent(parcel)
+
+    def settled(self) -> None:
+        self._engine.settled()
+
+    def look(self) -> None:
+        """gloo's own thread moves the bytes."""
+
+    def say_goodbye(self, error: Exception) -> None:
+        with self._lock:
+            if self.talk.departure is None:
+                self.tell(self._rank, Kind.BYE, 0, 0, np.zeros(0, np.uint8))
+            self.talk.close(error)
+
+    def join(self) -> None:
+        if self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+
+    def _post(self, tensor: torch.Tensor, tag: int, number: int, parcel: Parcel | None) -> None:
+        work = self._try(lambda: self._group.send([tensor], self._rank, tag))
+        self._unheard.append((number, work, tensor, parcel))
+
+    def _try(self, act: Any) -> Any:
+        """A broken connection is the listening thread's to tell of: it knows of it as soon as anybody."""
+        try:
+            return act()
+        except RuntimeError as error:
+            self._break(error)
+            return None
+
+    def _listen(self) -> None:
+        slot = 0
+        try:
+            while True:
+                self._works[slot].wait()
+                self._take(self._notes[slot].numpy())
+                self._works[slot] = self._group.recv([self._notes[slot]], self._rank, _NOTES)
+                slot = (slot + 1) % _RING
+        except Exception as error:  # a broken connection, or a note that is none: nothing more can be understood
+            self._break(error)
+
+    def _take(self, raw: Bytes) -> None:
+        kind, tag, num_bytes, heard = _HEADER.unpack_from(raw.data)
+        rest = raw[_HEADER.size : _HEADER.size + (num_bytes if kind == Kind.EAGER else 0)]
+        with self._lock:
+            self._heard += 1
+            self._free(heard)
+            self.talk.heard(Note(Kind(kind), tag, num_bytes, rest))
+            owed = self._heard - self._acknowledged
+            if owed and self.talk.departure is None and (kind == Kind.DONE or owed >= _RING // 2):
+                self.tell(self._rank, Kind.CREDIT, 0, 0, np.zeros(0, np.uint8))
+
+    def _free(self, heard: int) -> None:
+        """Give back the memory of what the other side has heard of."""
+        while self._unheard and self._unheard[0][0] <= heard:
+            _, _, _, parcel = self._unheard.popleft()
+            if parcel is not None:
+                self.talk.sent(parcel)
+
+    def _break(self, error: Exception) -> None:
+        if self._engine.is_open:
+            why = str(error).partition(". This is typically")[0].partition("] ")[2] or str(error)
+            self.talk.end(Departure(how="died"), why)
+        with self._lock:
+            self._unheard.clear()
+
+
+def _tensor(memory: Bytes) -> torch.Tensor:
+    """The same bytes for torch. It warns of read-only memory, which gloo only reads: that is passed by its address."""
+    if memory.flags.writeable:
+        return torch.from_numpy(memory)
+    borrowed = (ctypes.c_uint8 * memory.size).from_address(memory.ctypes.data)
+    return torch.frombuffer(borrowed, dtype=torch.uint8)
+
+
+def _tag(parcel: Parcel) -> int:
+    return _DATA + parcel.tag
+
+
+def _settled(transfer: Transfer) -> bool:
+    return not isinstance(transfer, Parcel) or transfer.settled
+
+
+def _closed() -> ClosedError:
+    return ClosedError("this engine was closed; make a new one on all ranks")

@@ -1,0 +1,286 @@
+"""How two ranks agree on where a message goes: the protocol that engines share, without a network.
+
+A small message is *eager*: it travels inside a note. Of a larger one the receiver says where it may be put; the
+sender puts it there, and a note that follows on the same way says that it is there. No byte is ever received without a
+place, and none is copied on the way. Notes between two ranks arrive in the order in which they were told.
+
+=======  ==============================================================================================
+EAGER    from the sender: here is the whole message
+READY    from the receiver: put the message there (or, of an eager size: I expect an eager one)
+OFFER    from the sender: I have a message, and have not heard of a place for it
+DONE     from the sender: the message is there; it had ``num_bytes``
+MISFIT   from the receiver: an eager message came where I had given a place; take the place back
+BYE      nothing will come any more
+=======  ==============================================================================================
+
+A message of a wrong size ends like any other, with what fits of it put where the receiver said, so that nothing stays
+behind under its tag: only its receiver is told.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from anyep.transport.engine import Bytes
+from anyep.transport.engine_checks import peer_lost, tag_taken, wrong_size
+from anyep.transport.liveness import Departure
+
+
+class Kind(IntEnum):
+    EAGER = 0
+    READY = 1
+    OFFER = 2
+    DONE = 3
+    MISFIT = 4
+    BYE = 5
+    CREDIT = 6
+    """for the wire alone: it only tells how many notes were heard"""
+
+
+class Note(NamedTuple):
+    """``rest``: an eager message, or the place of a READY. It is valid until the note has been heard."""
+
+    kind: Kind
+    tag: int
+    num_bytes: int
+    rest: Bytes
+
+
+class Wire(Protocol):
+    """What the protocol needs of a network. Called with the lock of the talk held; nothing here waits."""
+
+    eager_bytes: int
+    """the largest message that travels inside a note; the same on all ranks"""
+
+    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
+        """Send a note. ``rest`` may change as soon as this returns."""
+        ...
+
+    def expose(self, parcel: Parcel) -> Bytes:
+        """Let the other side put a message into ``parcel.memory``; return where that is, in the network's words."""
+        ...
+
+    def withdraw(self, parcel: Parcel) -> None:
+        """The parcel is done, or never will be: let go of its memory."""
+        ...
+
+    def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
+        """Bring the first ``count`` bytes there, then tell DONE of ``told_bytes``; finish the parcel when they left."""
+        ...
+
+    def settled(self) -> None:
+        """A parcel is done: wake who waits."""
+        ...
+
+    def look(self) -> None:
+        """A chance to make progress, for networks on which nobody else does. Called without the lock."""
+        ...
+
+
+class Parcel:
+    """One half of a message: see :class:`anyep.transport.engine.Transfer`."""
+
+    def __init__(self, talk: Talk, tag: int, memory: Bytes, *, incoming: bool) -> None:
+        self.rank = talk.rank
+        self.tag = tag
+        self.memory = memory
+        self.incoming = incoming
+        self.finished = False
+        self.error: Exception | None = None
+        self.registration: object = None
+        """whatever the network keeps of the memory"""
+        self._talk = talk
+
+    def done(self) -> bool:
+        if self.finished:
+            return True
+        self._talk.look()
+        if self.finished:
+            return True
+        if self.error is not None:
+            raise self.error
+        return False
+
+    @property
+    def settled(self) -> bool:
+        return self.finished or self.error is not None
+
+    def finish(self) -> None:
+        if self.error is None:
+            self.finished = True
+
+    def fail(self, error: Exception) -> None:
+        if not self.finished and self.error is None:
+            self.error = error
+
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+class Talk:
+    """One rank's side of all messages between it and one other. ``lock``: held while anything here changes."""
+
+    def __init__(self, rank: int, own_rank: int, wire: Wire, lock: AbstractContextManager[Any]) -> None:
+        self.rank = rank
+        self.departure: Departure | None = None
+        self._own_rank = own_rank
+        self._wire = wire
+        self._lock = lock
+        self._sends: dict[int, Parcel] = {}
+        """waiting for a place, or on their way to it"""
+        self._receives: dict[int, Parcel] = {}
+        self._places: dict[int, tuple[int, Bytes]] = {}
+        """sizes and places that the other side has told of before this side had a message for them"""
+        self._early: dict[int, Bytes] = {}
+        """eager messages before their receive"""
+        self._offers: set[int] = set()
+        self._obstacle: Exception | None = None
+        self._why = ""
+
+    def look(self) -> None:
+        self._wire.look()
+
+    def send(self, tag: int, memory: Bytes) -> Parcel:
+        with self._lock:
+            if tag in self._sends:
+                raise tag_taken(self.rank, tag, "sent to")
+            parcel = Parcel(self, tag, memory, incoming=False)
+            if self._is_blocked(parcel):
+                return parcel
+            if memory.size <= self._wire.eager_bytes:
+                self._wire.tell(self.rank, Kind.EAGER, tag, memory.size, memory)
+                parcel.finish()
+                return parcel
+            self._sends[tag] = parcel
+            if tag in self._places:
+                self._put(parcel, *self._places.pop(tag))
+            else:
+                self._wire.tell(self.rank, Kind.OFFER, tag, memory.size, _NOTHING)
+            return parcel
+
+    def receive(self, tag: int, memory: Bytes) -> Parcel:
+        with self._lock:
+            if tag in self._receives:
+                raise tag_taken(self.rank, tag, "received from")
+            parcel = Parcel(self, tag, memory, incoming=True)
+            if tag in self._early:  # also from a rank that has left since
+                self._take(parcel, self._early.pop(tag))
+                return parcel
+            if self._is_blocked(parcel):
+                return parcel
+            self._receives[tag] = parcel
+            if memory.size > self._wire.eager_bytes:
+                self._wire.tell(self.rank, Kind.READY, tag, memory.size, self._wire.expose(parcel))
+            elif tag in self._offers:
+                self._wire.tell(self.rank, Kind.READY, tag, memory.size, _NOTHING)
+            self._offers.discard(tag)
+            return parcel
+
+    def heard(self, note: Note) -> None:
+        """Act on what the other side told."""
+        with self._lock:
+            kind, tag, num_bytes, rest = note
+            if self._obstacle is not None or self.departure is not None:
+                return
+            if kind == Kind.EAGER:
+                self._heard_eager(tag, rest)
+            elif kind == Kind.DONE:
+                self._heard_done(tag, num_bytes)
+            elif kind == Kind.READY:
+                self._heard_ready(tag, num_bytes, rest)
+            elif kind == Kind.OFFER:
+                self._heard_offer(tag)
+            elif kind == Kind.MISFIT:
+                self._put(Parcel(self, tag, np.zeros(1, np.uint8), incoming=False), *self._places.pop(tag), num_bytes)
+            elif kind == Kind.BYE:
+                self.end(Departure(how="closed"))
+
+    def end(self, departure: Departure, why: str = "") -> None:
+        """The other side has left: fail what cannot be done any more. The first reason stays."""
+        with self._lock:
+            if self.departure is None:
+                self.departure = departure
+                self._why = why
+                self._fail_all()
+
+    def close(self, error: Exception) -> None:
+        """This rank leaves: fail all that is under way."""
+        with self._lock:
+            self._obstacle = error
+            self._fail_all()
+            self._early.clear()
+
+    def sent(self, parcel: Parcel) -> None:
+        """The network has taken a parcel's bytes: its memory is free."""
+        with self._lock:
+            if self._sends.get(parcel.tag) is parcel:
+                del self._sends[parcel.tag]
+            parcel.finish()
+            self._wire.settled()
+
+    def _heard_eager(self, tag: int, message: Bytes) -> None:
+        parcel = self._receives.get(tag)
+        if parcel is None:
+            self._early[tag] = message.copy()
+        elif parcel.memory.size > self._wire.eager_bytes:
+            self._wire.tell(self.rank, Kind.MISFIT, tag, message.size, _NOTHING)
+        else:
+            del self._receives[tag]
+            self._take(parcel, message)
+
+    def _heard_done(self, tag: int, num_bytes: int) -> None:
+        parcel = self._receives.pop(tag)
+        self._wire.withdraw(parcel)
+        self._conclude(parcel, num_bytes)
+
+    def _heard_ready(self, tag: int, num_bytes: int, place: Bytes) -> None:
+        if tag in self._sends:
+            self._put(self._sends[tag], num_bytes, place)
+        else:
+            self._places[tag] = num_bytes, place.copy()
+
+    def _heard_offer(self, tag: int) -> None:
+        parcel = self._receives.get(tag)
+        if parcel is None:
+            self._offers.add(tag)
+        elif parcel.memory.size <= self._wire.eager_bytes:
+            self._wire.tell(self.rank, Kind.READY, tag, parcel.memory.size, _NOTHING)
+
+    def _put(self, parcel: Parcel, room: int, place: Bytes, told_bytes: int | None = None) -> None:
+        count = min(room, parcel.memory.size) if room > self._wire.eager_bytes else 0
+        self._wire.put(parcel, count, place, parcel.memory.size if told_bytes is None else told_bytes)
+
+    def _take(self, parcel: Parcel, message: Bytes) -> None:
+        if message.size == parcel.memory.size:
+            parcel.memory[:] = message
+        self._conclude(parcel, message.size)
+
+    def _conclude(self, parcel: Parcel, num_bytes: int) -> None:
+        if num_bytes == parcel.memory.size:
+            parcel.finish()
+        else:
+            parcel.fail(wrong_size(self.rank, parcel.tag, parcel.memory.size, num_bytes))
+        self._wire.settled()
+
+    def _is_blocked(self, parcel: Parcel) -> bool:
+        """Fail a parcel that can never be done."""
+        if self._obstacle is not None:
+            parcel.fail(self._obstacle)
+        elif self.departure is not None:
+            verb = "awaits from" if parcel.incoming else "sends to"
+            parcel.fail(peer_lost(self.rank, self._own_rank, parcel.tag, self.departure, verb, self._why))
+        return parcel.settled
+
+    def _fail_all(self) -> None:
+        for parcel in (*self._sends.values(), *self._receives.values()):
+            self._is_blocked(parcel)
+            self._wire.withdraw(parcel)
+        self._sends.clear()
+        self._receives.clear()
+        self._places.clear()
+        self._offers.clear()
+        self._wire.settled()
