@@ -2,12 +2,150 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch.distributed as dist
+
+from anyep.errors import AnyEPError, PeerLost
+from anyep.testing.engine_steps import arrive, finish, meet, peers, receive, send, settle
 from anyep.transport.engine_gloo import GlooEngine
 
 
 def with_gloo(group: Any, rank: int, case: Any, *args: Any) -> Any:
     """Run an exam's case on gloo over the loopback interface."""
     return case(partial(GlooEngine, group, interface="lo"), rank, *args)
+
+
+def _arrive(directory: str, name: object) -> None:
+    Path(directory, str(name)).touch()
+
+
+def stream_for_ever(group: Any, rank: int, directory: str) -> Any:
+    """Send and receive 4 MiB again and again, until a rank is lost."""
+    engine = GlooEngine(group, interface="lo")
+    memory = np.zeros(4 << 20, np.uint8)
+    try:
+        for number in range(1_000_000):
+            transfers = [engine.receive(peer, number, memory.copy()) for peer in peers(engine)]
+            transfers += [engine.send(peer, number, memory) for peer in peers(engine)]
+            finish(engine, transfers)
+            _arrive(directory, rank)
+    except PeerLost as error:
+        time.sleep(0.5)  # so that nobody sees this rank leave before it has seen who was first
+        return type(error).__name__, error.ranks, str(error)
+    finally:
+        engine.close()
+
+
+def go_on_without(group: Any, rank: int, directory: str) -> Any:
+    """Rank 1 is killed; the others exchange messages afterwards."""
+    engine = GlooEngine(group, interface="lo")
+    meet(engine)
+    awaited = receive(engine, 1, 0, 100) if rank != 1 else None
+    _arrive(directory, rank)
+    if awaited is None:
+        time.sleep(60)
+        return None
+    assert isinstance(settle(engine, awaited.transfer), PeerLost)
+    other = 2 - rank
+    incoming = receive(engine, other, 1, 1 << 20)
+    finish(engine, [send(engine, other, 1, 1 << 20)])
+    arrive(engine, [incoming])
+    how = engine.departures()[1].how
+    finish(engine, [send(engine, other, 2, 1), (last := receive(engine, other, 2, 1)).transfer])
+    arrive(engine, [last])
+    engine.close()
+    return how
+
+
+def how_it_left(group: Any, rank: int) -> str | None:
+    engine = GlooEngine(group, interface="lo")
+    meet(engine)
+    if rank == 0:
+        engine.close()
+        return None
+    error = settle(engine, receive(engine, 0, 0, 1).transfer)
+    engine.close()
+    return engine.departures()[0].how if isinstance(error, PeerLost) else repr(error)
+
+
+def _open_things() -> tuple[int, int]:
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def open_and_close(group: Any, rank: int, cycles: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def cycle() -> None:
+        engine = GlooEngine(group, interface="lo")
+        meet(engine)
+        engine.close()
+        group.allgather(b"")
+        del engine
+        gc.collect()
+
+    cycle()
+    before = _open_things()
+    for _ in range(cycles):
+        cycle()
+    return before, _open_things()
+
+
+def surroundings(group: Any, rank: int) -> tuple[bool, bool]:
+    before = dict(os.environ)
+    engine = GlooEngine(group, interface="lo")
+    meet(engine)
+    engine.close()
+    return dict(os.environ) == before, not dist.is_initialized()
+
+
+def send_read_only(group: Any, rank: int) -> bool:
+    engine = GlooEngine(group, interface="lo")
+    memory = np.arange(1 << 20, dtype=np.uint8)
+    memory.flags.writeable = False
+    into = np.zeros_like(memory)
+    finish(engine, [engine.receive(1 - rank, 0, into), engine.send(1 - rank, 0, memory)])
+    meet(engine)
+    engine.close()
+    return bool((into == memory).all())
+
+
+def open_on(group: Any, rank: int, interfaces: list[str | None], timeout_s: float = 20.0) -> str:
+    try:
+        engine = GlooEngine(group, interface=interfaces[rank], timeout_s=timeout_s)
+    except AnyEPError as error:
+        return f"{type(error).__name__}: {error}"
+    engine.close()
+    return "opened"
+
+
+def meet_and_describe(group: Any, rank: int) -> dict[str, str]:
+    engine = GlooEngine(group)
+    meet(engine)
+    told = engine.describe()
+    engine.close()
+    return told
+
+
+def talk_over_a_cut(group: Any, rank: int, directory: str) -> tuple[bool, bool]:
+    """Whether a message came while the link was cut, and whether it came once it was mended."""
+    engine = GlooEngine(group)
+    meet(engine)
+    _arrive(directory, f"met-{rank}")
+    while not Path(directory, "cut").exists():
+        time.sleep(0.01)
+    incoming = receive(engine, 1 - rank, 0, 100_000)
+    sent = send(engine, 1 - rank, 0, 100_000)
+    engine.wait([incoming.transfer], 0.5)
+    early = incoming.transfer.done()
+    _arrive(directory, f"waited-{rank}")
+    arrive(engine, [incoming])
+    finish(engine, [sent])
+    meet(engine)
+    engine.close()
+    return early, True

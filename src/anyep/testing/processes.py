@@ -84,12 +84,15 @@ class RankProcesses:
         outcomes = ranks.outcomes(timeout_s=10.0)
     """
 
-    def __init__(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(
+        self, num_ranks: int, function: Callable[..., Any], *args: Any, enter: Callable[[int], None] | None = None
+    ) -> None:
+        """``enter(rank)``: called first on every rank, as soon as it can reach the group's store; must pickle."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        task = pickle.dumps((function, args))  # plain bytes: torch would otherwise pass tensors by descriptor
+        task = pickle.dumps((function, args, enter))  # plain bytes: torch would otherwise pass tensors by descriptor
         self._store = TCPStore(_LOOPBACK, 0, None, True, wait_for_workers=False)
         self._outcomes: dict[int, Outcome] = {}
         self._order: list[int] = []
@@ -205,8 +208,10 @@ def _rank_main(task: bytes, rank: int, num_ranks: int, port: int, pipe: Connecti
 
     torch.set_num_threads(1)  # as torchrun does: ranks share the cores
     try:
-        function, args = pickle.loads(task)
+        function, args, enter = pickle.loads(task)
         store = TCPStore(_LOOPBACK, port, None, False)
+        if enter is not None:
+            enter(rank)
         group = StoreRendezvous(store, rank, num_ranks)
         report = pickle.dumps(Outcome(rank=rank, how="returned", value=function(group, rank, *args)))
     except BaseException as error:
