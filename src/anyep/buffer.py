@@ -300,7 +300,8 @@ class Buffer:
 
     def stats(self) -> Stats:
         """Return this rank's counters since the buffer was made."""
-        return self._end.counters.snapshot(self._end.transport.waited_ns)
+        network_bytes = 0 if self._end.across is None else self._end.across.transport.engine.sent_bytes
+        return self._end.counters.snapshot(self._end.transport.waited_ns, network_bytes)
 
     def close(self) -> None:
         """Leave the group and free the arena; received tensors stay valid. Idempotent.

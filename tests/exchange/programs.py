@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 import anyep
+from anyep.layout.hosts import HostMap
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
 from anyep.testing.oracle import expected_sum
 from tests.exchange.cases import EAGER_BYTES, LAYOUTS, WIRES, Case
@@ -152,16 +153,18 @@ class Player:
                 self._diary.received[number] = ReceivedCopy.of(received)
 
 
-def check_program(program: Program, diaries: list[Diary]) -> None:
+def check_program(program: Program, diaries: list[Diary], hosts: HostMap | None = None) -> None:
     """Compare what every rank got with the oracle, bit for bit."""
     for rank, diary in enumerate(diaries):
         for number, received in diary.received.items():
             check_received(program.steps[number].case, rank, received)
         for number, (x, weights) in diary.combined.items():
-            _check_combined(program.steps[number], number, rank, diaries, x, weights)
+            _check_combined(program.steps[number], number, rank, diaries, x, weights, hosts)
 
 
-def _check_combined(step: Step, number: int, rank: int, diaries: list[Diary], x, weights) -> None:
+def _check_combined(
+    step: Step, number: int, rank: int, diaries: list[Diary], x, weights, hosts: HostMap | None
+) -> None:
     case = step.case
 
     def rows(owner: int, row: torch.Tensor) -> torch.Tensor:
@@ -170,7 +173,7 @@ def _check_combined(step: Step, number: int, rank: int, diaries: list[Diary], x,
 
     batch = case.batches[rank]
     factors = batch.topk_weights if case.layout == "padded" else None
-    options = {"reduce": step.reduce, "bias": batch.bias, "factors": factors}
+    options = {"reduce": step.reduce, "bias": batch.bias, "factors": factors, "hosts": hosts}
     assert_same("combined", x, expected_sum(case.exchange, rank, rows, dtype=x.dtype, **options))
     if weights is not None:
         back = expected_sum(
@@ -179,6 +182,7 @@ def _check_combined(step: Step, number: int, rank: int, diaries: list[Diary], x,
             lambda owner, row: diaries[owner].given[-number][row],
             dtype=torch.float32,
             reduce=step.reduce,
+            hosts=hosts,
         )
         assert_same("returned weights", weights, back)
 

@@ -9,6 +9,7 @@ import torch
 
 import anyep
 from anyep.exchange import receive, setup
+from anyep.layout.hosts import HostMap
 from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows, expected_sum
 from anyep.transport.registry import open_transport
 from tests.exchange.cases import Case
@@ -111,8 +112,8 @@ def expert_output(case: Case, received: anyep.Received, ep: anyep.Buffer) -> tor
     return y
 
 
-def check(case: Case, outcomes: list[Outcome]) -> None:
-    """Compare every rank's outcome with the oracle, bit for bit."""
+def check(case: Case, outcomes: list[Outcome], hosts: HostMap | None = None) -> None:
+    """Compare every rank's outcome with the oracle, bit for bit; ``hosts``: where ranks live on several."""
     for rank, outcome in enumerate(outcomes):
         check_received(case, rank, outcome.received)
         check_received(case, rank, outcome.again)
@@ -124,6 +125,7 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
             reduce=case.reduce,
             bias=case.batches[rank].bias,
             factors=case.batches[rank].topk_weights if case.layout == "padded" else None,
+            hosts=hosts,
         )
         assert_same("combined", outcome.combined, expected)
         if outcome.weights is not None:
@@ -133,6 +135,7 @@ def check(case: Case, outcomes: list[Outcome]) -> None:
                 lambda owner, rows: outcomes[owner].received.topk_weights[rows],
                 dtype=torch.float32,
                 reduce=case.reduce,
+                hosts=hosts,
             )
             assert_same("returned weights", outcome.weights, back)
 

@@ -159,9 +159,9 @@ def test_ranks_of_other_hosts_are_refused_by_name():
 
 def test_one_host_needs_one_process_namespace():
     one, other = (Identity(host="h", process_namespace=namespace, pid=1) for namespace in ("pid:1", "pid:2"))
-    check_one_host([one, one])
+    check_one_host({0: one, 1: one})
     with pytest.raises(Unavailable, match="2 PID namespaces"):
-        check_one_host([one, other])
+        check_one_host({0: one, 1: other})
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,19 @@ The owner's call returns when all ranks have read its rows, so that it may write
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.across import Across
+from anyep.exchange.courier import carry
+from anyep.exchange.crossing import address_of
+from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
 from anyep.exchange.handle import Combined
 from anyep.exchange.opening import (
     BODY,
@@ -30,8 +35,10 @@ from anyep.exchange.opening import (
     Kind,
     check_agreement,
 )
+from anyep.exchange.proxy import Proxy
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
+from anyep.exchange.sums_across import SumsIn, SumsOut, each_by_itself, rows_from, terms_of
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Words
 
@@ -52,6 +59,7 @@ class Combine:
         self._loans: list[Loan] = []
         self._no_memory: CapacityError | None = None
         self._limit_rows = 0
+        self._moved_rows: NDArray[np.int32] | None = None
         self._weights_offset = 0
         self._header = end.handle_header(
             back.handle.epoch,
@@ -66,11 +74,13 @@ class Combine:
     def wants_background(self) -> bool:
         """Whether there are likely rows to be read where they lie; low latency never computes behind one's back."""
         plan = self._back.handle.send
+        if self._end.across is not None and not plan.geometry.padded:
+            return True
         return not plan.geometry.padded and int(plan.numbers("rank_entries").max()) > self._limit_rows
 
     def may_answer(self) -> bool:
         """Whether an owner may wait until this rank has read."""
-        return not self._back.handle.send.geometry.padded
+        return not self._back.handle.send.geometry.padded or self._end.across is not None
 
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
@@ -96,14 +106,15 @@ class Combine:
             desk.send_slots_R,
             slots.offsets,
             desk.back.values,
+            end.far_R,
             desk.tally,
         )
-        eager_rows, direct_rows, *_ = desk.tally.tolist()
+        eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
         if eager_rows:
             self._send_back(desk)
-        if direct_rows:
+        if direct_rows + far_rows:
             self._lend(desk)
-        end.counters.sent_back(eager_rows, direct_rows)
+        end.counters.sent_back(eager_rows, direct_rows, far_rows)
         end.transport.post(end.lanes.open, epoch, desk.places_RW)
 
     def finish(self) -> torch.Tensor | Combined:
@@ -113,8 +124,12 @@ class Combine:
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step, self._no_memory)
         self._connect(desk, opened_RW)
-        moved, _, num_to, num_from, num_rows = desk.tally.tolist()
-        weights = self._sum(self._rows(desk) if moved else None, desk)
+        moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
+        rows_addr = self._rows(desk, moved)
+        if end.across is None:
+            weights = self._sum(_own_entries(back, rows_addr), desk.lent.addr)
+        else:
+            weights = self._sum_across(end.across, desk, opened_RW, rows_addr)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
@@ -172,30 +187,104 @@ class Combine:
                 desk.starts_addr,
                 desk.to_R,
                 desk.from_R,
+                end.far_R,
                 desk.tally,
             )
             if unknown < 0:
                 return
             end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
 
-    def _rows(self, desk: Desk) -> torch.Tensor:
-        """Return where this rank's rows lie, int32 [T, W], where that is not where the dispatch placed them."""
-        plan = self._back.handle.send
-        rows = torch.empty(plan.num_tokens * plan.width, dtype=torch.int32, device="cpu")
-        place_at(self._end, plan, desk.starts_addr, rows.data_ptr())
-        return rows
-
-    def _sum(self, moved_rows: torch.Tensor | None, desk: Desk) -> torch.Tensor | None:
-        end, back, plan = self._end, self._back, self._back.handle.send
-        if moved_rows is None:
+    def _rows(self, desk: Desk, moved: int) -> int:
+        """Return where it says where this rank's rows lie, int32 [T, W]: as the dispatch placed them, or moved."""
+        end, plan = self._end, self._back.handle.send
+        if not moved:
             place(end, plan)
+            return plan.entry_row_addr
+        self._moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
+        rows_addr = address_of(self._moved_rows)
+        place_at(end, plan, desk.starts_addr, rows_addr)
+        return rows_addr
+
+    def _sum_across(self, across: Across, desk: Desk, opened_RW: Words, rows_addr: int) -> torch.Tensor | None:
+        """Send back what is forwarded, and sum neighbours' rows with what comes back from other hosts."""
+        end, back, plan = self._end, self._back, self._back.handle.send
+        each, crossing = each_by_itself(back), plan.crossing
+        assert crossing is not None, "plans of several hosts have one"
+        outgoing = [self._forward(across, proxy, opened_RW, each=each) for proxy in back.handle.proxies]
+        counts = {host: rows_from(crossing, host, each=each) for host in across.hosts.far_hosts(end.rank)}
+        incoming = {
+            host: SumsIn(end, across, back, host, count, self._epoch) for host, count in counts.items() if count
+        }
+        carry([*outgoing, *incoming.values()], across.transport, self._epoch, self._step)
+        folded = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
+        folded.values[:, : end.num_ranks] = desk.lent.values
+        for host, part in incoming.items():
+            folded.values[:, end.num_ranks + host] = address_of(part.rows), address_of(part.weights)
+        terms = np.empty((3, max(1, plan.num_tokens * plan.width)), np.int32)
+        keys, ranks, rows = (address_of(one) for one in terms)
+        end.books.fold(
+            plan.num_tokens,
+            plan.width,
+            plan.entry_rank_addr,
+            rows_addr,
+            across.hosts.host_R,
+            across.own_host,
+            int(each),
+            np.zeros(across.hosts.num_hosts, np.int32),
+            keys,
+            ranks,
+            rows,
+        )
+        by_rank = int(each and back.reduce == "rank")
+        return self._sum(_Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), folded.addr)
+
+    def _forward(self, across: Across, proxy: Proxy, opened_RW: Words, *, each: bool) -> SumsOut:
+        """Find the rows of a rank of another host at this host's ranks."""
+        end, plan = self._end, proxy.plan
+        lent, moved_rows = AddressTable(2, end.num_ranks), None
+        starts, ranks_R = (
+            np.zeros(end.num_ranks + end.placement.num_experts, np.int32),
+            np.zeros(end.num_ranks, np.int64),
+        )
+        tally = np.zeros(6, np.int64)
+        while True:
+            unknown = end.books.connect_back(
+                opened_RW,
+                BODY,
+                end.bases.base_RS,
+                plan.geometry.shape.dims,
+                plan.geometry.shape.offsets,
+                plan.first_addr,
+                end.tables.rank_addr,
+                -1,
+                ranks_R,
+                0,
+                lent.values,
+                address_of(starts),
+                ranks_R,
+                ranks_R.copy(),
+                end.far_R,
+                tally,
+            )
+            if unknown < 0:
+                break
+            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
+        if tally[ledger.EAGER_ROWS]:
+            moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
+            place_at(end, plan, address_of(starts), address_of(moved_rows))
+        return SumsOut(end, across, self._back, proxy, terms_of(proxy, moved_rows, each=each), lent, self._epoch)
+
+    def _sum(self, entries: _Entries, tables: Sequence[int]) -> torch.Tensor | None:
+        """Sum the rows that ``entries`` name, in the peer tables of rows and of weights."""
+        end, back, plan = self._end, self._back, self._back.handle.send
         weights = None
         if back.topk_weights is not None:
             weights = torch.empty((plan.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
         bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
         sums = _Sums(
-            by_rank=int(back.reduce == "rank"),
-            entry_row_addr=plan.entry_row_addr if moved_rows is None else moved_rows.data_ptr(),
+            entries=(plan.width, entries.by_rank, entries.rank_addr, entries.row_addr),
+            rows_table=tables[0],
+            weights_table=tables[1],
             factors_addr=0 if back.factors is None else back.factors.data_ptr(),
             bias0_addr=bias0,
             bias1_addr=bias1,
@@ -203,32 +292,43 @@ class Combine:
             weights_addr=0 if weights is None else weights.data_ptr(),
         )
         if end.workers.num_threads == 1:
-            self._sum_tokens(0, plan.num_tokens, sums, desk)
+            self._sum_tokens(0, plan.num_tokens, sums)
         else:
-            end.workers.over(
-                plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums, desk)
-            )
+            end.workers.over(plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums))
         return weights
 
-    def _sum_tokens(self, first: int, last: int, sums: _Sums, desk: Desk) -> None:
-        end, back, plan = self._end, self._back, self._back.handle.send
-        entries = (plan.width, sums.by_rank, plan.entry_rank_addr, sums.entry_row_addr)
-        rows_table, weights_table = desk.lent.addr
-        rest = (rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
+    def _sum_tokens(self, first: int, last: int, sums: _Sums) -> None:
+        end, back = self._end, self._back
+        rest = (sums.rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
         if back.wire == "none":
-            end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *entries, *rest)
+            end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *sums.entries, *rest)
         else:
-            end.kernels.reduce_logfmt(end.hidden, first, last, *entries, *rest)
+            end.kernels.reduce_logfmt(end.hidden, first, last, *sums.entries, *rest)
         if sums.weights_addr:
-            end.kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, sums.weights_addr)
+            table, out_addr = sums.weights_table, sums.weights_addr
+            end.kernels.reduce_weights(end.num_topk, first, last, *sums.entries, table, out_addr)
         end.kernels.fence()  # nobody else reads the sums, but the caller may hand them to another thread
+
+
+class _Entries(NamedTuple):
+    """Which rows a token's sum takes: int32 [T, W] ranks and rows."""
+
+    by_rank: int
+    rank_addr: int
+    row_addr: int
+
+
+def _own_entries(back: Returning, rows_addr: int) -> _Entries:
+    return _Entries(by_rank=int(back.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr)
 
 
 class _Sums(NamedTuple):
     """Addresses of a combine's inputs and outputs; 0 for what there is none of."""
 
-    by_rank: int
-    entry_row_addr: int
+    entries: tuple[int, int, int, int]
+    """width, by rank or not, where ranks and rows of the entries lie"""
+    rows_table: int
+    weights_table: int
     factors_addr: int
     bias0_addr: int
     bias1_addr: int

@@ -21,6 +21,7 @@ from anyep.exchange.ledger import (
     F_RANK_ENTRIES,
     F_SEND_START,
     F_SOURCE_ENTRIES,
+    NEAR,
     NUM_FROM,
     NUM_ROWS,
     NUM_TO,
@@ -42,7 +43,7 @@ def _aligned(num_bytes: int) -> int:
 
 @compiled(
     "int64(int64[:, :], int64, int64[:, :], int64, int64[:, ::1], int64[::1], int64, int64, int64, int64, int64[::1],"
-    " int64, int64[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], int64[::1])"
+    " int64, int64[::1], int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1])"
 )
 def connect(
     opened_RW: Any,
@@ -62,6 +63,7 @@ def connect(
     arrived_PR: Any,
     to_R: Any,
     from_R: Any,
+    far_tokens_R: Any,
     tally: Any,
 ) -> int:
     """Turn places into the peer tables of rows that go straight to their final place, and of rows that came along.
@@ -72,7 +74,8 @@ def connect(
     ``entries`` int32 [R]: rows for each rank, ``limit_rows`` as in :func:`announce`; ``batch_rows`` int32 [R].
     ``to`` and ``from`` become the other ranks that this one writes to, and that write here, without eager rows;
     ``tally[EAGER_ROWS]`` the rows that came along (``source_rows`` int32 [R]: rows from each source),
-    ``tally[NUM_ROWS]`` those of the batch.
+    ``tally[NUM_ROWS]`` those of the batch. Ranks of other hosts (``far_tokens`` as in :func:`announce`) are not written
+    to; those that send rows are in ``from``: somebody here writes them, and says so in their name.
     """
     num_to, num_from, came_rows = 0, 0, 0
     ranks = opened_RW.shape[0]
@@ -81,7 +84,8 @@ def connect(
         rows = load_i32(entries_addr, d)
         for part in range(PARTS):
             direct_PR[part, d] = 0
-        if rows > limit_rows:
+        near = far_tokens_R[d] == NEAR
+        if near and rows > limit_rows:
             data_segment, routing_segment = offered_RW[d, offer + DATA_SEGMENT], offered_RW[d, offer + ROUTING_SEGMENT]
             for segment in (data_segment, routing_segment):
                 if segment >= bases_RS.shape[1] or bases_RS[d, segment] == 0:
@@ -98,11 +102,12 @@ def connect(
             if d != rank:
                 to_R[num_to] = d
                 num_to += 1
-        came = opened_RW[d, body + WAY]
+        sent = load_i32(source_rows_addr, d)
+        came = opened_RW[d, body + WAY] if near else sent == 0
         if not came and d != rank:
             from_R[num_from] = d
             num_from += 1
-        came_with = load_i32(source_rows_addr, d) if came else 0
+        came_with = sent if near and came else 0
         came_rows += came_with
         for part in range(PARTS):
             arrived_PR[part, d] = recv_slots_R[d] + part_offsets[part] if came_with > 0 else 0
@@ -111,9 +116,14 @@ def connect(
     return -1
 
 
+@inlined
+def _came_along(opened_RW: Any, body: int, owner: int, far_tokens_R: Any, limit_rows: int) -> bool:
+    return limit_rows >= 0 and far_tokens_R[owner] == NEAR and opened_RW[owner, body + WAY] != 0
+
+
 @compiled(
     "int64(int64[:, :], int64, int64[:, ::1], int64[::1], int64[::1], int64, int64, int64, int64[::1], int64,"
-    " int64[:, ::1], int64, int64[::1], int64[::1], int64[::1])"
+    " int64[:, ::1], int64, int64[::1], int64[::1], int64[::1], int64[::1])"
 )
 def connect_back(
     opened_RW: Any,
@@ -130,6 +140,7 @@ def connect_back(
     starts_addr: int,
     to_R: Any,
     from_R: Any,
+    far_tokens_R: Any,
     tally: Any,
 ) -> int:
     """Find this rank's rows at their owners: in the slot where they came along, or where the owner says they lie.
@@ -137,7 +148,8 @@ def connect_back(
     Fills the peer tables of rows and weights, ``starts`` int32 [B] (what ``place`` adds to slots; there must be room
     for E + R), ``to`` (owners whose rows are read where they lie) and ``from`` (ranks that read here).
     ``tally[EAGER_ROWS]`` becomes the number of owners whose rows do not lie as the dispatch placed them,
-    ``tally[NUM_ROWS]`` this rank's rows. Returns as :func:`connect`.
+    ``tally[NUM_ROWS]`` this rank's rows. Returns as :func:`connect`. Owners on other hosts are left out; whoever reads
+    for a rank of another host passes that rank's ledger, and ``limit_rows`` -1: nothing came along for it.
     """
     rank, ranks = dims[D_RANK], dims[D_RANKS]
     entries = field(ledger_addr, offsets, F_RANK_ENTRIES)
@@ -148,13 +160,14 @@ def connect_back(
     for i in range(ranks):
         d = rank + i if rank + i < ranks else rank + i - ranks
         tables_2R[0, d], tables_2R[1, d] = 0, 0
-        if load_i32(readers, d) > limit_rows and d != rank:
+        near = far_tokens_R[d] == NEAR
+        if load_i32(readers, d) > (limit_rows if near else 0) and d != rank:
             from_R[num_from] = d
             num_from += 1
-        if load_i32(entries, d) == 0:
+        if load_i32(entries, d) == 0 or not near:
             continue
         num_rows += load_i32(entries, d)
-        if opened_RW[d, body + WAY]:
+        if _came_along(opened_RW, body, d, far_tokens_R, limit_rows):
             tables_2R[0, d] = recv_slots_R[d]
             tables_2R[1, d] = recv_slots_R[d] + weights_offset
             moved += 1
@@ -171,16 +184,17 @@ def connect_back(
             num_to += 1
     if moved > 0 and not dims[D_BY_EXPERT]:
         for d in range(ranks):
-            store_i32(starts_addr, d, 0 if opened_RW[d, body + WAY] else load_i32(send_start, d))
+            came = _came_along(opened_RW, body, d, far_tokens_R, limit_rows)
+            store_i32(starts_addr, d, 0 if came else load_i32(send_start, d))
     elif moved > 0:
         fill_bytes(packed, 4 * ranks, 0)
         for expert in range(dims[D_EXPERTS]):
             owner = load_i32(expert_rank_addr, expert)
             start = load_i32(send_start, expert)
-            if opened_RW[owner, body + WAY]:
+            if _came_along(opened_RW, body, owner, far_tokens_R, limit_rows):
                 start = load_i32(packed, owner)
                 add(packed, owner, load_i32(field(ledger_addr, offsets, F_EXPERT_ROWS), expert))
-            elif opened_RW[owner, body + CAPACITY]:
+            elif far_tokens_R[owner] == NEAR and opened_RW[owner, body + CAPACITY]:
                 start = load_i32(field(ledger_addr, offsets, F_DENSE_START), expert)
             store_i32(starts_addr, expert, start)
     tally[NUM_TO], tally[NUM_FROM], tally[EAGER_ROWS], tally[NUM_ROWS] = num_to, num_from, moved, num_rows

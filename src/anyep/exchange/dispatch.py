@@ -18,10 +18,13 @@ from dataclasses import replace
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
+from anyep.exchange.across import Across
+from anyep.exchange.courier import carry
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, LAYOUT_CODES, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
+from anyep.exchange.proxy import Proxy
 from anyep.exchange.receive import (
     NO_PLACES,
     Batch,
@@ -32,6 +35,7 @@ from anyep.exchange.receive import (
     settle_down,
     wrap,
 )
+from anyep.exchange.rows_across import RowsIn, RowsOut
 from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
@@ -51,7 +55,8 @@ class Dispatch:
         self._epoch = 0
         self._geometry = out.geometry
         self._landing: Landing | None = None
-        self._eager_rows = self._direct_rows = 0
+        self._eager_rows = self._direct_rows = self._far_rows = 0
+        self._proxies: tuple[Proxy, ...] = ()
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
 
     def _cached_header(self, handle: Handle) -> Words:
@@ -65,11 +70,11 @@ class Dispatch:
 
     def wants_background(self) -> bool:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
-        return self._direct_rows > 0 and not self._geometry.padded
+        return self._direct_rows + self._far_rows > 0 and not self._geometry.padded
 
     def may_answer(self) -> bool:
         """Whether a peer may wait for this rank's second offer, or its rows."""
-        return not self._geometry.padded
+        return not self._geometry.padded or self._end.across is not None
 
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
@@ -94,9 +99,10 @@ class Dispatch:
             desk.send_slots_R,
             geometry.slot_offsets,
             desk.eager.values,
+            end.far_R if plan.crossing is None else plan.crossing.far_tokens_R,
             desk.tally,
         )
-        self._eager_rows, self._direct_rows, *_ = desk.tally.tolist()
+        self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
         if self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
@@ -113,7 +119,7 @@ class Dispatch:
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
         self._connect(desk, opened_RW, offered_RW, offer)
-        came_rows, _, num_to, num_from, num_rows = desk.tally.tolist()
+        came_rows, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
@@ -128,12 +134,14 @@ class Dispatch:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if came_rows:
             self._unpack(desk, batch)
+        if end.across is not None:
+            self._cross(end.across, desk, opened_RW, offered_RW, offer)
         fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
-        end.counters.dispatched(self._eager_rows, self._direct_rows, num_rows, out)
+        end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
         return wrap(end, batch, self._handle(num_rows) if out.cached is None else self._known(out.cached))
 
     def _known(self, handle: Handle) -> Handle:
@@ -155,7 +163,37 @@ class Dispatch:
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
+            proxies=self._proxies,
         )
+
+    def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
+        """Send what goes to other hosts, and pass on what comes from them."""
+        end, out, epoch = self._end, self._out, self._epoch
+        crossing, known = out.plan.crossing, {} if out.cached is None else {p.source: p for p in out.cached.proxies}
+        assert crossing is not None, "plans of several hosts have one"
+        self._connect(desk, opened_RW, offered_RW, offer, forward=True)
+        incoming = [
+            RowsIn(
+                end,
+                across,
+                end.geometry_of(self._geometry.key, source),
+                source,
+                int(opened_RW[source, BODY + ledger.WAY]),
+                epoch,
+                opened_RW=opened_RW,
+                places=desk.forwarded,
+                known=known.get(source),
+            )
+            for source in across.hosts.sources_of(end.rank)
+            if opened_RW[source, BODY + ledger.WAY]
+        ]
+        outgoing = [
+            RowsOut(end, across, out, crossing, host, epoch)
+            for host in across.hosts.far_hosts(end.rank)
+            if crossing.tokens_M[host]
+        ]
+        carry([*outgoing, *incoming], across.transport, epoch, self._step)
+        self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
 
     def _settle(self, opened_RW: Words) -> bool:
         """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
@@ -215,7 +253,8 @@ class Dispatch:
         end.counters.add(second_offers=1)
         return offers_RW
 
-    def _connect(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
+    def _connect(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int, *, forward: bool = False) -> None:
+        """Fill the peer tables: of rows that this rank sends, or (``forward``) of every place on this host."""
         end, plan = self._end, self._out.plan
         while True:
             unknown = end.books.connect(
@@ -226,17 +265,18 @@ class Dispatch:
                 end.bases.base_RS,
                 self._geometry.part_bytes,
                 end.rank,
-                self._geometry.limit_rows,
+                -1 if forward else self._geometry.limit_rows,
                 plan.field("rank_rows"),
                 plan.field("batch_rows"),
                 desk.recv_slots_R,
                 plan.field("source_rows"),
                 self._geometry.slot_offsets,
-                desk.direct.values,
-                desk.arrived.values,
-                desk.to_R,
-                desk.from_R,
-                desk.tally,
+                desk.forwarded.values if forward else desk.direct.values,
+                desk.spare.values if forward else desk.arrived.values,
+                desk.spare_R if forward else desk.to_R,
+                desk.spare_R if forward else desk.from_R,
+                end.far_R,
+                desk.spare_tally if forward else desk.tally,
             )
             if unknown < 0:
                 return

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anyep.exchange.across import Across
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
@@ -136,7 +137,13 @@ class Desk:
         """int32 [R + E], for whatever an operation needs"""
         self.to_R: Words = np.zeros(ranks, np.int64)
         self.from_R: Words = np.zeros(ranks, np.int64)
-        self.tally: Words = np.zeros(5, np.int64)
+        self.tally: Words = np.zeros(6, np.int64)
+        self.forwarded = AddressTable(PARTS, ranks)
+        """final places at this host's ranks, for rows that are forwarded"""
+        self.spare = AddressTable(PARTS, ranks)
+        self.spare_R: Words = np.zeros(ranks, np.int64)
+        self.spare_tally: Words = np.zeros(6, np.int64)
+        """what :meth:`Dispatch._connect` also says, and forwarders know already"""
 
 
 class ReturnSlots(NamedTuple):
@@ -176,6 +183,7 @@ class Books:
     settle: Callable[..., int]
     connect: Callable[..., int]
     connect_back: Callable[..., int]
+    fold: Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,7 +211,11 @@ class Endpoint:
     slots: EagerSlots
     rule: EagerRule
     desks: tuple[Desk, ...]
-    geometries: dict[GeometryKey, Geometry] = field(default_factory=dict)
+    far_R: Words
+    """[R]: NEAR, or 0 for ranks of other hosts"""
+    across: Across | None = None
+    """what there is besides on several hosts"""
+    geometries: dict[tuple[GeometryKey, int], Geometry] = field(default_factory=dict)
     headers: dict[tuple[tuple[str, int], ...], Words] = field(default_factory=dict)
     returns: dict[tuple[int, int], ReturnSlots] = field(default_factory=dict)
 
@@ -220,13 +232,16 @@ class Endpoint:
 
     def geometry(self, layout: str, idx_bytes: int, has_weights: bool) -> Geometry:
         """Return the sizes and offsets of a kind of dispatch, made once."""
-        key = GeometryKey(layout, idx_bytes, has_weights)
-        known = self.geometries.get(key)
+        return self.geometry_of(GeometryKey(layout, idx_bytes, has_weights), self.rank)
+
+    def geometry_of(self, key: GeometryKey, rank: int) -> Geometry:
+        """Return the same as another rank sees it."""
+        known = self.geometries.get((key, rank))
         if known is None:
-            known = self.geometries[key] = Geometry(
+            known = self.geometries[key, rank] = Geometry(
                 key,
                 self.placement,
-                self.rank,
+                rank,
                 self.wire,
                 num_topk=self.num_topk,
                 max_tokens=self.max_tokens,

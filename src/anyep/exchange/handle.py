@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from anyep.exchange.geometry import Geometry
+
+if TYPE_CHECKING:
+    from anyep.exchange.crossing import Crossing
+    from anyep.exchange.proxy import Proxy
 
 
 class SendPlan:
@@ -22,6 +27,7 @@ class SendPlan:
         "compact_rank_addr",
         "compact_slot_addr",
         "compact_width",
+        "crossing",
         "entry_rank_addr",
         "entry_row_addr",
         "entry_slot_addr",
@@ -63,6 +69,8 @@ class SendPlan:
             self.entry_rank_addr, self.entry_slot_addr = self.compact_rank_addr, self.compact_slot_addr
             self.entry_row_addr = rest
         self.placed = False
+        self.crossing: Crossing | None = None
+        """which tokens go to other hosts, where there are any"""
 
     def field(self, name: str) -> int:
         """Return the address of a field of the ledger."""
@@ -71,6 +79,11 @@ class SendPlan:
     def numbers(self, name: str) -> NDArray[np.int32]:
         """Return a field of the ledger, int32; a view."""
         return self.memory[self.geometry.shape.words_at[name]]
+
+    def words(self, address: int, count: int) -> NDArray[np.int32]:
+        """Return int32 [count] at one of the addresses; a view."""
+        first = (address - self.first_addr) // 4
+        return self.memory[first : first + count]
 
     def topk_idx(self) -> torch.Tensor:
         """Return topk_idx [T, K]; a view."""
@@ -98,6 +111,8 @@ class Handle:
     counts: list[int]
     topk_weights: torch.Tensor | None
     """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
+    proxies: tuple[Proxy, ...] = ()
+    """ranks of other hosts for which this rank forwards"""
 
     @property
     def num_tokens(self) -> int:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from anyep.exchange.arguments import check_tensor
+from anyep.exchange.crossing import Crossing
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, SendPlan
+from anyep.exchange.routing import plan_of
 from anyep.exchange.wire import Rows, check_rows
 
 _IDX_DTYPES = (torch.int64, torch.int32)
@@ -79,40 +80,7 @@ def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | Non
 
 
 def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
-    num_tokens, num_topk = topk_idx.shape
-    compact_width = min(num_topk, end.num_ranks)
-    ledger = geometry.shape.num_words
-    idx_words = num_tokens * num_topk * topk_idx.itemsize // 4
-    entries = 2 * compact_width + (3 * num_topk if geometry.by_expert else compact_width)
-    memory = np.empty(ledger + idx_words + num_tokens * entries, np.int32)
-    first_addr = end.books.keep(memory, ledger, topk_idx.data_ptr(), 4 * idx_words)
-    plan = SendPlan(geometry, memory, first_addr, num_tokens, compact_width)
-    if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
-        _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
-    _route(end, plan, 0, plan.compact_rank_addr, plan.compact_slot_addr)
+    plan = plan_of(end, geometry, topk_idx.data_ptr(), topk_idx.shape[0])
+    if end.across is not None:
+        plan.crossing = Crossing(end.across, end.kernels, plan)
     return plan
-
-
-def _route(end: Endpoint, plan: SendPlan, by_expert: int, entry_rank_addr: int, entry_slot_addr: int) -> None:
-    bytes_at, first = plan.geometry.shape.bytes_at, plan.first_addr
-    bad = end.kernels.route(
-        plan.idx_addr,
-        plan.idx_bytes,
-        plan.num_tokens,
-        end.num_topk,
-        end.placement.num_experts,
-        end.num_ranks,
-        end.tables.rank_addr,
-        by_expert,
-        entry_rank_addr,
-        entry_slot_addr,
-        first + bytes_at["rank_rows"],
-        first + bytes_at["expert_rows"],
-        first + bytes_at["scratch"],
-    )
-    if bad >= 0:
-        token, column = divmod(bad, end.num_topk)
-        raise ValueError(
-            f"topk_idx[{token}, {column}] is {int(plan.topk_idx()[token, column])}; experts are 0 to "
-            f"{end.placement.num_experts - 1}, and -1 means none"
-        )

@@ -34,7 +34,9 @@ from anyep.exchange.ledger import (
     F_SEND_START,
     F_SOURCE_ENTRIES,
     F_SOURCE_ROWS,
+    FAR_ROWS,
     LANDING_TOO_SMALL,
+    NEAR,
     SETTLED,
     STATIC_TOO_SMALL,
     WAY,
@@ -64,7 +66,7 @@ def keep(memory: Any, first_word: int, source_addr: int, num_bytes: int) -> int:
 
 @compiled(
     "void(int64[:, ::1], int64[::1], int64[::1], int64, int64, int64, int64, int64[::1], int64[::1], int64[:, ::1],"
-    " int64[::1])"
+    " int64[::1], int64[::1])"
 )
 def announce(
     words_RW: Any,
@@ -77,22 +79,28 @@ def announce(
     slots_R: Any,
     part_offsets: Any,
     tables_PR: Any,
+    far_tokens_R: Any,
     tally: Any,
 ) -> None:
     """Write the message to every rank, and decide for each whether its rows come along (eager).
+
+    ``far_tokens`` [R]: NEAR for a rank of this host; for any other how many tokens cross to its host, which stands in
+    its message instead. No row goes to it from here.
 
     ``rows`` int32 [R]: rows for each rank; up to ``limit_rows`` are eager. ``counts`` int32 [num_counts] go to all.
     ``tables`` [P, R] become the peer tables of the eager slots (0: not eager), ``tally`` the rows of both ways.
     """
     tally[EAGER_ROWS] = 0
     tally[DIRECT_ROWS] = 0
+    tally[FAR_ROWS] = 0
     body = header.size
     for d in range(words_RW.shape[0]):
         rows = load_i32(rows_addr, d)
-        eager = 1 if rows <= limit_rows else 0
+        near = far_tokens_R[d] == NEAR
+        eager = 1 if near and rows <= limit_rows else 0
         for word in range(body):
             words_RW[d, word] = header[word]
-        words_RW[d, body + WAY] = eager
+        words_RW[d, body + WAY] = eager if near else far_tokens_R[d]
         for word in range(places.size):
             words_RW[d, body + CAPACITY + word] = places[word]
         if num_counts > 0:
@@ -100,7 +108,9 @@ def announce(
             copy_bytes(row_addr + 8 * (body + COUNTS), counts_addr, 4 * num_counts)
         for part in range(part_offsets.size):
             tables_PR[part, d] = slots_R[d] + part_offsets[part] if eager and rows > 0 else 0
-        if eager:
+        if not near:
+            tally[FAR_ROWS] += rows
+        elif eager:
             tally[EAGER_ROWS] += rows
         else:
             tally[DIRECT_ROWS] += rows

@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.eager import EagerSlots
 from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers
 from anyep.exchange.explain import Explanation, explain
+from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.stats import Counters
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Place, Transport, Words
+from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.together import together
@@ -53,9 +56,11 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
 def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
     """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
     placement, wire = options.place_experts(transport.size), options.make_wire()
+    across = look_across(transport, placement) if isinstance(transport, HierarchicalTransport) else None
+    far_R = np.full(transport.size, NEAR, np.int64) if across is None else across.nobody_R
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
     first = 0 if options.eager_bytes is not None else -NUM_EPOCHS  # so that epochs follow one another up to 1
-    bases_R = _swap_areas(transport, lanes, area, epoch=first)
+    bases_R = _swap_areas(transport, lanes, area, far_R, epoch=first)
     slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
     if options.eager_bytes is None:
         rule = measured_rule(transport, lanes, kernels, area, epoch=first + 1)
@@ -81,16 +86,21 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
         bases=SegmentBases(transport.size),
         slots=slots,
         rule=rule,
+        far_R=far_R,
+        across=across,
         desks=tuple(Desk(index, slots, lanes, placement.num_experts) for index in range(options.ring)),
     )
 
 
-def _swap_areas(transport: Transport, lanes: Lanes, area: Block, *, epoch: int) -> Words:
-    """Tell every rank where this rank's eager slots lie; return where theirs lie here, int64 [R]."""
+def _swap_areas(transport: Transport, lanes: Lanes, area: Block, far_R: Words, *, epoch: int) -> Words:
+    """Tell every rank where this rank's eager slots lie; return where theirs lie here, int64 [R], 0 on other hosts."""
     words_RW = np.tile(np.array([area.place.segment, area.place.offset], np.int64), (transport.size, 1))
     transport.post(lanes.open, epoch, words_RW)
     told_R2 = transport.wait(lanes.open, epoch, "opening: eager slots")[:, :2].tolist()
-    addresses = [transport.address(rank, Place(segment=s, offset=o)) for rank, (s, o) in enumerate(told_R2)]
+    addresses = [
+        transport.address(rank, Place(segment=s, offset=o)) if far_R[rank] == NEAR else 0
+        for rank, (s, o) in enumerate(told_R2)
+    ]
     return np.array(addresses, np.int64)
 
 
@@ -125,7 +135,7 @@ def load_books() -> Books:
     from anyep.machine.compiler import compiling
 
     with compiling():
-        from anyep.exchange import connect, settle
+        from anyep.exchange import connect, fold, settle
     return Books(
         announce=settle.announce,
         agree=settle.agree,
@@ -133,6 +143,7 @@ def load_books() -> Books:
         settle=settle.settle,
         connect=connect.connect,
         connect_back=connect.connect_back,
+        fold=fold.fold,
     )
 
 

@@ -37,6 +37,10 @@ class Stats:
     """rows that came along with an announcement, to or back from a rank"""
     direct_rows: int
     """rows that were written to, or read from, their final place"""
+    far_rows: int
+    """rows to or from ranks of other hosts, which cross once a token and host"""
+    network_bytes: int
+    """bytes that this rank handed to the network between hosts, messages included"""
     second_offers: int
     """dispatches in which a rank's first offer of memory was too small"""
     message_rounds: int
@@ -68,6 +72,7 @@ class Counters:
         self.refused = 0
         self.eager_rows = 0
         self.direct_rows = 0
+        self.far_rows = 0
         self.second_offers = 0
         self.message_rounds = 0
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
@@ -84,10 +89,11 @@ class Counters:
             self.second_offers += second_offers
             self.message_rounds += rounds
 
-    def dispatched(self, eager_rows: int, direct_rows: int, received: int, out: Outgoing) -> None:
-        """Count one dispatch; ``eager_rows`` and ``direct_rows`` count each token once a rank."""
+    def dispatched(self, eager_rows: int, direct_rows: int, far_rows: int, received: int, out: Outgoing) -> None:
+        """Count one dispatch; rows of all three ways count each token once a rank."""
         plan = out.plan
-        sent = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else eager_rows + direct_rows
+        rows = eager_rows + direct_rows + far_rows
+        sent = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else rows
         with self._adding:
             if out.cached is not None:
                 self.cached_dispatches += 1
@@ -97,13 +103,15 @@ class Counters:
                 self.dispatches += 1
             self.eager_rows += eager_rows
             self.direct_rows += direct_rows
+            self.far_rows += far_rows
             self.rows_sent += sent
             self.rows_received += received
             self.bytes_sent += sent * out.geometry.sent_bytes
 
-    def sent_back(self, eager_rows: int, direct_rows: int) -> None:
+    def sent_back(self, eager_rows: int, direct_rows: int, far_rows: int) -> None:
         """Count the first half of a combine."""
         with self._adding:
+            self.far_rows += far_rows
             self.eager_rows += eager_rows
             self.direct_rows += direct_rows
 
@@ -113,12 +121,13 @@ class Counters:
             self.combines += 1
             self.bytes_combined += row_bytes * num_rows
 
-    def snapshot(self, waited_ns_R: Words) -> Stats:
+    def snapshot(self, waited_ns_R: Words, network_bytes: int = 0) -> Stats:
         """Return a copy of all counters."""
         counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         by_source = torch.from_numpy(waited_ns_R.astype(np.float64) / 1e9)
         return Stats(
             **counts,
+            network_bytes=network_bytes,
             waiting_s=float(by_source.sum()),
             waiting_s_by_source=by_source,
             rows_by_source=torch.from_numpy(self.rows_by_source.copy()),

@@ -16,12 +16,13 @@ tests. Rows are asked for by number (:data:`RowSource`), so that large exchanges
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from anyep.layout.hosts import HostMap
 from anyep.numerics.formats import ScaleFormat
 from anyep.numerics.fp8 import quantise_fp8
 from anyep.numerics.rounding import round_to
@@ -230,33 +231,75 @@ def expected_sum(
     bias: Sequence[torch.Tensor] = (),
     factors: torch.Tensor | None = None,
     tokens: slice = slice(None),
+    hosts: HostMap | None = None,
 ) -> torch.Tensor:
     """Return what combine must give ``rank`` for ``tokens``: biases, then rows one by one in fp32, rounded once.
 
     ``outputs`` gives rows of a rank's expert output [N, H] (or of anything else that lies beside them). The order is by
     rank and then top-k column (``reduce="rank"``), or by column (``"expert"``). ``factors`` fp32 [T, K]: each row is
-    multiplied by its token's number of its column, and that product rounded to fp32, before it is added.
+    multiplied by its token's number of its column, and that product rounded to fp32, before it is added. ``hosts``:
+    with ``reduce="rank"`` a token's rows of another host become one row there, rounded, which is added in their place.
     """
     first, last, _ = tokens.indices(len(exchange.routing[rank].topk_idx))
-    empty = outputs(0, torch.zeros(0, dtype=torch.int64))
-    assert isinstance(empty, torch.Tensor)
-    # -0.0 is the neutral element of addition: a sum that begins with it is its first term, bit for bit
-    total = torch.full((last - first, empty.shape[1]), -0.0)
-    begun = torch.zeros(last - first, dtype=torch.bool)
+    like = outputs(0, torch.zeros(0, dtype=torch.int64))
+    assert isinstance(like, torch.Tensor)
+    sums = _Sums(last - first, like.shape[1])
     for addend in bias:
-        total += addend[first:last].float()
-        begun[:] = True
-    for term in terms(exchange, rank, reduce=reduce):
-        here = term.of_tokens(first, last)
-        rows = outputs(here.destination, here.row)
-        assert isinstance(rows, torch.Tensor)
-        addends = rows.float()
-        if factors is not None:
-            addends = addends * factors[here.token, here.column][:, None]
-        total.index_add_(0, here.token - first, addends)
-        begun[here.token - first] = True
-    total[~begun] = 0.0
-    return round_to(total, dtype)
+        sums.add(torch.arange(last - first), addend[first:last].float())
+
+    def add_to(target: _Sums, of: Iterable[Term]) -> None:
+        for term in (one.of_tokens(first, last) for one in of):
+            rows = outputs(term.destination, term.row)
+            assert isinstance(rows, torch.Tensor)
+            addends = rows.float()
+            if factors is not None:
+                addends = addends * factors[term.token, term.column][:, None]
+            target.add(term.token - first, addends)
+
+    for summed, of_host in _by_host(exchange, rank, hosts, reduce=reduce):
+        if not summed:
+            add_to(sums, of_host)
+            continue
+        partial = _Sums(last - first, like.shape[1])
+        add_to(partial, of_host)
+        there = partial.begun.nonzero().flatten()
+        sums.add(there, round_to(partial.total[there], dtype).float())
+    return round_to(torch.where(sums.begun[:, None], sums.total, 0.0), dtype)
+
+
+class _Sums:
+    """Rows that are added up in fp32, one by one."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        # -0.0 is the neutral element of addition: a sum that begins with it is its first term, bit for bit
+        self.total = torch.full((num_tokens, width), -0.0)
+        self.begun = torch.zeros(num_tokens, dtype=torch.bool)
+
+    def add(self, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        self.total.index_add_(0, tokens, rows)
+        self.begun[tokens] = True
+
+
+def _by_host(
+    exchange: Exchange, rank: int, hosts: HostMap | None, *, reduce: str
+) -> Iterator[tuple[bool, Iterable[Term]]]:
+    """Yield terms in the order of addition, and whether they travel as one rounded row a token.
+
+    Hosts must be ranges of ranks. In the padded layout rows cross one by one: a neighbour's by rank, then each other
+    host's by column.
+    """
+    if hosts is None or hosts.num_hosts == 1 or reduce == "expert":
+        yield False, terms(exchange, rank, reduce=reduce)
+        return
+    own = int(hosts.host_R[rank])
+    if exchange.layout != "padded":
+        for host, members in enumerate(hosts.members):
+            yield host != own, (t for t in terms(exchange, rank, reduce=reduce) if t.destination in members)
+        return
+    yield False, (t for t in terms(exchange, rank, reduce="rank") if t.destination in hosts.members[own])
+    for host, members in enumerate(hosts.members):
+        if host != own:
+            yield False, (t for t in terms(exchange, rank, reduce="expert") if t.destination in members)
 
 
 def terms(exchange: Exchange, rank: int, *, reduce: str = "rank") -> Iterator[Term]:

@@ -193,7 +193,10 @@ class _Threads:
 
 
 class InProcessTransport(SharedTransport):
-    """Ranks are threads of this process. Made by all members of a local group, collectively."""
+    """Ranks are threads of this process. Made by all members of a local group, collectively.
+
+    ``members``: those that share memory with this rank, where some play ranks of other hosts.
+    """
 
     name = "inprocess"
 
@@ -206,6 +209,7 @@ class InProcessTransport(SharedTransport):
         heap_bytes: int,
         timeout_s: float,
         poison: bool = False,
+        members: Sequence[int] | None = None,
     ) -> None:
         layout, _ = agree_on_sizes(member, lanes=lanes, ring=ring, heap_bytes=heap_bytes, timeout_s=timeout_s)
         maker = SegmentMaker(linux.private_memory, load_signals(), member.size)
@@ -219,5 +223,5 @@ class InProcessTransport(SharedTransport):
             arena=arena,
             maker=maker,
             neighbours=_Threads(member.group, arenas),
-            controls=[other.segments[0].address for other in arenas],
+            controls={rank: arenas[rank].segments[0].address for rank in members or range(member.size)},
         )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from anyep import config
 from anyep.errors import Unavailable
+from anyep.layout.hosts import HostMap, group_ranks, map_hosts
 from anyep.transport.base import Lane, Transport
+from anyep.transport.engines import ENGINES, open_engine
+from anyep.transport.hierarchical import HierarchicalTransport
+from anyep.transport.identity import Identity
 from anyep.transport.inprocess import InProcessTransport, Member
-from anyep.transport.rendezvous import find_rendezvous
+from anyep.transport.rendezvous import Rendezvous, find_rendezvous
+from anyep.transport.shared import SharedTransport
 
-NAMES = ("auto", "inprocess", "shm")
+NAMES = ("auto", "inprocess", "shm", *ENGINES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,9 +41,10 @@ def open_transport(
 ) -> Opened:
     """Open the transport of this name between the ranks of ``group``. Collective.
 
-    ``"auto"``: in-process for members of a local group, shared memory for processes of one host. ``poison``: fill
-    fresh blocks with 0xFF (tests). Raises ValueError for an unknown name, TypeError for what is no group, Unavailable
-    with what is possible where it cannot work here, CapacityError when memory is too small.
+    ``"auto"``: in-process for members of a local group, shared memory for processes of one host, and on several hosts
+    shared memory inside each with an engine between them. An engine's name: the same, with that engine.
+    ``poison``: fill fresh blocks with 0xFF (tests). Raises ValueError for an unknown name, TypeError for what is no
+    group, Unavailable with what is possible where it cannot work here, CapacityError when memory is too small.
     """
     check_name(transport)
     rendezvous = find_rendezvous(group)
@@ -47,18 +55,51 @@ def open_transport(
         "timeout_s": timeout_s,
         "poison": poison,
     }
-    asked = "" if transport == "auto" else "asked for; "
-    if isinstance(rendezvous, Member) and transport != "shm":
-        reason = f"{asked}ranks are threads of this process"
-        return Opened(transport=InProcessTransport(rendezvous, **options), reason=reason)
-    if transport == "inprocess":
+    if transport == "inprocess" and not isinstance(rendezvous, Member):
         raise Unavailable(
             f"transport 'inprocess' needs a member of anyep.local_group(R), got {type(group).__name__}; "
             "between processes of one host 'shm' is possible"
         )
+    asked = "" if transport == "auto" else "asked for; "
+    hosts, why = _find_hosts(rendezvous) if transport in ("auto", *ENGINES) else (None, "")
+    if hosts is None or hosts.num_hosts == 1:
+        local = _local(rendezvous, transport, None, options)
+        threads = isinstance(local, InProcessTransport)
+        kind = "ranks are threads of this process" if threads else "all ranks are processes of one host"
+        return Opened(transport=local, reason=f"{asked}{kind}")
+    local = _local(rendezvous, transport, hosts.near(rendezvous.rank), options)
+    try:
+        engine, chosen = open_engine(transport, rendezvous, timeout_s=timeout_s)
+    except BaseException:
+        local.close()
+        raise
+    across = HierarchicalTransport(local, engine, hosts, timeout_s=timeout_s)
+    return Opened(transport=across, reason=f"{asked}{why}; {engine.name} between hosts: {chosen}")
+
+
+def _local(
+    rendezvous: Rendezvous, transport: str, members: Sequence[int] | None, options: dict[str, Any]
+) -> SharedTransport:
+    """Open shared memory between the ranks of this host."""
+    if isinstance(rendezvous, Member) and transport != "shm":
+        return InProcessTransport(rendezvous, members=members, **options)
     from anyep.transport.shm import ShmTransport
 
-    return Opened(transport=ShmTransport(rendezvous, **options), reason=f"{asked}all ranks are processes of one host")
+    return ShmTransport(rendezvous, members=members, **options)
+
+
+def _find_hosts(rendezvous: Rendezvous) -> tuple[HostMap, str]:
+    """Return which ranks share a host, and how that is known. Collective, for ranks that are processes."""
+    played = config.ranks_per_host()
+    if isinstance(rendezvous, Member):
+        hosts = group_ranks(rendezvous.size, played or rendezvous.size)
+        return hosts, f"ANYEP_RANKS_PER_HOST={played}: threads play {hosts.num_hosts} hosts"
+    told = [json.loads(item) for item in rendezvous.allgather(json.dumps(asdict(Identity.own())).encode())]
+    if played is not None:
+        hosts = group_ranks(rendezvous.size, played)
+        return hosts, f"ANYEP_RANKS_PER_HOST={played}: {rendezvous.size} ranks play {hosts.num_hosts} hosts"
+    hosts = map_hosts([identity["host"] for identity in told])
+    return hosts, f"ranks run on {hosts.num_hosts} hosts"
 
 
 def check_name(transport: str) -> None:

@@ -59,12 +59,18 @@ class _Open:
     arena: Arena
     neighbours: Neighbours
     controls_R: NDArray[np.int64]
-    boards: Sequence[Board]
+    members_R: NDArray[np.int64]
+    """where the control memory of those lies that share memory with this rank"""
+    boards: Mapping[int, Board]
     slots: Sequence[Sequence[Slot]]
 
 
 class SharedTransport:
-    """A transport over memory that all ranks address. ``transport/base.py`` says what each method promises."""
+    """A transport over memory that ranks address. ``transport/base.py`` says what each method promises.
+
+    ``controls``: where each rank's control memory lies here. Ranks that are not in it live on other hosts: somebody who
+    does share memory posts for them (:meth:`post_for`), and messages and blame are numbered by all ranks all the same.
+    """
 
     name = "shared"
 
@@ -77,7 +83,7 @@ class SharedTransport:
         arena: Arena,
         maker: SegmentMaker,
         neighbours: Neighbours,
-        controls: Sequence[int],
+        controls: Mapping[int, int],
     ) -> None:
         self.rank = rendezvous.rank
         self.size = rendezvous.size
@@ -87,15 +93,21 @@ class SharedTransport:
         self._pid = os.getpid()
         self._ring = layout.ring
         self._timeout_s = timeout_s
+        self._layout = layout
         self._doorbell = controls[self.rank] + DOORBELL_OFFSET
         self._everybody = np.roll(np.arange(self.size, dtype=np.int64), -self.rank)  # oneself first
+        self._members = self._everybody[[rank in controls for rank in self._everybody.tolist()]]
         self._leaving = threading.Lock()
-        boards = [Board(self._signals, address, self.size) for address in controls]
-        maker.peers = [board for rank, board in enumerate(boards) if rank != self.rank]
+        self.messengers: Mapping[int, int] = {}
+        """who posts here in the name of a rank of another host"""
+        boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
+        maker.peers = [board for rank, board in boards.items() if rank != self.rank]
+        controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
         self._kept: _Open | None = _Open(
             arena=arena,
             neighbours=neighbours,
-            controls_R=np.array(controls, np.int64),
+            controls_R=controls_R,
+            members_R=controls_R[controls_R != 0],
             boards=boards,
             slots=lay_out(layout, self.rank, arena.segments[0]),
         )
@@ -128,8 +140,15 @@ class SharedTransport:
 
     def post(self, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
         opened = self._open or self._refuse()
-        offset = opened.slots[lane.index][epoch % self._ring].own_offset
-        to = self._everybody if ranks is None else ranks
+        self._publish(opened, opened.slots[lane.index][epoch % self._ring].own_offset, lane, epoch, words, ranks)
+
+    def post_for(self, source: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
+        """Post in the name of ``source``, a rank of another host that has sent its message here."""
+        offset = self._layout.mailbox_offset(lane.index, epoch % self._ring, source)
+        self._publish(self._open or self._refuse(), offset, lane, epoch, words, ranks)
+
+    def _publish(self, opened: _Open, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
+        to = self._members if ranks is None else ranks
         try:
             posted = self._signals.post_each(
                 opened.controls_R, DOORBELL_OFFSET, offset, words, lane.words, to, epoch, time.monotonic_ns()
@@ -161,7 +180,7 @@ class SharedTransport:
 
     def check(self, epoch: int, step: str) -> None:
         opened = self._open or self._refuse()
-        if not anybody_failed(self._signals, opened.controls_R):
+        if not anybody_failed(self._signals, opened.members_R):
             return
         departures = {rank: left for rank, left in _told(opened).items() if left.blame is not None}
         others = sorted({*range(self.size)} - departures.keys())
@@ -254,14 +273,21 @@ class SharedTransport:
             elapsed_s = (now_ns - began_ns) / 1e9
             overdue = elapsed_s >= self._timeout_s
             missing = self._missing(slot, epoch, ranks) if departures or overdue else []
+            arrived = sorted({*ranks.tolist()}.difference(missing))
+            missing = self._answerable(missing, departures)
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
-                arrived = sorted({*ranks.tolist()}.difference(missing))
                 wait = self._facts(opened, epoch, step, missing, arrived, elapsed_s)
                 raise lost(wait, departures) or silent(wait)
             if self._await(slot, epoch, ranks, 0, 0, began_ns, now_ns) == 0:
                 return
             if not self._sleeps:
                 time.sleep(_NAP_S)
+
+    def _answerable(self, missing: Sequence[int], departures: Mapping[int, Departure]) -> list[int]:
+        """Return who owes the missing messages: for a rank of another host its messenger, if that one is at fault."""
+        at_fault = departures.keys() | {*missing}
+        messengers = {rank: self.messengers.get(rank, rank) for rank in missing}
+        return sorted({other if other in at_fault else rank for rank, other in messengers.items()})
 
     def _facts(
         self,
@@ -292,12 +318,12 @@ class SharedTransport:
 def _departures(signals: ModuleType, opened: _Open) -> dict[int, Departure]:
     """Return who has left; a rank's own words outweigh what was seen of its end."""
     departures = dict(opened.neighbours.departures())
-    if anybody_left(signals, opened.controls_R):
+    if anybody_left(signals, opened.members_R):
         departures |= _told(opened)
     return departures
 
 
 def _told(opened: _Open) -> dict[int, Departure]:
     """Return what ranks that have left said about it."""
-    told = {rank: board.departure() for rank, board in enumerate(opened.boards)}
+    told = {rank: board.departure() for rank, board in opened.boards.items()}
     return {rank: left for rank, left in told.items() if left is not None}

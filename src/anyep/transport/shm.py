@@ -25,10 +25,10 @@ from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
 
 
-def check_one_host(identities: Sequence[Identity]) -> None:
+def check_one_host(identities: Mapping[int, Identity]) -> None:
     """Raise Unavailable unless all ranks run on one host and can name each other's processes."""
     by_host: dict[str, list[int]] = {}
-    for rank, identity in enumerate(identities):
+    for rank, identity in identities.items():
         by_host.setdefault(identity.host, []).append(rank)
     if len(by_host) > 1:
         where = "; ".join(f"ranks {spell_ranks(ranks)} on {host!r}" for host, ranks in by_host.items())
@@ -36,7 +36,7 @@ def check_one_host(identities: Sequence[Identity]) -> None:
             f"transport 'shm' needs all ranks on one host, and there are {len(by_host)}: {where}. "
             "Start all ranks on one; if these are one host, give it one name (ANYEP_HOST_ID)"
         )
-    namespaces = {identity.process_namespace for identity in identities}
+    namespaces = {identity.process_namespace for identity in identities.values()}
     if len(namespaces) > 1:
         raise Unavailable(
             "transport 'shm' needs ranks that can see each other's processes, and these run in "
@@ -47,7 +47,8 @@ def check_one_host(identities: Sequence[Identity]) -> None:
 class ShmTransport(SharedTransport):
     """Ranks are processes of one host. Made by all of them, collectively.
 
-    Raises Unavailable (with the ranks and their hosts), CapacityError, ValueError: on every rank if on one.
+    ``members``: the ranks of this host, where others live on other hosts. Raises Unavailable (with the ranks and their
+    hosts), CapacityError, ValueError: on every rank if on one.
     """
 
     name = "shm"
@@ -61,7 +62,9 @@ class ShmTransport(SharedTransport):
         heap_bytes: int,
         timeout_s: float,
         poison: bool = False,
+        members: Sequence[int] | None = None,
     ) -> None:
+        here = range(rendezvous.size) if members is None else members
         layout, told = agree_on_sizes(
             rendezvous,
             lanes=lanes,
@@ -69,13 +72,14 @@ class ShmTransport(SharedTransport):
             heap_bytes=heap_bytes,
             timeout_s=timeout_s,
             identity=asdict(Identity.own()),
+            members=here,
         )
-        identities = [Identity(**each) for each in told]
-        check_one_host(identities)
+        identities = {rank: Identity(**told[rank]) for rank in here}
+        together(rendezvous, lambda: check_one_host(identities))
         signals = load_signals()
         maker = SegmentMaker(linux.shared_memory, signals, rendezvous.size)
         arena = Arena(maker, poison=poison)
-        neighbours = _Processes(signals, rendezvous.rank, identities, arena)
+        neighbours = _Processes(signals, rendezvous.rank, rendezvous.size, identities, arena)
 
         def offer() -> dict[str, int]:
             arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes)
@@ -97,18 +101,20 @@ class ShmTransport(SharedTransport):
             arena=arena,
             maker=maker,
             neighbours=neighbours,
-            controls=[neighbours.segment_address(rank, 0) for rank in range(rendezvous.size)],
+            controls={rank: neighbours.segment_address(rank, 0) for rank in here},
         )
 
 
 class _Processes:
     """Neighbours in other processes: their segments as mapped here, and a watch on their ends."""
 
-    def __init__(self, signals: ModuleType, rank: int, identities: Sequence[Identity], arena: Arena) -> None:
+    def __init__(
+        self, signals: ModuleType, rank: int, size: int, identities: Mapping[int, Identity], arena: Arena
+    ) -> None:
         self._signals = signals
         self._rank = rank
-        self._size = len(identities)
-        self._pids = [identity.pid for identity in identities]
+        self._size = size
+        self._pids = {rank: identity.pid for rank, identity in identities.items()}
         self._mapped: dict[tuple[int, int], linux.Memory] = {}
         self._mapping = threading.Lock()
         self._own = arena
@@ -120,10 +126,10 @@ class _Processes:
         Raises Unavailable where this process may not, CapacityError for lack of descriptors or memory.
         """
         try:
-            self._watch = linux.ProcessWatch(pid for pid in self._pids if pid != os.getpid())
-            for rank, card in enumerate(cards):
+            self._watch = linux.ProcessWatch(pid for pid in self._pids.values() if pid != os.getpid())
+            for rank in self._pids:
                 if rank != self._rank:
-                    self._meet(rank, card)
+                    self._meet(rank, cards[rank])
         except PermissionError as error:
             raise Unavailable(
                 f"transport 'shm' needs to map the memory of other ranks through /proc, and may not ({error}): "
@@ -131,7 +137,7 @@ class _Processes:
             ) from error
         except OSError as error:
             raise CapacityError(
-                f"could not map the memory of {self._size - 1} other ranks ({error}): raise the limits on files "
+                f"could not map the memory of {len(self._pids) - 1} other ranks ({error}): raise the limits on files "
                 "(ulimit -n) and address space (ulimit -v)"
             ) from error
 
@@ -171,10 +177,10 @@ class _Processes:
         dead = self._watch.dead() if self._watch is not None else set()
         if not dead:
             return {}
-        return {rank: Departure(how="died") for rank, pid in enumerate(self._pids) if pid in dead}
+        return {rank: Departure(how="died") for rank, pid in self._pids.items() if pid in dead}
 
     def names(self) -> Mapping[int, str]:
-        return {rank: f"process {pid}" for rank, pid in enumerate(self._pids)}
+        return {rank: f"process {pid}" for rank, pid in self._pids.items()}
 
     def close(self) -> None:
         """Stop watching. Mappings go with their last user: another thread may still be in a wait."""

@@ -63,10 +63,12 @@ def agree_on_sizes(
     heap_bytes: int,
     timeout_s: float,
     identity: Any = None,
+    members: Sequence[int] | None = None,
 ) -> tuple[ControlLayout, list[Any]]:
     """Check the arguments and the memory of all ranks before any is committed.
 
-    Return the layout of control memory, and every rank's ``identity`` (JSON). Collective. Raises ValueError where ranks
+    Return the layout of control memory, and every rank's ``identity`` (JSON). ``members``: the ranks of this host, if
+    not all. Collective. Raises ValueError where ranks
     differ in lanes or ring, CapacityError where the host's memory is too small for all ranks together.
     """
 
@@ -88,9 +90,13 @@ def agree_on_sizes(
                 f"lanes and ring differ between ranks: {told[0]['shape']} on rank 0, {other['shape']} on rank {rank}; "
                 "every rank must open its transport with the same ones"
             )
-    known = [other["available"] for other in told if other["available"] is not None]
-    wanted = sum(other["wanted"] for other in told)
-    check_room(wanted, 0, min(known, default=None), f"opening {rendezvous.size} ranks on one host")
+    here = [told[rank] for rank in (range(rendezvous.size) if members is None else members)]
+    known = [other["available"] for other in here if other["available"] is not None]
+    wanted = sum(other["wanted"] for other in here)
+    together(
+        rendezvous,
+        lambda: check_room(wanted, 0, min(known, default=None), f"opening {len(here)} ranks on one host"),
+    )
     return ControlLayout.of(lanes, ring, rendezvous.size), [other["identity"] for other in told]
 
 

@@ -1,0 +1,54 @@
+"""From topk_idx to a plan: who gets which token, decided alone (kernels: route)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anyep.exchange.handle import SendPlan
+
+if TYPE_CHECKING:
+    from anyep.exchange.endpoint import Endpoint
+    from anyep.exchange.geometry import Geometry
+
+
+def plan_of(end: Endpoint, geometry: Geometry, idx_addr: int, num_tokens: int) -> SendPlan:
+    """Route ``topk_idx`` [n, K]; ValueError for an expert that does not exist."""
+    num_topk = end.num_topk
+    compact_width = min(num_topk, end.num_ranks)
+    ledger = geometry.shape.num_words
+    idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
+    entries = 2 * compact_width + (3 * num_topk if geometry.by_expert else compact_width)
+    memory = np.empty(ledger + idx_words + num_tokens * entries, np.int32)
+    first_addr = end.books.keep(memory, ledger, idx_addr, 4 * idx_words)
+    plan = SendPlan(geometry, memory, first_addr, num_tokens, compact_width)
+    if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
+        _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
+    _route(end, plan, 0, plan.compact_rank_addr, plan.compact_slot_addr)
+    return plan
+
+
+def _route(end: Endpoint, plan: SendPlan, by_expert: int, entry_rank_addr: int, entry_slot_addr: int) -> None:
+    bytes_at, first = plan.geometry.shape.bytes_at, plan.first_addr
+    bad = end.kernels.route(
+        plan.idx_addr,
+        plan.idx_bytes,
+        plan.num_tokens,
+        end.num_topk,
+        end.placement.num_experts,
+        end.num_ranks,
+        end.tables.rank_addr,
+        by_expert,
+        entry_rank_addr,
+        entry_slot_addr,
+        first + bytes_at["rank_rows"],
+        first + bytes_at["expert_rows"],
+        first + bytes_at["scratch"],
+    )
+    if bad >= 0:
+        token, column = divmod(bad, end.num_topk)
+        raise ValueError(
+            f"topk_idx[{token}, {column}] is {int(plan.topk_idx()[token, column])}; experts are 0 to "
+            f"{end.placement.num_experts - 1}, and -1 means none"
+        )

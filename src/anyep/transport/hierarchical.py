@@ -1,0 +1,257 @@
+"""Ranks on several hosts: shared memory inside a host, an engine between hosts, one numbering of ranks.
+
+A message to all ranks goes to the neighbours directly, and once to each other host: to the forwarder there, who posts
+it in the sender's name to its own host. A message to some ranks only goes to neighbours.
+
+Whoever waits for messages of all ranks first passes on what it has to forward. So messages cross while everybody does
+what it does anyhow, and no thread runs in the background.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyep.errors import AnyEPError, PeerError
+from anyep.layout.hosts import HostMap
+from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
+from anyep.transport.engine import Bytes, Engine, Transfer
+from anyep.transport.liveness import Departure, Wait, lost, silent, spell_ranks
+from anyep.transport.shared import SharedTransport
+
+SLICE_S = 0.05
+"""How long a forwarder waits for the network before it looks after its neighbours."""
+_LANE_BITS, _CHUNK_BITS, _EPOCH_BITS = 3, 15, 12
+MAX_CHUNKS = 1 << _CHUNK_BITS
+_FAREWELL = 7
+_LAST_WORDS_S = 1.0
+"""How long a rank that leaves waits until its last messages have left: their receivers wait for them already."""
+
+
+def tag_of(kind: int, epoch: int, chunk: int = 0) -> int:
+    """Return the engine's tag: kinds of messages, operations, and pieces of one message never meet.
+
+    >>> tag_of(0, 1) == tag_of(0, 1 + (1 << 12)), tag_of(1, 1, 5) == tag_of(1, 1, 6)
+    (True, False)
+    """
+    assert 0 <= chunk < MAX_CHUNKS, "longer messages are cut into larger pieces"
+    return ((epoch % (1 << _EPOCH_BITS)) << (_LANE_BITS + _CHUNK_BITS)) | (kind << _CHUNK_BITS) | chunk
+
+
+class HierarchicalTransport:
+    """One rank of several hosts. ``transport/base.py`` says what each method promises.
+
+    ``local`` reaches the ranks of this host and numbers messages by all ranks; ``engine`` reaches all others.
+    """
+
+    def __init__(self, local: SharedTransport, engine: Engine, hosts: HostMap, *, timeout_s: float) -> None:
+        self.name = f"{local.name} inside hosts, {engine.name} between"
+        self.rank, self.size = local.rank, local.size
+        self.waited_ns = local.waited_ns
+        self.hosts = hosts
+        self.engine = engine
+        self.timeout_s = timeout_s
+        self._local = local
+        self._to = [hosts.forwarder(self.rank, host) for host in hosts.far_hosts(self.rank)]
+        self._from = hosts.sources_of(self.rank)
+        self._turn = threading.Lock()
+        local.messengers = {
+            source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
+            for source in range(self.size)
+            if hosts.host_R[source] != hosts.host_R[self.rank]
+        }
+        self._farewell = _Farewells(engine, {*self._to, *self._from})
+        self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
+        self._awaited: dict[tuple[int, int], dict[int, tuple[Transfer, Bytes]]] = {}
+
+    def allocate(self, num_bytes: int) -> Block:
+        return self._local.allocate(num_bytes)
+
+    def trim(self, block: Block, num_bytes: int) -> None:
+        self._local.trim(block, num_bytes)
+
+    def locate(self, address: int, num_bytes: int) -> Place | None:
+        return self._local.locate(address, num_bytes)
+
+    def address(self, rank: int, place: Place) -> int:
+        return self._local.address(rank, place)
+
+    def post(self, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
+        self._local.post(lane, epoch, words, ranks)
+        if ranks is not None:
+            return
+        with self._turn:
+            self._expect(lane, epoch)
+            self._sent[lane.index, epoch] = [self._send(lane, epoch, rank, words) for rank in self._to]
+            self._drop_what_was_sent()
+
+    def post_for(self, source: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None = None) -> None:
+        """Post to neighbours in the name of a rank of another host."""
+        self._local.post_for(source, lane, epoch, words, ranks)
+
+    def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
+        if ranks is None:
+            self._pass_on(lane, epoch, step)
+        return self._local.wait(lane, epoch, step, ranks)
+
+    def arrived(self, lane: Lane, epoch: int) -> bool:
+        with self._turn:
+            awaited = self._awaited.get((lane.index, epoch), {})
+            ready = all(self.is_done(transfer) for transfer, _ in awaited.values())
+            if awaited and ready:
+                self._post_awaited(lane, epoch)
+        return ready and self._local.arrived(lane, epoch)
+
+    def check(self, epoch: int, step: str) -> None:
+        self._local.check(epoch, step)
+
+    def leave(self, blame: Blame | None = None) -> None:
+        self._local.leave(blame)
+        with self._turn:
+            under_way = [transfer for sent in self._sent.values() for transfer, _ in sent] if blame is None else []
+        self._farewell.say(blame, under_way)
+
+    def close(self) -> None:
+        self.leave()
+        self._local.close()
+        self.engine.close()
+
+    def describe(self) -> dict[str, str]:
+        hosts = "; ".join(f"rank{'s' * (len(ranks) > 1)} {spell_ranks(ranks)}" for ranks in self.hosts.members)
+        return {
+            **self._local.describe(),
+            "hosts": f"{self.hosts.num_hosts} ({hosts}); a token crosses once a host",
+            **self.engine.describe(),
+        }
+
+    def is_done(self, transfer: Transfer) -> bool:
+        """Return whether a message has come through; False too when it never will: waiting for it tells why."""
+        return _has_come(transfer)
+
+    def await_transfers(self, transfers: Sequence[Transfer], epoch: int, step: str, began_ns: int) -> None:
+        """Wait a slice for one of ``transfers``; raise PeerLost or PeerTimeout if one cannot come, or time is up."""
+        self._local.check(epoch, step)
+        self.engine.wait(transfers, SLICE_S)
+        late = sorted({transfer.rank for transfer in transfers if not self.is_done(transfer)})
+        elapsed_s = (time.monotonic_ns() - began_ns) / 1e9
+        departures = {**self.engine.departures(), **self._farewell.told()}
+        if late and (elapsed_s >= self.timeout_s or not departures.keys().isdisjoint(late)):
+            self._give_up(late, epoch, step, elapsed_s, departures)
+
+    def _send(self, lane: Lane, epoch: int, rank: int, words: Words) -> tuple[Transfer, Bytes]:
+        message = np.zeros(1 + lane.words, np.int64)
+        message[0] = words.shape[1]
+        message[1 : 1 + words.shape[1]] = words[rank]
+        memory = message.view(np.uint8)
+        return self.engine.send(rank, tag_of(lane.index, epoch), memory), memory
+
+    def _expect(self, lane: Lane, epoch: int) -> None:
+        """Give the engine memory for what has to be passed on."""
+        if not self._from:
+            return
+        awaited = self._awaited[lane.index, epoch] = {}
+        for source in self._from:
+            memory = np.empty(8 * (1 + lane.words), np.uint8)
+            awaited[source] = self.engine.receive(source, tag_of(lane.index, epoch), memory), memory
+
+    def _drop_what_was_sent(self) -> None:
+        for key, sent in list(self._sent.items()):
+            self._sent[key] = [one for one in sent if not self.is_done(one[0])]
+            if not self._sent[key]:
+                del self._sent[key]
+
+    def _pass_on(self, lane: Lane, epoch: int, step: str) -> None:
+        began_ns = time.monotonic_ns()
+        while True:
+            with self._turn:
+                awaited = self._awaited.get((lane.index, epoch), {})
+                missing = [transfer for transfer, _ in awaited.values() if not self.is_done(transfer)]
+                if not missing:
+                    if awaited:
+                        self._post_awaited(lane, epoch)
+                    return
+            self.await_transfers(missing, epoch, step, began_ns)
+
+    def _post_awaited(self, lane: Lane, epoch: int) -> None:
+        for source, (_, memory) in self._awaited.pop((lane.index, epoch)).items():
+            message = memory.view(np.int64)
+            row = message[1 : 1 + int(message[0])]
+            words = np.ascontiguousarray(np.broadcast_to(row, (self.size, row.size)))
+            self._local.post_for(source, lane, epoch, words)
+
+    def _give_up(
+        self, late: list[int], epoch: int, step: str, elapsed_s: float, departures: Mapping[int, Departure]
+    ) -> None:
+        wait = Wait(
+            step=step,
+            epoch=epoch,
+            rank=self.rank,
+            missing=late,
+            arrived=[rank for rank in self._from if rank not in late],
+            elapsed_s=elapsed_s,
+            timeout_s=self.timeout_s,
+            names={rank: f"on host {int(self.hosts.host_R[rank])}" for rank in late},
+        )
+        error: Any = lost(wait, departures) or silent(wait)
+        raise error
+
+
+class _Farewells:
+    """Last words between hosts: that a rank leaves, and whom it blames, so that the culprit is named there too."""
+
+    def __init__(self, engine: Engine, partners: set[int]) -> None:
+        self._engine = engine
+        self._said = False
+        self._tag = tag_of(_FAREWELL, 0)
+        self._awaited = {rank: self._expect(rank) for rank in partners}
+
+    def _expect(self, rank: int) -> tuple[Transfer, Words]:
+        words = np.zeros(2 + self._engine.size, np.int64)
+        return self._engine.receive(rank, self._tag, words.view(np.uint8)), words
+
+    def told(self) -> dict[int, Departure]:
+        """Return who said that it leaves, and why."""
+        departures = {}
+        for rank, (transfer, words) in self._awaited.items():
+            if _has_come(transfer):
+                blamed = tuple(np.flatnonzero(words[2:]).tolist())
+                blame = Blame(ranks=blamed, timeout=bool(words[1])) if words[0] else None
+                departures[rank] = Departure(how="failed" if words[0] else "closed", blame=blame)
+        return departures
+
+    def say(self, blame: Blame | None, under_way: Sequence[Transfer]) -> None:
+        """Tell everybody once; wait until that, and what is ``under_way``, has left, for a short time at most."""
+        if self._said:
+            return
+        self._said = True
+        words = np.zeros(2 + self._engine.size, np.int64)
+        if blame is not None:
+            words[0], words[1] = 1, blame.timeout
+            words[2 + np.array(blame.ranks, np.int64)] = 1
+        memory = words.view(np.uint8)
+        sent = [*under_way, *(self._engine.send(rank, self._tag, memory) for rank in self._awaited)]
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            sent = [transfer for transfer in sent if not _is_over(transfer)]
+            if not sent:
+                return
+            self._engine.wait(sent, min(left_s, SLICE_S))
+
+
+def _has_come(transfer: Transfer) -> bool:
+    try:
+        return transfer.done()
+    except PeerError:
+        return False
+
+
+def _is_over(transfer: Transfer) -> bool:
+    """Whether a message has left, or never will."""
+    try:
+        return transfer.done()
+    except AnyEPError:
+        return True

@@ -1,0 +1,115 @@
+"""Ranks of several hosts, played by threads: every received bit is that of one host, every sum that of the oracle."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import anyep
+from anyep.layout.hosts import group_ranks
+from tests.exchange.cases import LAYOUTS, Case, cases
+from tests.exchange.programs import Player, check_program, programs
+from tests.exchange.rounds import check, open_buffer, play
+
+PATIENT = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+}
+
+
+@pytest.fixture(scope="module")
+def played():
+    """Return a function that sets how many ranks a host has."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield lambda number: patch.setenv("ANYEP_RANKS_PER_HOST", str(number))
+
+
+def run(case: Case, kernels: str = "cpu") -> list:
+    def rank_main(member):
+        with open_buffer(case, member, kernels=kernels) as ep:
+            return play(case, ep)
+
+    return anyep.local_group(case.num_ranks).run(rank_main)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_exchange_between_hosts_is_exact(played, layout):
+    """3 x 80 cases."""
+
+    @settings(max_examples=80, **PATIENT)
+    @given(cases(layouts=[layout]), st.integers(1, 4))
+    def property_holds(case, ranks_per_host):
+        played(ranks_per_host)
+        check(case, run(case), group_ranks(case.num_ranks, ranks_per_host))
+
+    property_holds()
+
+
+@settings(max_examples=15, **PATIENT)
+@given(cases(), st.integers(1, 3))
+def test_the_reference_kernels_cross_hosts_alike(played, case, ranks_per_host):
+    played(ranks_per_host)
+    check(case, run(case, kernels="reference"), group_ranks(case.num_ranks, ranks_per_host))
+
+
+@settings(max_examples=60, **PATIENT)
+@given(programs(), st.integers(1, 3))
+def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per_host):
+    played(ranks_per_host)
+
+    def rank_main(member):
+        with open_buffer(program.base, member, max_in_flight=program.max_in_flight) as ep:
+            return Player(program, ep).play()
+
+    diaries = anyep.local_group(program.base.num_ranks).run(rank_main)
+    check_program(program, diaries, group_ranks(program.base.num_ranks, ranks_per_host))
+
+
+@pytest.mark.parametrize("end", ["raises", "closes", "sleeps"])
+def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end):
+    """Rank 3 of 4 does not come to combine; rank 1 forwards for it, so that rank 0 hears of it at second hand."""
+    played(2)
+    kind = anyep.PeerTimeout if end == "sleeps" else anyep.PeerLost
+
+    def rank_main(member):
+        options = {"hidden": 64, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 8, "timeout_s": 1.0}
+        with anyep.Buffer(member, **options) as ep:
+            tokens = torch.arange(8)
+            received = ep.dispatch(torch.ones(8, 64).bfloat16(), torch.stack([tokens, (tokens + 3) % 8], 1))
+            if member.rank == 3:
+                if end == "raises":
+                    raise ArithmeticError("not its day")
+                if end == "sleeps":
+                    time.sleep(2.5)
+                return
+            with pytest.raises(kind) as caught:
+                ep.combine(received.x, received.handle)
+            assert caught.value.ranks == (3,)
+
+    group = anyep.local_group(4)
+    if end == "raises":
+        with pytest.raises(ArithmeticError):
+            group.run(rank_main)
+    else:
+        group.run(rank_main)
+
+
+def test_what_was_chosen_is_told(played):
+    played(2)
+
+    def rank_main(member):
+        with anyep.Buffer(member, hidden=8, num_experts=4, num_topk=2, max_tokens_per_rank=4) as ep:
+            received = ep.dispatch(torch.ones(1, 8).bfloat16(), torch.tensor([[0, 3]]))
+            ep.combine(received.x, received.handle)
+            return str(ep.explain()), ep.stats()
+
+    outcomes = anyep.local_group(3).run(rank_main)
+    assert all("ANYEP_RANKS_PER_HOST=2: threads play 2 hosts" in text for text, _ in outcomes)
+    assert all("(ranks 0-1; rank 2)" in text for text, _ in outcomes)
+    assert [stats.far_rows for _, stats in outcomes] == [2, 1, 3]  # rank 2 owns expert 3, rank 0 expert 0
+    assert all(stats.network_bytes > 0 for _, stats in outcomes)
