@@ -109,6 +109,7 @@ class Buffer:
             eager_bytes=eager_bytes,
         )
         opened = open_endpoint(group, options)
+        self._options = options
         self._end = opened.endpoint
         self._recorder = options.recorder(self._end.rank)
         self._explanation = opened.explanation
@@ -123,6 +124,17 @@ class Buffer:
     @property
     def num_ranks(self) -> int:
         return self._end.num_ranks
+
+    @property
+    def options(self) -> BufferOptions:
+        """The arguments that this buffer was made from."""
+        return self._options
+
+    @property
+    def local_experts(self) -> list[int]:
+        """The experts that this rank owns, ascending: local expert ``l`` is expert ``local_experts[l]``."""
+        owner_E = self._end.placement.expert_rank_E
+        return [expert for expert, owner in enumerate(owner_E.tolist()) if owner == self.rank]
 
     @overload
     def dispatch(

@@ -118,6 +118,10 @@ class Handle:
     def num_tokens(self) -> int:
         return self.send.num_tokens
 
+    def topk_idx(self) -> torch.Tensor:
+        """Return what this rank dispatched with, [T, K] int32 or int64; a view that must not be written to."""
+        return self.send.topk_idx()
+
 
 def check_handle(handle: object, buffer: object) -> Handle:
     """Return ``handle`` if ``buffer`` (its identity) made it; TypeError or ValueError otherwise."""
