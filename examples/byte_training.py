@@ -192,15 +192,16 @@ def bar(plan: Plan, rank: int) -> Iterator[Any]:
         yield tell
 
 
-def train(group: dist.ProcessGroup, plan: Plan) -> History:
-    """Train on all ranks of a process group."""
+def train(group: object, plan: Plan) -> History:
+    """Train on all ranks of a group, each a process: a rank draws its model from torch's global generator."""
     torch.set_num_threads(1)  # ranks share the cores
     sizes = plan.sizes
     corpus = read_corpus(plan.text, sizes.context)
     options = {"hidden": sizes.hidden, "num_experts": sizes.experts, "num_topk": sizes.topk, "wire": "fp32"}
-    most = sizes.batch // dist.get_world_size(group) * sizes.context
+    over_ranks = nn.RankSum(group)
+    most = sizes.batch // over_ranks.num_ranks * sizes.context
     with nn.open_pair(group, max_tokens_per_rank=most, **options) as ep:
-        trainer = Trainer(ep, plan, corpus, nn.RankSum(group))
+        trainer = Trainer(ep, plan, corpus, over_ranks)
         if plan.resume:
             trainer.resume()
         with bar(plan, ep.rank) as tell:
