@@ -13,7 +13,7 @@
     rank_sum    sums of what every rank has a copy of
 """
 
-from anyep.nn.calls import Batch, Combined, combine, dispatch
+from anyep.nn.calls import Batch, combine, dispatch
 from anyep.nn.experts import Experts, GroupedMLP
 from anyep.nn.moe import MoE
 from anyep.nn.pair import BufferPair, open_pair
@@ -25,7 +25,6 @@ from anyep.nn.routing import sequence_balance_loss, switch_balance_loss
 __all__ = [
     "Batch",
     "BufferPair",
-    "Combined",
     "Experts",
     "GroupedMLP",
     "MoE",

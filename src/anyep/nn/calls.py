@@ -6,11 +6,13 @@ Legend: T tokens of this rank, H hidden, K top-k, N received rows, L local exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
 from anyep.buffer import Buffer
 from anyep.exchange.arguments import check_choice, dtype_text
+from anyep.exchange.handle import Combined
 from anyep.nn import replay, travel
 from anyep.nn.pair import BufferPair, as_pair
 from anyep.nn.travel import Departure, Way
@@ -109,6 +111,14 @@ def dispatch(
     )
 
 
+@overload
+def combine(y: torch.Tensor, batch: Batch, *, topk_weights: None = None) -> torch.Tensor: ...
+
+
+@overload
+def combine(y: torch.Tensor, batch: Batch, *, topk_weights: torch.Tensor) -> Combined: ...
+
+
 def combine(y: torch.Tensor, batch: Batch, *, topk_weights: torch.Tensor | None = None) -> torch.Tensor | Combined:
     """Bring the experts' outputs back and sum them; the gradient of each sum goes to all of its rows.
 
@@ -123,16 +133,6 @@ def combine(y: torch.Tensor, batch: Batch, *, topk_weights: torch.Tensor | None 
         _check_dtype(way.pair, y)
     sums, weights = travel.gather(y, topk_weights, way, tie=batch.x)
     return sums if weights is None else Combined(x=sums, topk_weights=weights)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Combined:
-    """What combine returns when weights travel back."""
-
-    x: torch.Tensor
-    """[T, H]"""
-    topk_weights: torch.Tensor
-    """[T, K] fp32"""
 
 
 def _check_dtype(pair: BufferPair, y: torch.Tensor) -> None:

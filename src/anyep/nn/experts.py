@@ -64,9 +64,7 @@ class Experts(torch.nn.Module):
                 f"got {shape_text(y.shape)}"
             )
         weighted = (y * batch.row_weights().unsqueeze(1)).to(self.ep.dtype)
-        out = combine(weighted, batch)
-        assert isinstance(out, torch.Tensor)
-        return out.to(x.dtype)
+        return combine(weighted, batch).to(x.dtype)
 
     def extra_repr(self) -> str:
         sizes = self.ep.forward.options
