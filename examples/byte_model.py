@@ -1,6 +1,6 @@
 """A byte-level language model whose experts live on all ranks.
 
-Legend: B sequences of this rank, S bytes of a sequence, H hidden, E experts, K top-k, W width of an expert.
+Legend: B sequences of this rank, S bytes of one, H hidden, C channels of an attention head, L local experts, N rows.
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ def _mlp(hidden: int, width: int) -> torch.nn.Sequential:
     )
 
 
+def rotated(x: Tensor) -> Tensor:
+    """Turn each pair of channels of ``x`` [B, heads, S, C] by an angle that grows with the position.
+
+    RoFormer (https://arxiv.org/abs/2104.09864, section 3.2.2), channels c and c + C / 2 being a pair.
+    """
+    context, channels = x.shape[-2:]
+    speed = 10000.0 ** (-torch.arange(0, channels, 2) / channels)
+    angle = torch.arange(context).unsqueeze(1) * speed
+    one, other = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
+
+
 class Block(torch.nn.Module):
     """Attention, then a dense layer or experts."""
 
@@ -90,7 +103,7 @@ class Block(torch.nn.Module):
         """[B, S, H] to the same shape."""
         batch, context, hidden = x.shape
         q, k, v = self.qkv(self.norm_attention(x)).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).reshape(batch, context, hidden))
         return x + self.layer(self.norm_layer(x))
 
@@ -102,15 +115,13 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(sizes.seed)
         self.embedding = torch.nn.Embedding(VOCABULARY, sizes.hidden)
-        self.position = torch.nn.Parameter(0.02 * torch.randn(sizes.context, sizes.hidden))
         self.blocks = torch.nn.Sequential(*(Block(ep, sizes, layer) for layer in range(sizes.layers)))
         self.norm = torch.nn.RMSNorm(sizes.hidden)
         self.head = torch.nn.Linear(sizes.hidden, VOCABULARY, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
         """Return the bits that each byte of ``text`` int64 [B, S + 1] but the first takes, [B, S]."""
-        x = self.embedding(text[:, :-1]) + self.position
-        logits = self.head(self.norm(self.blocks(x)))
+        logits = self.head(self.norm(self.blocks(self.embedding(text[:, :-1]))))
         return functional.cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none") / math.log(2)
 
     def moes(self) -> list[nn.MoE]:

@@ -88,8 +88,8 @@ def make_plan(num_ranks: int, options: dict[str, object]) -> Plan:
         raise click.UsageError(f"--batch {sizes.batch} must be a multiple of the {num_ranks} ranks")
     if sizes.topk > sizes.experts:
         raise click.UsageError(f"--topk {sizes.topk} must be at most --experts {sizes.experts}")
-    if sizes.hidden % sizes.heads:
-        raise click.UsageError(f"--hidden {sizes.hidden} must be a multiple of the {sizes.heads} attention heads")
+    if sizes.hidden % (2 * sizes.heads):
+        raise click.UsageError(f"--hidden {sizes.hidden} must be a multiple of {2 * sizes.heads}: heads turn pairs")
     plan = Plan(sizes=sizes, **options)
     if plan.checkpoint is None and (plan.resume or plan.save_every):
         raise click.UsageError("--resume and --save-every need --checkpoint, the folder of the checkpoints")

@@ -175,7 +175,7 @@ def test_held_out_files_are_not_learned(on_path, tmp_path):
     [
         (["--ranks", "3"], "--batch 8 must be a multiple of the 3 ranks"),
         (["--topk", "9"], "--topk 9 must be at most --experts 8"),
-        (["--hidden", "30"], "--hidden 30 must be a multiple of the 4 attention heads"),
+        (["--hidden", "36"], "--hidden 36 must be a multiple of 8"),
         (["--resume"], "--resume and --save-every need --checkpoint"),
         (["--steps", "0"], "'--steps'"),
     ],

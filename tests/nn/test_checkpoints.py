@@ -162,3 +162,23 @@ def test_a_function_that_does_something_else_the_second_time(change, text):
         return True
 
     assert on_ranks(2, rank_main) == [True, True]
+
+
+@BOTH
+def test_ranks_whose_experts_keep_nothing_compute_again_too(use_reentrant):
+    """Rank 2 receives no rows and saves nothing for them; it must still come to the dispatch that is done again."""
+    case = make_case((6, 0, 5), seed=7, unused=(4, 5))
+
+    def rank_main(pair):
+        idx = case.idx[pair.rank]
+
+        def region(x):
+            batch = nn.dispatch(pair, x, idx)
+            return nn.combine(torch.sin(batch.x) if len(batch.x) else batch.x.detach(), batch)
+
+        x = case.x[pair.rank].clone().requires_grad_()
+        nn.checkpoint(region, x, use_reentrant=use_reentrant).sum().backward()
+        times = (idx >= 0).sum(dim=1, keepdim=True)
+        return torch.allclose(x.grad, times * torch.cos(x.detach()), atol=1e-6)
+
+    assert on_ranks(3, rank_main) == [True] * 3
