@@ -145,3 +145,31 @@ def test_a_buffer_that_is_closed_between_forward_and_backward():
         return True
 
     assert on_ranks(2, rank_main) == [True, True]
+
+
+@pytest.mark.parametrize("how", [{"layout": "compact"}, {"reduce": "rank"}], ids=["layout", "reduce"])
+def test_modules_that_differ_between_ranks_are_told_on_every_rank(how):
+    case = make_case((4, 4), seed=10)
+
+    def rank_main(pair):
+        own = how if pair.rank else {}
+        with pytest.raises(ValueError, match="rank"):
+            both_ways(pair, case, own)
+        both_ways(pair, case, how)  # the buffer goes on
+        return True
+
+    def both_ways(pair, case, own):
+        batch = nn.dispatch(pair, case.x[pair.rank], case.idx[pair.rank], **own)
+        nn.combine(batch.x, batch)
+
+    assert on_ranks(2, rank_main) == [True, True]
+
+
+def test_pairs_that_differ_between_ranks_are_told_on_every_rank():
+    def rank_main(member):
+        sizes = {"hidden": H + member.rank, "num_experts": 6, "num_topk": 3, "max_tokens_per_rank": 4}
+        with pytest.raises(ValueError, match="hidden"):
+            nn.open_pair(member, wire="fp8", **sizes)
+        return True
+
+    assert anyep.local_group(2).run(rank_main) == [True, True]
