@@ -32,7 +32,7 @@ class Sizes:
     """of an expert, and of the shared one"""
     context: int = 256
     """bytes that a sequence has"""
-    batch: int = 16
+    batch: int = 8
     """sequences of a step, of all ranks together"""
     seed: int = 0
     row_by_row: bool = False

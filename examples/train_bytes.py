@@ -126,7 +126,10 @@ def finish(history: History, plan: Plan, num_ranks: int, picture: Path | None, r
     seconds = history.seconds[-1] if history.seconds else 0.0
     console.print(f"{held_out} after {history.steps} steps on {num_ranks} ranks, {seconds:.0f} s")
     if record is not None:
-        record.write_text(json.dumps(describe(history, plan, num_ranks), indent=1) + "\n")
+        lines = [
+            f" {json.dumps(name)}: {json.dumps(value)}" for name, value in describe(history, plan, num_ranks).items()
+        ]
+        record.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         console.print(f"the loss of every step is in {record}")
     if picture is not None:
         draw(history, num_ranks, picture)

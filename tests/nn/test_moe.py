@@ -289,3 +289,44 @@ def test_bad_calls(what):
             nn.dispatch(ep, torch.ones(1, H), idx + (what == "topk_idx"), **bad.get(what, {}))
 
     on_ranks(1, rank_main)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda pair, x, idx: nn.dispatch(pair, (x, x), idx), "x must be a torch.Tensor, got tuple"),
+        (lambda pair, x, idx: nn.dispatch(pair, x, idx.tolist()), "topk_idx must be a torch.Tensor, got list"),
+        (lambda pair, x, idx: nn.dispatch(pair, x, idx, 1.0), "topk_weights must be a torch.Tensor or None, got float"),
+        (lambda pair, x, idx: nn.dispatch(pair, x.double(), idx), "x must be float32, got float64"),
+        (lambda pair, x, idx: nn.combine([x], nn.dispatch(pair, x, idx)), "y must be a torch.Tensor, got list"),
+        (lambda pair, x, idx: nn.combine(x, x), "batch must be what anyep.nn.dispatch returned, got Tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, text):
+    def rank_main(pair):
+        with pytest.raises(TypeError, match=text):
+            call(pair, torch.ones(2, H), torch.zeros(2, K, dtype=torch.int64))
+
+    on_ranks(1, rank_main)
+
+
+def test_an_index_of_another_dtype_is_not_the_way():
+    def rank_main(pair):
+        idx = torch.zeros(2, K, dtype=torch.int64)
+        way = nn.dispatch(pair, torch.ones(2, H), idx).way
+        with pytest.raises(ValueError, match="topk_idx is not what way was dispatched with"):
+            nn.dispatch(pair, torch.ones(2, H), idx.int(), way=way)
+
+    on_ranks(1, rank_main)
+
+
+def test_a_choice_with_any_strides():
+    case = make_case((6, 4), seed=13)
+
+    def rank_main(pair):
+        idx = case.idx[pair.rank].t().contiguous().t()
+        batch = nn.dispatch(pair, case.x[pair.rank], idx)
+        return nn.combine(batch.x, batch).detach()
+
+    for rank, out in enumerate(on_ranks(2, rank_main)):
+        assert_close(out, case.x[rank] * (case.idx[rank] >= 0).sum(dim=1, keepdim=True))

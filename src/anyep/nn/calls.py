@@ -87,6 +87,8 @@ def dispatch(
     after the buffer was closed.
     """
     pair = as_pair(ep)
+    for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        _check_is_tensor(name, tensor, optional=name == "topk_weights")
     check_choice("layout", layout, LAYOUTS)
     how = check_choice("reduce", reduce or ("expert" if layout == "expert" else "rank"), ("rank", "expert"))
     if how == "expert" and layout == "compact":
@@ -128,11 +130,21 @@ def combine(y: torch.Tensor, batch: Batch, *, topk_weights: torch.Tensor | None 
 
     Raises TypeError for a dtype with which gradients would lose bits, and what :meth:`anyep.Buffer.combine` does.
     """
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch must be what anyep.nn.dispatch returned, got {type(batch).__name__}")
+    _check_is_tensor("y", y)
+    _check_is_tensor("topk_weights", topk_weights, optional=True)
     way = batch.way
-    if torch.is_grad_enabled() and isinstance(y, torch.Tensor):
+    if torch.is_grad_enabled():
         _check_dtype(way.pair, y)
     sums, weights = travel.gather(y, topk_weights, way, tie=batch.x)
     return sums if weights is None else Combined(x=sums, topk_weights=weights)
+
+
+def _check_is_tensor(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise TypeError for what has no strides to be made dense; the buffer looks at the rest."""
+    if not isinstance(value, torch.Tensor) and not (optional and value is None):
+        raise TypeError(f"{name} must be a torch.Tensor{' or None' if optional else ''}, got {type(value).__name__}")
 
 
 def _check_dtype(pair: BufferPair, y: torch.Tensor) -> None:
@@ -149,5 +161,5 @@ def _check_way(pair: BufferPair, way: Way, topk_idx: torch.Tensor, layout: str) 
         raise ValueError("way was made by another pair of buffers; pass the way of a batch of this one")
     if way.handle.layout != layout:
         raise ValueError(f"way's layout is {way.handle.layout!r}, but layout={layout!r} was asked for")
-    if not torch.equal(way.handle.topk_idx(), topk_idx):
+    if not way.leads(topk_idx):
         raise ValueError("topk_idx is not what way was dispatched with; leave way out to send tokens elsewhere")

@@ -90,7 +90,7 @@ def next_way(pair: BufferPair, topk_idx: torch.Tensor, layout: str) -> Way | Non
         return None
     if way.pair.forward is not pair.forward or way.handle.layout != layout:
         raise ValueError(f"a dispatch that is done again uses another buffer or layout than before: {_HOW}")
-    if not torch.equal(way.handle.topk_idx(), topk_idx):
+    if not way.leads(topk_idx):
         raise ValueError(f"tokens that are dispatched again chose other experts than before: {_HOW}")
     return way
 

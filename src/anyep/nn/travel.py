@@ -45,6 +45,11 @@ class Way:
     gradient_handle: Handle | None = None
     """the same places on the buffer for gradients; made when they are first needed, on all ranks alike"""
 
+    def leads(self, topk_idx: torch.Tensor) -> bool:
+        """Return whether tokens that chose ``topk_idx`` go this way."""
+        known = self.handle.topk_idx()
+        return known.dtype == topk_idx.dtype and torch.equal(known, topk_idx)
+
     def spread(self, x: torch.Tensor, weights: torch.Tensor | None) -> Received:
         """Send [T, H] and [T, K] the same way, in the precision of gradients."""
         buffer = self.pair.gradients
@@ -151,9 +156,8 @@ def gather(
     y: torch.Tensor, weights: torch.Tensor | None, way: Way, tie: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Bring [N, H] and [N, K] back as sums; see :class:`Gather`. Strides may be any. ``tie``: rows of the dispatch."""
-    dense = y.contiguous() if isinstance(y, torch.Tensor) else y  # what is no tensor the buffer refuses
     tied = tie if tie is not None and tie.requires_grad else _fresh_tie()
-    return Gather.apply(tied, dense, weights, way)  # type: ignore[no-untyped-call, no-any-return]
+    return Gather.apply(tied, y.contiguous(), weights, way)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def spread(x: torch.Tensor, weights: torch.Tensor | None, way: Way) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -173,7 +177,7 @@ def _send(
     buffer = pair.forward
     dense = None if weights is None else weights.contiguous()
     if handle is None:
-        received = buffer.dispatch(x.contiguous(), topk_idx, dense, layout=layout)
+        received = buffer.dispatch(x.contiguous(), topk_idx.contiguous(), dense, layout=layout)
     else:
         received = buffer.dispatch(x.contiguous(), None, dense, handle=handle)
     assert received.topk_idx is not None  # not of the padded layout
