@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 
 import click
 import torch
@@ -30,8 +31,8 @@ from anyep.cli.machine_facts import available_cores, cpu_model
 from anyep.errors import Unavailable
 from anyep.testing.processes import RankFailed, run_processes
 
-_SMOOTH = 0.95
-"""how much of the smoothed loss is what it was one step before"""
+_REACH = 10
+"""Steps before and after one that its smoothed loss is a mean of."""
 _HOURS_S = 24 * 3600.0
 _FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -67,6 +68,9 @@ def main(ranks: int, picture: Path | None, record: Path | None, **options: objec
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     num_ranks = int(os.environ["WORLD_SIZE"]) if launched else ranks
     plan = make_plan(num_ranks, options)
+    for path in (picture, record):
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"{path} cannot be written: there is no folder {path.parent}")
     if picture is not None:
         try:
             load_figure()
@@ -152,11 +156,9 @@ def describe(history: History, plan: Plan, num_ranks: int) -> dict[str, object]:
 
 
 def smoothed(bits: list[float]) -> list[float]:
-    """Return a moving mean whose weights fall exponentially."""
-    out: list[float] = []
-    for one in bits:
-        out.append(one if not out else _SMOOTH * out[-1] + (1 - _SMOOTH) * one)
-    return out
+    """Return for each step the mean of it and up to 10 neighbours on either side, as many as it has on both."""
+    reaches = [min(_REACH, step, len(bits) - 1 - step) for step in range(len(bits))]
+    return [fmean(bits[step - reach : step + reach + 1]) for step, reach in enumerate(reaches)]
 
 
 def draw(history: History, num_ranks: int, path: Path) -> None:
@@ -165,7 +167,7 @@ def draw(history: History, num_ranks: int, path: Path) -> None:
     axes = figure.subplots()
     steps = range(1, history.steps + 1)
     axes.plot(steps, history.bits, color="#4c72b0", alpha=0.25, linewidth=0.8, label="batch of a step")
-    axes.plot(steps, smoothed(history.bits), color="#4c72b0", label="smoothed")
+    axes.plot(steps, smoothed(history.bits), color="#4c72b0", label="mean of 21 steps")
     axes.plot(*zip(*history.held_out, strict=True), "o-", color="#dd8452", markersize=3, label="held-out files")
     axes.set(xlabel="steps", ylabel="bits a byte", title=f"{num_ranks} ranks, {history.seconds[-1]:.0f} s")
     axes.grid(alpha=0.3)

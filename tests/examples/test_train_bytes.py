@@ -178,6 +178,7 @@ def test_held_out_files_are_not_learned(on_path, tmp_path):
         (["--hidden", "36"], "--hidden 36 must be a multiple of 8"),
         (["--resume"], "--resume and --save-every need --checkpoint"),
         (["--steps", "0"], "'--steps'"),
+        (["--json", "nowhere/curve.json"], "there is no folder nowhere"),
     ],
 )
 def test_bad_options(example, options, text):
@@ -215,3 +216,10 @@ def test_under_torchrun_with_picture_and_record(tmp_path):
     written = json.loads(record.read_text())
     assert len(written["bits"]) == 4
     assert written["versions"]["torch"] == torch.__version__
+
+
+def test_a_picture_without_its_package_names_the_extra(example, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = CliRunner().invoke(example.main, [*OPTIONS, "--picture", str(tmp_path / "a.png")])
+    assert result.exit_code == 1
+    assert "anyep[pictures]" in result.output
