@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# The optimiser imports it. Imported while a process group exists, it keeps that group's threads beyond
+# destroy_process_group(), and a process that ends with them sometimes aborts (torch 2.13).
+import torch._dynamo
 import torch.distributed as dist
 from byte_checkpoint import Learner, find_latest, load, save
 from byte_model import Model, Sizes
