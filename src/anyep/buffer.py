@@ -5,6 +5,7 @@ Legend: T tokens of this rank, H hidden, K top-k, E experts, R ranks, N received
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch
 from anyep.errors import PeerError, PeerTimeout
 from anyep.exchange import outgoing as sending
 from anyep.exchange import returning
-from anyep.exchange.arguments import check_choice
+from anyep.exchange.arguments import check_choice, check_integer
 from anyep.exchange.barrier import Barrier
 from anyep.exchange.combine import Combine
 from anyep.exchange.dispatch import Dispatch
@@ -26,7 +27,7 @@ from anyep.exchange.handle import Combined, Handle, Received, check_handle
 from anyep.exchange.options import BufferOptions, placement_tuple
 from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
-from anyep.exchange.wire import ELEMENTS
+from anyep.exchange.wire import ELEMENTS, Wire
 from anyep.transport.base import Blame
 
 LAYOUTS = ("compact", "expert", "padded")
@@ -145,6 +146,7 @@ class Buffer:
         *,
         handle: Handle | None = None,
         layout: str = "compact",
+        expert_rows: torch.Tensor | None = None,
         wait: Literal[True] = True,
     ) -> Received: ...
 
@@ -157,6 +159,7 @@ class Buffer:
         *,
         handle: Handle | None = None,
         layout: str = "compact",
+        expert_rows: torch.Tensor | None = None,
         wait: Literal[False],
     ) -> Pending[Received]: ...
 
@@ -168,6 +171,7 @@ class Buffer:
         *,
         handle: Handle | None = None,
         layout: str = "compact",
+        expert_rows: torch.Tensor | None = None,
         wait: bool = True,
     ) -> Received | Pending[Received]:
         """Send each token to the ranks that own its experts.
@@ -183,6 +187,9 @@ class Buffer:
         ``layout="padded"`` (low latency): x is [L, R * max_tokens_per_rank, H]; expert l's rows are the first
         ``counts[l]`` of its block, one for each (token, column), in the order (source rank, token, column); the rest of
         a block is undefined. ``topk_weights`` do not travel: combine multiplies with them at the origin.
+
+        ``expert_rows`` int32 [E] (compact layout) is announced in place of how often ``topk_idx`` names each expert,
+        where ``topk_idx`` stands for ranks.
 
         ``handle`` of an earlier dispatch: the same tokens' places again, without layout and counts; then
         ``topk_idx`` must be None and ``layout`` is the handle's.
@@ -201,8 +208,8 @@ class Buffer:
             outgoing = sending.prepare_cached(self._end, x, topk_idx, topk_weights, known)
         else:
             check_choice("layout", layout, LAYOUTS)
-            outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout)
-        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder)
+            outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, expert_rows=expert_rows)
+        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder, early=not wait)
         return self._flights.run(operation) if wait else self._flights.start(operation)
 
     @overload
@@ -216,6 +223,7 @@ class Buffer:
         out: torch.Tensor | None = None,
         reduce: str | None = None,
         wire: str | None = None,
+        group: int = 0,
         wait: Literal[True] = True,
     ) -> torch.Tensor: ...
 
@@ -230,6 +238,7 @@ class Buffer:
         out: torch.Tensor | None = None,
         reduce: str | None = None,
         wire: str | None = None,
+        group: int = 0,
         wait: Literal[True] = True,
     ) -> Combined: ...
 
@@ -244,6 +253,7 @@ class Buffer:
         out: torch.Tensor | None = None,
         reduce: str | None = None,
         wire: str | None = None,
+        group: int = 0,
         wait: Literal[False],
     ) -> Pending[torch.Tensor | Combined]: ...
 
@@ -257,12 +267,14 @@ class Buffer:
         out: torch.Tensor | None = None,
         reduce: str | None = None,
         wire: str | None = None,
+        group: int = 0,
         wait: bool = True,
     ) -> torch.Tensor | Combined | Pending[torch.Tensor | Combined]:
         """Bring the experts' outputs back and sum them.
 
         ``y`` [N, H] bfloat16, float16 or float32, rows as received. out[t] = bias + sum of t's rows, in fp32, rounded
-        once: ``reduce="rank"`` in ascending order of the destination rank, ``reduce="expert"`` (expert and padded
+        once: ``reduce="rank"`` in ascending order of the destination rank (``group`` > 0, compact layout: the sum of
+        every ``group`` consecutive ranks is rounded before it is added), ``reduce="expert"`` (expert and padded
         layout) in the order of t's top-k columns, which gives the same bits for every number of ranks. ``bias``: up to
         two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to [T, K]; the result is
         then a Combined.
@@ -285,9 +297,36 @@ class Buffer:
             out=out,
             reduce=reduce,
             wire=wire,
+            group=group,
         )
         operation = Combine(self._end, back)
         return self._flights.run(operation) if wait else self._flights.start(operation)
+
+    def variant(
+        self,
+        *,
+        wire: Wire,
+        num_topk: int,
+        max_tokens_per_rank: int,
+        static_rows: int | None = None,
+        source_tokens: bool = False,
+    ) -> Buffer:
+        """Return a buffer for rows of another kind, which shares this one's group, memory and experts. Not collective.
+
+        Calls of both are one sequence on all ranks; handles of one serve the other; it ends with this one, and need
+        not be closed. ``source_tokens``: :attr:`Received.source_token` comes with every layout.
+        """
+        self._flights.check_open()
+        end = self._end.variant(
+            wire=wire,
+            num_topk=check_integer("num_topk", num_topk, at_least=1),
+            max_tokens=check_integer("max_tokens_per_rank", max_tokens_per_rank, at_least=0),
+            static_rows=static_rows,
+            source_tokens=source_tokens,
+        )
+        other = copy.copy(self)
+        other._end, other._closed, other._recorder = end, True, None  # closed: it owns nothing
+        return other
 
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.

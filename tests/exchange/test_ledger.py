@@ -25,9 +25,11 @@ class Settled:
         capacity = options.pop("capacity", ROOM)
         self.shape = LedgerShape(placement, rank, **defaults | options)
         ranks, experts = expert_rows.shape
-        opened = np.full((ranks, BODY + COUNTS + (ranks + experts + 1) // 2), -1, np.int64)
+        opened = np.full((ranks, BODY + COUNTS + (ranks + experts + 2) // 2), -1, np.int64)
         opened[:, BODY + 1] = capacity
-        opened.view(np.int32)[:, 2 * (BODY + COUNTS) :][:, : ranks + experts] = np.hstack([rank_rows, expert_rows])
+        opened.view(np.int32)[:, 2 * (BODY + COUNTS) :][:, : ranks + experts + 1] = np.hstack(
+            [rank_rows, expert_rows, np.arange(ranks).reshape(-1, 1)]
+        )
         self.memory = torch.full((self.shape.num_words,), -1, dtype=torch.int32)
         self.by_source, self.by_expert = np.zeros(ranks, np.int64), np.zeros(self.shape.num_local, np.int64)
         self.found = load_books().settle(
@@ -136,3 +138,13 @@ def test_no_memory_is_too_little_even_for_no_rows(capacity):
     nothing = np.zeros((1, 1), np.int64)
     settled = Settled(mapped_placement([0], 1), 0, nothing, nothing, capacity=capacity)
     assert settled.found == (SETTLED if capacity == 0 else LANDING_TOO_SMALL)
+
+
+@settings(max_examples=50, deadline=None)
+@given(announcements())
+def test_every_rank_keeps_how_many_tokens_each_has_and_sends_to_each(announced):
+    placement, rank_rows, expert_rows = announced
+    for rank in range(placement.num_ranks):
+        settled = Settled(placement, rank, rank_rows, expert_rows)
+        assert settled["pair_rows"] == rank_rows.flatten().tolist()
+        assert settled["source_tokens"] == list(range(placement.num_ranks))

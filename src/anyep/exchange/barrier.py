@@ -35,6 +35,9 @@ class Barrier:
         words_RW[:, :BODY] = _HEADER
         self._end.transport.post(self._end.lanes.open, epoch, words_RW)
 
+    def targets(self) -> None:
+        """There is no result."""
+
     def finish(self) -> None:
         """Wait for every rank. Raises RefusedError, PeerLost and PeerTimeout."""
         step = f"{self.label} {self._epoch}"

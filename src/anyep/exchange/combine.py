@@ -25,6 +25,8 @@ from anyep.exchange.across import Across
 from anyep.exchange.courier import carry
 from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
+from anyep.exchange.event import Targets
+from anyep.exchange.groups import sum_by_groups
 from anyep.exchange.handle import Combined
 from anyep.exchange.opening import (
     BODY,
@@ -69,6 +71,8 @@ class Combine:
             element=ELEMENTS[back.y.dtype],
             reduce=REDUCE_CODES[back.reduce],
             combine_wire=COMBINE_WIRE_CODES[back.wire],
+            row_bytes=back.row_bytes,
+            num_topk=end.num_topk,
         )
 
     def wants_background(self) -> bool:
@@ -85,6 +89,10 @@ class Combine:
     def ready(self) -> bool:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)
+
+    def targets(self) -> Targets:
+        """Return where the sums go."""
+        return Targets(x=self._back.out, topk_weights=self._back.weights_out)
 
     def post(self, epoch: int) -> None:
         """Say where the rows lie, and let those of small pairs come along."""
@@ -277,9 +285,7 @@ class Combine:
     def _sum(self, entries: _Entries, tables: Sequence[int]) -> torch.Tensor | None:
         """Sum the rows that ``entries`` name, in the peer tables of rows and of weights."""
         end, back, plan = self._end, self._back, self._back.handle.send
-        weights = None
-        if back.topk_weights is not None:
-            weights = torch.empty((plan.num_tokens, end.num_topk), dtype=torch.float32, device="cpu")
+        weights = back.weights_out
         bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
         sums = _Sums(
             entries=(plan.width, entries.by_rank, entries.rank_addr, entries.row_addr),
@@ -291,7 +297,10 @@ class Combine:
             out_addr=back.out.data_ptr(),
             weights_addr=0 if weights is None else weights.data_ptr(),
         )
-        if end.workers.num_threads == 1:
+        if back.group and end.across is None:
+            sum_by_groups(end, back, tables[0], entries.row_addr)
+            self._sum_weights(0, plan.num_tokens, sums)
+        elif end.workers.num_threads == 1:
             self._sum_tokens(0, plan.num_tokens, sums)
         else:
             end.workers.over(plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums))
@@ -304,10 +313,13 @@ class Combine:
             end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *sums.entries, *rest)
         else:
             end.kernels.reduce_logfmt(end.hidden, first, last, *sums.entries, *rest)
-        if sums.weights_addr:
-            table, out_addr = sums.weights_table, sums.weights_addr
-            end.kernels.reduce_weights(end.num_topk, first, last, *sums.entries, table, out_addr)
+        self._sum_weights(first, last, sums)
         end.kernels.fence()  # nobody else reads the sums, but the caller may hand them to another thread
+
+    def _sum_weights(self, first: int, last: int, sums: _Sums) -> None:
+        if sums.weights_addr:
+            num_topk, table, out_addr = self._end.num_topk, sums.weights_table, sums.weights_addr
+            self._end.kernels.reduce_weights(num_topk, first, last, *sums.entries, table, out_addr)
 
 
 class _Entries(NamedTuple):

@@ -21,16 +21,19 @@ from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import carry
 from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
-from anyep.exchange.opening import BODY, LAYOUT_CODES, Kind, RefusedError, check_agreement, check_memory
+from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.receive import (
     NO_PLACES,
+    Ahead,
     Batch,
     Landing,
     cut_landing,
     fill_gaps,
+    look_ahead,
     prepare_landing,
     settle_down,
     wrap,
@@ -45,7 +48,16 @@ from anyep.transport.base import Words
 class Dispatch:
     """One dispatch of one rank: :meth:`post` sends what needs no answer, :meth:`finish` does the rest."""
 
-    def __init__(self, end: Endpoint, out: Outgoing, *, buffer: object, recorder: TraceRecorder | None = None) -> None:
+    def __init__(
+        self,
+        end: Endpoint,
+        out: Outgoing,
+        *,
+        buffer: object,
+        recorder: TraceRecorder | None = None,
+        early: bool = False,
+    ) -> None:
+        """``early``: the caller hands the batch's tensors on before it is finished (padded layout)."""
         self._end = end
         self._recorder = recorder
         self._out = out
@@ -57,15 +69,15 @@ class Dispatch:
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
         self._proxies: tuple[Proxy, ...] = ()
+        self._early = early and out.geometry.padded
+        self._ahead: Ahead | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
 
     def _cached_header(self, handle: Handle) -> Words:
         return self._end.handle_header(
             handle.epoch,
             kind=Kind.CACHED_DISPATCH,
-            layout=LAYOUT_CODES[handle.layout],
-            idx_bytes=handle.send.idx_bytes,
-            has_weights=self._out.topk_weights is not None,
+            **self._geometry.agreed,
         )
 
     def wants_background(self) -> bool:
@@ -80,6 +92,19 @@ class Dispatch:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
+    def targets(self) -> Targets | None:
+        """Return the tensors of the batch, where they were made early."""
+        if self._ahead is None:
+            return None
+        batch, turned = self._ahead
+        shape = (self._geometry.shape.num_local, self._geometry.shape.block_rows)
+        assert batch.source_token is not None
+        return Targets(
+            x=batch.x.view(*shape, self._end.hidden),
+            scales=None if turned is None else turned.transpose(1, 2),
+            source_token=batch.source_token.view(shape),
+        )
+
     def post(self, epoch: int) -> None:
         """Announce, and let the rows of small pairs come along."""
         end, plan, cached = self._end, self._out.plan, self._out.cached
@@ -87,13 +112,15 @@ class Dispatch:
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
+        if self._early and landing is not None:
+            self._ahead = look_ahead(end, geometry, landing)
         words_RW = desk.words_RW if cached is None else desk.places_RW
         end.books.announce(
             words_RW,
             self._header,
             NO_PLACES if landing is None else landing.places,
             plan.field("rank_rows"),
-            end.num_ranks + end.placement.num_experts if cached is None else 0,
+            end.num_ranks + end.placement.num_experts + 1 if cached is None else 0,
             plan.field("rank_rows"),
             geometry.limit_rows,
             desk.send_slots_R,
@@ -123,7 +150,10 @@ class Dispatch:
         self._landing = None
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
-        batch = settle_down(end, self._geometry, landing, num_rows, self._geometry.idx_dtype, written=written)
+        if self._ahead is None:
+            batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
+        else:
+            batch, turned = self._ahead
         if self._direct_rows:
             place(end, plan)
             final = Route(
@@ -142,7 +172,8 @@ class Dispatch:
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
-        return wrap(end, batch, self._handle(num_rows) if out.cached is None else self._known(out.cached))
+        handle = self._handle(num_rows) if out.cached is None else self._known(out.cached)
+        return wrap(end, batch, handle, self._geometry, turned)
 
     def _known(self, handle: Handle) -> Handle:
         """Return the handle of a cached dispatch, with its own weights where combine will want them."""

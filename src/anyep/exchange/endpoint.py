@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,9 +46,14 @@ class Lanes:
         return self.open, self.offer, self.done
 
 
+def scale_code(wire: Wire) -> int:
+    """Return a wire's scale format as kernels take it; -1 where they have nothing to quantise."""
+    return -1 if wire.scale_format is None else int(wire.scale_format)
+
+
 def lanes_for(placement: Placement) -> Lanes:
-    """Size the lanes: the first message holds a rank's counts for every rank and expert."""
-    num_counts = placement.num_ranks + placement.num_experts
+    """Size the lanes: the first message holds a rank's counts for every rank and expert, and of its tokens."""
+    num_counts = placement.num_ranks + placement.num_experts + 1
     return Lanes(
         open=Lane(index=0, name="announcement", words=BODY + COUNTS + (num_counts + 1) // 2),
         offer=Lane(index=1, name="offer", words=OFFER_WORDS),
@@ -204,6 +209,8 @@ class Endpoint:
     max_tokens: int
     expert_alignment: int
     static_rows: int | None
+    source_tokens: bool
+    """whether rows of every layout say which token of their source they are"""
     max_in_flight: int
     workers: Workers
     counters: Counters
@@ -227,6 +234,25 @@ class Endpoint:
     def num_ranks(self) -> int:
         return self.transport.size
 
+    def variant(
+        self, *, wire: Wire, num_topk: int, max_tokens: int, static_rows: int | None, source_tokens: bool
+    ) -> Endpoint:
+        """Return an endpoint for rows of another kind on the same transport, slots and desks."""
+        return replace(
+            self,
+            wire=wire,
+            scale_code=scale_code(wire),
+            hidden=wire.hidden,
+            num_topk=num_topk,
+            max_tokens=max_tokens,
+            expert_alignment=1,
+            static_rows=static_rows,
+            source_tokens=source_tokens,
+            geometries={},
+            headers={},
+            returns={},
+        )
+
     def desk(self, epoch: int) -> Desk:
         return self.desks[epoch % len(self.desks)]
 
@@ -247,6 +273,7 @@ class Endpoint:
                 max_tokens=self.max_tokens,
                 alignment=self.expert_alignment,
                 static_rows=self.static_rows,
+                source_tokens=self.source_tokens,
                 slots=self.slots,
                 rule=self.rule,
             )

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """Tensors of a result that is still under way: the same that it will have, filled when it was waited for."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None = None
+    source_token: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
 
 
 class Pending(Generic[Result]):
@@ -13,9 +26,15 @@ class Pending(Generic[Result]):
 
     Unless it goes on in the background, it advances when its rank next waits for anything of the buffer, also when it
     was dropped without waiting: a rank that blocks elsewhere meanwhile may keep others waiting.
+
+    ``targets``: where the result will stand, for who hands tensors on before they are filled. Of a dispatch known in
+    the padded layout only, whose batch has a fixed size; None where it is not known, or the machine lacks memory.
     """
 
-    def __init__(self, label: str, done: Callable[[], bool], land: Callable[[], Result]) -> None:
+    def __init__(
+        self, label: str, done: Callable[[], bool], land: Callable[[], Result], targets: Targets | None = None
+    ) -> None:
+        self.targets = targets
         self._label = label
         self._done = done
         self._land: Callable[[], Result] | None = land

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 from anyep.errors import ClosedError, PeerError
-from anyep.exchange.event import Pending
+from anyep.exchange.event import Pending, Targets
 from anyep.exchange.opening import RefusedError
 
 Result = TypeVar("Result")
@@ -36,6 +36,10 @@ class Operation(Protocol[Out]):
     def may_answer(self) -> bool: ...
 
     def ready(self) -> bool: ...
+
+    def targets(self) -> Targets | None:
+        """Return where the result will stand, if that is known once this is posted."""
+        ...
 
     def finish(self) -> Out: ...
 
@@ -125,7 +129,7 @@ class Flights:
         """Post; the second half comes with ``Pending.wait()``, or goes on in the background."""
         self._check_room(operation)
         flight = self._post(operation)
-        pending = Pending(flight.label, flight.ready, lambda: self._land(flight))
+        pending = Pending(flight.label, flight.ready, lambda: self._land(flight), operation.targets())
         flight.pending = weakref.ref(pending, lambda _: self._forget_dropped(flight))
         if operation.wants_background():
             if self._background is None:

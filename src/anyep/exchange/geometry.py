@@ -45,6 +45,7 @@ class Geometry:
         max_tokens: int,
         alignment: int,
         static_rows: int | None,
+        source_tokens: bool,
         slots: EagerSlots,
         rule: EagerRule,
     ) -> None:
@@ -59,7 +60,7 @@ class Geometry:
             scales=wire.scale_bytes,
             topk_idx=0 if self.padded else idx,
             topk_weights=0 if self.padded else weights,
-            token=4 if self.padded else 0,
+            token=4 if self.padded or source_tokens else 0,
             y=0,
         )
         """a row of the batch"""
@@ -80,12 +81,18 @@ class Geometry:
             block_rows=placement.num_ranks * max_tokens if self.padded else 0,
             static_rows=-1 if static_rows is None or self.padded else static_rows,
         )
-        self.header = make_header(
-            kind=Kind.DISPATCH,
-            layout=LAYOUT_CODES[key.layout],
-            idx_bytes=key.idx_bytes,
-            has_weights=int(key.has_weights),
-        )
+        self.agreed = {
+            "layout": LAYOUT_CODES[key.layout],
+            "idx_bytes": key.idx_bytes,
+            "has_weights": int(key.has_weights),
+            "row_bytes": self.row.x,
+            "scale_bytes": self.row.scales,
+            "num_topk": num_topk,
+            "block_rows": self.shape.block_rows,
+            "static_rows": self.shape.static_rows,
+        }
+        """what all ranks must have alike, as a header says it"""
+        self.header = make_header(kind=Kind.DISPATCH, **self.agreed)
         self.limit_rows = rule.limit_rows(self.eager_row.sent, slots.capacity(self.eager_row.sent))
         self.sent_bytes = self.row.sent
         self.part_sizes = self.row.parts()

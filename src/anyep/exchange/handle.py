@@ -85,6 +85,10 @@ class SendPlan:
         first = (address - self.first_addr) // 4
         return self.memory[first : first + count]
 
+    def entry_ranks(self) -> NDArray[np.int32]:
+        """Return the rank of each entry, [T, W], -1 for none; a view."""
+        return self.words(self.entry_rank_addr, self.num_tokens * self.width).reshape(self.num_tokens, self.width)
+
     def topk_idx(self) -> torch.Tensor:
         """Return topk_idx [T, K]; a view."""
         geometry = self.geometry
@@ -122,6 +126,17 @@ class Handle:
         """Return what this rank dispatched with, [T, K] int32 or int64; a view that must not be written to."""
         return self.send.topk_idx()
 
+    @property
+    def pair_rows(self) -> NDArray[np.int32]:
+        """Tokens that each rank sent each rank, [R, R], row = source; a view."""
+        ranks = len(self.send.numbers("rank_rows"))
+        return self.send.numbers("pair_rows").reshape(ranks, ranks)
+
+    @property
+    def source_tokens(self) -> NDArray[np.int32]:
+        """T of each rank, [R]; a view."""
+        return self.send.numbers("source_tokens")
+
 
 def check_handle(handle: object, buffer: object) -> Handle:
     """Return ``handle`` if ``buffer`` (its identity) made it; TypeError or ValueError otherwise."""
@@ -156,7 +171,7 @@ class Received:
     source_count: torch.Tensor | None = None
     """padded only: int32 [L, R], how many rows it sent there"""
     source_token: torch.Tensor | None = None
-    """padded only: int32 [L, P], the number of each row's token at its source"""
+    """padded: int32 [L, P], the number of each row's token at its source; else int32 [N] where that was asked for"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

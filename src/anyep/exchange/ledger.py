@@ -20,11 +20,14 @@ from anyep.layout.placement import Placement
 FIELDS = (
     "rank_rows",  # [R] tokens that go to each rank, each counted once
     "expert_rows",  # [E] (token, column) pairs of each expert
+    "num_tokens",  # [1] T; these three are what a rank announces
     "send_start",  # [B] first row of this rank's rows in each bin
     "dense_start",  # [E] the same where rows lie without gaps (padded layout)
     "rank_entries",  # [R] rows that go to each rank
     "source_rows",  # [R] tokens that come from each rank
     "source_entries",  # [R] rows that come from each rank
+    "source_tokens",  # [R] T of each rank
+    "pair_rows",  # [R, R] tokens that each rank sends each rank: row = source
     "recv_rows",  # [R, C] rows from each source in each bin
     "recv_start",  # [R, C] where they begin
     "counts",  # [L] rows of each local expert, without padding
@@ -38,11 +41,14 @@ FIELDS = (
 (
     F_RANK_ROWS,
     F_EXPERT_ROWS,
+    F_NUM_TOKENS,
     F_SEND_START,
     F_DENSE_START,
     F_RANK_ENTRIES,
     F_SOURCE_ROWS,
     F_SOURCE_ENTRIES,
+    F_SOURCE_TOKENS,
+    F_PAIR_ROWS,
     F_RECV_ROWS,
     F_RECV_START,
     F_COUNTS,
@@ -83,11 +89,14 @@ class LedgerShape:
         sizes = {
             "rank_rows": ranks,
             "expert_rows": experts,
+            "num_tokens": 1,
             "send_start": self.num_bins,
             "dense_start": experts if block_rows else 0,
             "rank_entries": ranks,
             "source_rows": ranks,
             "source_entries": ranks,
+            "source_tokens": ranks,
+            "pair_rows": ranks * ranks,
             "recv_rows": ranks * self.num_recv_bins,
             "recv_start": ranks * self.num_recv_bins,
             "counts": self.num_local,

@@ -53,6 +53,11 @@ _DEFAULTS = {
     "element": -1,
     "reduce": 0,
     "combine_wire": 0,
+    "row_bytes": 0,
+    "scale_bytes": 0,
+    "num_topk": 0,
+    "block_rows": 0,
+    "static_rows": -1,
 }
 """Fields of a header, in order: all must be the same on all ranks."""
 _FIELDS = list(_DEFAULTS)
@@ -78,6 +83,11 @@ _TEXT: dict[str, Callable[[int], str]] = {
     "element": lambda value: _ELEMENTS[value],
     "reduce": lambda value: repr(_REDUCES[value]),
     "combine_wire": lambda value: repr(_COMBINE_WIRES[value]),
+    "row_bytes": str,
+    "scale_bytes": str,
+    "num_topk": str,
+    "block_rows": str,
+    "static_rows": lambda value: str(value) if value >= 0 else "not fixed",
 }
 _NAMES = {
     "kind": "the operation",
@@ -88,6 +98,11 @@ _NAMES = {
     "element": "the dtype of y",
     "reduce": "reduce",
     "combine_wire": "the wire of combine",
+    "row_bytes": "the number of bytes a row",
+    "scale_bytes": "the number of bytes of scales a row",
+    "num_topk": "num_topk",
+    "block_rows": "the number of rows for each expert, R * max_tokens_per_rank,",
+    "static_rows": "static_rows",
 }
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anyep.exchange.arguments import check_tensor
 from anyep.exchange.crossing import Crossing
@@ -32,7 +34,9 @@ class Outgoing(NamedTuple):
     cached: Handle | None
 
 
-def prepare(end: Endpoint, x: object, topk_idx: object, topk_weights: object, *, layout: str) -> Outgoing:
+def prepare(
+    end: Endpoint, x: object, topk_idx: object, topk_weights: object, *, layout: str, expert_rows: object = None
+) -> Outgoing:
     """Check the caller's tensors and decide who gets what. Raises TypeError and ValueError; exchanges nothing."""
     rows = check_rows(end.wire, x)
     num_tokens = rows.num_tokens
@@ -45,11 +49,14 @@ def prepare(end: Endpoint, x: object, topk_idx: object, topk_weights: object, *,
     idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]")
     weights = _check_weights(topk_weights, shape)
     geometry = end.geometry(layout, idx.itemsize, weights is not None)
+    plan = _plan(end, idx, geometry)
+    if expert_rows is not None:
+        plan.numbers("expert_rows")[:] = _check_expert_rows(end, expert_rows, geometry)
     return Outgoing(
         rows=rows,
         topk_weights=weights,
         geometry=geometry,
-        plan=_plan(end, idx, geometry),
+        plan=plan,
         layout=layout,
         cached=None,
     )
@@ -71,6 +78,16 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
         layout=handle.layout,
         cached=handle,
     )
+
+
+def _check_expert_rows(end: Endpoint, expert_rows: object, geometry: Geometry) -> NDArray[np.int32]:
+    if geometry.by_expert:
+        raise ValueError("expert_rows goes with layout='compact'; other layouts count what topk_idx says")
+    shape = [end.placement.num_experts]
+    counts: NDArray[np.int32] = check_tensor(
+        "expert_rows", expert_rows, dtypes=[torch.int32], shape=shape, legend="[num_experts]"
+    ).numpy()
+    return counts
 
 
 def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | None:

@@ -77,11 +77,9 @@ class Batch(NamedTuple):
     part_addr: tuple[int, int, int, int, int]
 
 
-def settle_down(
-    end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int, idx_dtype: torch.dtype, *, written: bool
-) -> Batch:
+def settle_down(end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int, *, written: bool) -> Batch:
     """Return the batch of ``num_rows`` rows: where peers write (``written``), else in private memory if it is small."""
-    region = row_region(geometry.row, num_rows)
+    region, idx_dtype = row_region(geometry.row, num_rows), geometry.idx_dtype
     if not written and region.data_bytes <= _SMALL_BYTES:
         geometry.spare_landings.append(landing)
         return _fresh_batch(end, geometry, num_rows, idx_dtype)
@@ -141,6 +139,29 @@ def _batch_on(
     )
 
 
+class Ahead(NamedTuple):
+    """A padded batch before its counts are known: blocks have a fixed size, so that its tensors can be made."""
+
+    batch: Batch
+    turned: torch.Tensor | None
+    """room for the scales in column-major order"""
+
+
+def look_ahead(end: Endpoint, geometry: Geometry, landing: Landing) -> Ahead:
+    """Make a padded batch's tensors where peers write."""
+    region = row_region(geometry.row, landing.capacity)
+    batch = _batch_on(end, geometry, landing, region, landing.capacity, geometry.idx_dtype)
+    return Ahead(batch=batch, turned=room_for_scales(end, geometry))
+
+
+def room_for_scales(end: Endpoint, geometry: Geometry) -> torch.Tensor | None:
+    """Return memory for a padded batch's scales, [L, G, R * Tmax]; None where rows have none."""
+    if not geometry.row.scales:
+        return None
+    shape = geometry.shape
+    return fresh((shape.num_local, end.wire.scale_columns, shape.block_rows), end.wire.scale_dtype)
+
+
 def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch) -> None:
     """Define the rows nobody sends: index -1, everything else 0."""
     num_gaps = int(plan.numbers("gaps")[0])
@@ -153,10 +174,10 @@ def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch) -
             end.kernels.fill_rows(base, row_bytes, *gaps, byte)
 
 
-def wrap(end: Endpoint, batch: Batch, handle: Handle) -> Received:
-    """Return the batch for the caller, now that every row has arrived."""
-    if handle.send.geometry.padded:
-        return _wrap_padded(end, batch, handle)
+def wrap(end: Endpoint, batch: Batch, handle: Handle, geometry: Geometry, turned: torch.Tensor | None) -> Received:
+    """Return the batch for the caller, now that every row has arrived; ``turned``: room for its scales, if made."""
+    if geometry.padded:
+        return _wrap_padded(end, batch, handle, room_for_scales(end, geometry) if turned is None else turned)
     return Received(
         x=batch.x,
         scales=batch.scales,
@@ -164,16 +185,16 @@ def wrap(end: Endpoint, batch: Batch, handle: Handle) -> Received:
         topk_weights=batch.topk_weights,
         counts=handle.counts.copy(),
         handle=handle,
+        source_token=batch.source_token,
     )
 
 
-def _wrap_padded(end: Endpoint, batch: Batch, handle: Handle) -> Received:
+def _wrap_padded(end: Endpoint, batch: Batch, handle: Handle, turned: torch.Tensor | None) -> Received:
     """Blocks of experts; scales turned to column-major, as grouped matrix products want them."""
     plan, wire = handle.send, end.wire
     experts, rows = handle.shape
     scales = None
-    if batch.scales is not None:
-        turned = fresh((experts, wire.scale_columns, rows), wire.scale_dtype)
+    if turned is not None:
         end.kernels.transpose_scales(
             experts, rows, wire.scale_columns, plan.field("counts"), batch.part_addr[1], turned.data_ptr()
         )

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.exchange.arguments import check_choice, check_tensor
+from anyep.exchange.arguments import check_choice, check_integer, check_tensor
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle
-from anyep.exchange.receive import tensor_on
+from anyep.exchange.receive import fresh, tensor_on
 from anyep.exchange.wire import ELEMENTS
 from anyep.numerics.logfmt import logfmt_row_bytes
 from anyep.transport.base import Block, Place
@@ -33,6 +33,10 @@ class Returning(NamedTuple):
     handle: Handle
     row_bytes: int
     """of a row of y"""
+    weights_out: torch.Tensor | None
+    """[T, K]: where the sum of the weights that travel back goes"""
+    group: int
+    """partial sums of so many consecutive ranks are rounded to y's dtype before they are added; 0: none are"""
 
 
 class Loan(NamedTuple):
@@ -57,6 +61,7 @@ def prepare(
     out: object,
     reduce: object,
     wire: object,
+    group: object = 0,
 ) -> Returning:
     """Check the caller's tensors. Raises TypeError and ValueError; exchanges nothing."""
     padded = handle.send.geometry.padded
@@ -66,6 +71,9 @@ def prepare(
             f"reduce='expert' sums one row for each (token, expert), but this handle's layout is {handle.layout!r}: "
             "dispatch with layout='expert', or use reduce='rank'"
         )
+    rounded_group = check_integer("group", group, at_least=0)
+    if rounded_group and (how == "expert" or handle.layout != "compact"):
+        raise ValueError(f"group sums hosts' ranks of layout='compact', and this handle's layout is {handle.layout!r}")
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
     checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend)
     target = _check_out(end, out, handle, checked)
@@ -85,6 +93,8 @@ def prepare(
         wire=_check_wire(wire, handle, checked),
         handle=handle,
         row_bytes=checked.itemsize * end.hidden,
+        weights_out=None if padded or weights is None else fresh((handle.num_tokens, end.num_topk), torch.float32),
+        group=rounded_group,
     )
 
 

@@ -27,6 +27,7 @@ from anyep.exchange.ledger import (
     F_DENSE_START,
     F_FILLED_ROWS,
     F_GAPS,
+    F_PAIR_ROWS,
     F_RANK_ENTRIES,
     F_RECV_ROWS,
     F_RECV_START,
@@ -34,6 +35,7 @@ from anyep.exchange.ledger import (
     F_SEND_START,
     F_SOURCE_ENTRIES,
     F_SOURCE_ROWS,
+    F_SOURCE_TOKENS,
     FAR_ROWS,
     LANDING_TOO_SMALL,
     NEAR,
@@ -239,7 +241,10 @@ def settle(
         if rows > opened_RW[d, body + CAPACITY]:
             result = LANDING_TOO_SMALL
     for source in range(ranks):
-        store_i32(field(ledger_addr, offsets, F_SOURCE_ROWS), source, load_i32(counts_addr + source * stride, rank))
+        told = counts_addr + source * stride
+        store_i32(field(ledger_addr, offsets, F_SOURCE_ROWS), source, load_i32(told, rank))
+        store_i32(field(ledger_addr, offsets, F_SOURCE_TOKENS), source, load_i32(told, ranks + dims[D_EXPERTS]))
+        copy_bytes(field(ledger_addr, offsets, F_PAIR_ROWS) + 4 * source * ranks, told, 4 * ranks)
         arrived = load_i32(field(ledger_addr, offsets, F_SOURCE_ENTRIES), source)
         add_i64(rows_of_sources.ctypes.data + 8 * source, arrived)
     for local in range(dims[D_LOCAL]):

@@ -10,7 +10,7 @@ import numpy as np
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.eager import EagerSlots
-from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers
+from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers, scale_code
 from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
@@ -74,12 +74,13 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
         tables=ExpertTables.of(placement),
         lanes=lanes,
         wire=wire,
-        scale_code=-1 if wire.scale_format is None else int(wire.scale_format),
+        scale_code=scale_code(wire),
         hidden=options.hidden,
         num_topk=options.num_topk,
         max_tokens=options.max_tokens_per_rank,
         expert_alignment=options.expert_alignment,
         static_rows=options.static_rows,
+        source_tokens=False,
         max_in_flight=options.max_in_flight,
         workers=Workers(options.num_threads or _default_threads(transport.size)),
         counters=Counters(transport.size, int(placement.experts_per_rank_R[transport.rank])),

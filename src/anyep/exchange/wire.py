@@ -26,6 +26,9 @@ class Wire:
     dtype: torch.dtype
     hidden: int
     scale_format: ScaleFormat | None
+    carried_columns: int = 0
+    """columns of scales that only travel: the caller's own, of a format that is not looked at"""
+    carried_dtype: torch.dtype = torch.float32
 
     @property
     def row_bytes(self) -> int:
@@ -34,11 +37,11 @@ class Wire:
     @property
     def scale_columns(self) -> int:
         """Columns of the scales tensor; 0 without scales."""
-        return 0 if self.scale_format is None else self.scale_format.columns(self.hidden)
+        return self.carried_columns if self.scale_format is None else self.scale_format.columns(self.hidden)
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.scale_format is None else self.scale_format.dtype
+        return self.carried_dtype if self.scale_format is None else self.scale_format.dtype
 
     @property
     def scale_bytes(self) -> int:
@@ -57,6 +60,18 @@ def make_wire(name: object, scales: object, hidden: int) -> Wire:
         dtype=torch.float8_e4m3fn if fp8 else _PLAIN[checked],
         hidden=hidden,
         scale_format=_SCALE_FORMATS[scale_name] if fp8 else None,
+    )
+
+
+def carrying_wire(dtype: torch.dtype, hidden: int, scale_columns: int, scale_dtype: torch.dtype) -> Wire:
+    """Return a wire for rows of any dtype, bytes as they are, with any number of scales of 4 bytes (0: none)."""
+    return Wire(
+        name="carried",
+        dtype=dtype,
+        hidden=hidden,
+        scale_format=None,
+        carried_columns=scale_columns,
+        carried_dtype=scale_dtype,
     )
 
 
@@ -86,7 +101,7 @@ def check_rows(wire: Wire, x: object) -> Rows:
 
 
 def _check_quantised(wire: Wire, pair: tuple[object, ...]) -> Rows:
-    if wire.scale_format is None:
+    if not wire.scale_columns:
         raise TypeError(
             f"x is a tuple, which only wire='fp8' takes; this buffer's wire is {wire.name!r}: pass a tensor"
         )
