@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Literal, overload
 
@@ -327,6 +327,20 @@ class Buffer:
         other = copy.copy(self)
         other._end, other._closed, other._recorder = end, True, None  # closed: it owns nothing
         return other
+
+    def leave_out(self, ranks: Collection[int]) -> None:
+        """Go on without these ranks: from the next call on they are neither told nor waited for. ``()``: all again.
+
+        The ranks that are left must all say so between the same two calls, and send nothing to experts of those ranks
+        (-1 in ``topk_idx``). What they had left out may come back if it made as many calls meanwhile.
+        Raises ValueError for ranks that do not exist, and for this one.
+        """
+        self._flights.check_open()
+        for rank in ranks:
+            check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
+        if self.rank in ranks:
+            raise ValueError(f"rank {self.rank} cannot leave out itself; close its buffer instead")
+        self._end.crowd.leave_out(ranks)
 
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.

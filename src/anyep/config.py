@@ -6,6 +6,7 @@ Arguments come before the environment: a variable only fills in what a call leav
 ``ANYEP_CACHE_DIR``       directory for compiled kernels
 ``ANYEP_HOST_ID``         this host's identity; ranks with the same one share memory
 ``ANYEP_RANKS_PER_HOST``  act as if a host had so many ranks (one machine plays a cluster)
+``EP_NUM_TOPK_IDX_BITS``  DeepEP's own: 8, 16, 32 or 64 bits an expert index (``TOPK_IDX_BITS``)
 ========================  ==================================================================
 """
 
@@ -44,4 +45,12 @@ def ranks_per_host() -> int | None:
         return None
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"ANYEP_RANKS_PER_HOST must be a whole number from 1 on, got {given!r}")
+    return int(given)
+
+
+def topk_idx_bits() -> int:
+    """Return how wide expert indices of the DeepEP interface are; ValueError for widths that there are not."""
+    given = os.environ.get("EP_NUM_TOPK_IDX_BITS") or os.environ.get("TOPK_IDX_BITS") or "64"
+    if given not in ("8", "16", "32", "64"):
+        raise ValueError(f"EP_NUM_TOPK_IDX_BITS must be 8, 16, 32 or 64, got {given!r}")
     return int(given)

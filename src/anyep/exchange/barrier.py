@@ -33,7 +33,7 @@ class Barrier:
         self._epoch = epoch
         words_RW = self._end.desk(epoch).places_RW
         words_RW[:, :BODY] = _HEADER
-        self._end.transport.post(self._end.lanes.open, epoch, words_RW)
+        self._end.announce(epoch, words_RW)
 
     def targets(self) -> None:
         """There is no result."""
@@ -41,7 +41,7 @@ class Barrier:
     def finish(self) -> None:
         """Wait for every rank. Raises RefusedError, PeerLost and PeerTimeout."""
         step = f"{self.label} {self._epoch}"
-        opened_RW = self._end.wait(self._end.lanes.open, self._epoch, step)
+        opened_RW = self._end.hear(self._epoch, step, _HEADER)
         if not self._end.books.agree(opened_RW, _HEADER):
             check_agreement(_HEADER, opened_RW, step)
         self._end.counters.add(barriers=1)

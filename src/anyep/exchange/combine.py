@@ -123,12 +123,12 @@ class Combine:
         if direct_rows + far_rows:
             self._lend(desk)
         end.counters.sent_back(eager_rows, direct_rows, far_rows)
-        end.transport.post(end.lanes.open, epoch, desk.places_RW)
+        end.announce(epoch, desk.places_RW)
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
-        opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
+        opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step, self._no_memory)
         self._connect(desk, opened_RW)

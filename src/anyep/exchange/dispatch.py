@@ -133,13 +133,13 @@ class Dispatch:
         if self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
-        end.transport.post(end.lanes.open, epoch, words_RW)
+        end.announce(epoch, words_RW)
 
     def finish(self) -> Received:
         """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
         end, out = self._end, self._out
         plan, desk = out.plan, end.desk(self._epoch)
-        opened_RW = end.wait(end.lanes.open, self._epoch, self._step)
+        opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
         offered_RW, offer = (opened_RW, BODY) if self._settle(opened_RW) else (self._offer_again(desk), 0)
@@ -278,8 +278,9 @@ class Dispatch:
                 desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
         if self._landing is not None:
             desk.offers_RW[:, 1:] = self._landing.places
-        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
-        offers_RW = end.wait(end.lanes.offer, self._epoch, self._step)
+        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW, end.crowd.present)
+        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step, end.crowd.present).copy()
+        offers_RW[end.crowd.absent] = 0
         check_memory(offers_RW[:, 0], self._step, no_memory)
         end.counters.add(second_offers=1)
         return offers_RW

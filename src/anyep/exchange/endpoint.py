@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.across import Across
+from anyep.exchange.crowd import Crowd
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
@@ -218,6 +219,7 @@ class Endpoint:
     slots: EagerSlots
     rule: EagerRule
     desks: tuple[Desk, ...]
+    crowd: Crowd
     far_R: Words
     """[R]: NEAR, or 0 for ranks of other hosts"""
     across: Across | None = None
@@ -301,6 +303,15 @@ class Endpoint:
         header: Words = known.copy()
         header[HANDLE_EPOCH] = epoch
         return header
+
+    def announce(self, epoch: int, words_RW: Words) -> None:
+        """Post the first message of an operation to every rank that takes part."""
+        self.transport.post(self.lanes.open, epoch, words_RW, self.crowd.present)
+
+    def hear(self, epoch: int, step: str, header: Words) -> Words:
+        """Await the first message of every rank that takes part; the others are spoken for."""
+        opened_RW = self.wait(self.lanes.open, epoch, step, self.crowd.present)
+        return opened_RW if self.crowd.present is None else self.crowd.speak_for_absent(opened_RW, header)
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
         """Await messages of all ranks, or of some."""

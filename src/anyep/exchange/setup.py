@@ -9,6 +9,7 @@ import numpy as np
 
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
+from anyep.exchange.crowd import Crowd
 from anyep.exchange.eager import EagerSlots
 from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers, scale_code
 from anyep.exchange.explain import Explanation, explain
@@ -89,6 +90,7 @@ def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: B
         rule=rule,
         far_R=far_R,
         across=across,
+        crowd=Crowd(transport.size),
         desks=tuple(Desk(index, slots, lanes, placement.num_experts) for index in range(options.ring)),
     )
 

@@ -3,7 +3,20 @@
 Differences are listed in docs/compatibility.md. There is no ``HybridEPBuffer``, for which clients probe.
 """
 
+from anyep.compat.deep_ep.buffer import Buffer
+from anyep.compat.deep_ep.config import Config
+from anyep.compat.deep_ep.domains import get_logical_domain_size, get_physical_domain_size
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.indices import topk_idx_t
 from anyep.version import __version__
 
-__all__ = ["EventHandle", "EventOverlap", "__version__"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EventHandle",
+    "EventOverlap",
+    "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]

@@ -6,7 +6,11 @@ ours: they say what was expected and what came.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from anyep.errors import Unavailable
 
 
 def host_assert(condition: bool, text: str) -> None:
@@ -21,4 +25,34 @@ def check_torch_deterministic() -> None:
     assert not (fills and torch.are_deterministic_algorithms_enabled()), (
         "torch's deterministic algorithms fill uninitialised memory; "
         "set torch.utils.deterministic.fill_uninitialized_memory = False"
+    )
+
+
+def check_cpu(name: str, value: object) -> None:
+    """Raise Unavailable for a tensor of another device: rows are moved in the host's memory so far."""
+    if isinstance(value, torch.Tensor) and not value.is_cpu:
+        raise Unavailable(f"{name} is on {value.device}: there is no transport for GPUs yet; pass {name}.cpu()")
+
+
+def check_dense(
+    name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str
+) -> torch.Tensor:
+    """Return ``value`` if it is a contiguous CPU tensor of ``dtype`` and ``shape`` (None: any), else RuntimeError."""
+    check_cpu(name, value)
+    host_assert(isinstance(value, torch.Tensor), f"{name} must be a tensor {legend}, got {type(value).__name__}")
+    assert isinstance(value, torch.Tensor)
+    host_assert(dtype is None or value.dtype == dtype, f"{name} must be {dtype}, got {value.dtype}")
+    found = value.shape
+    fits = len(found) == len(shape) and all(n is None or n == m for n, m in zip(shape, found, strict=True))
+    wanted = ", ".join("any" if n is None else str(n) for n in shape)
+    host_assert(fits, f"{name} must be {legend} = [{wanted}], got {list(found)}")
+    host_assert(value.is_contiguous(), f"{name} must be contiguous, got strides {value.stride()}")
+    return value
+
+
+def check_streams(previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+    """RuntimeError where memory would be taken on another stream without anything to order it by (as upstream)."""
+    host_assert(
+        not allocate_on_comm_stream or (previous_event is not None and async_finish),
+        "allocate_on_comm_stream=True needs previous_event and async_finish=True",
     )

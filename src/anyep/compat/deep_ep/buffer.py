@@ -1,0 +1,342 @@
+"""V1's ``Buffer``: DeepEP's signatures, defaults and refusals; the work is that of :class:`anyep.Buffer`.
+
+Legend: T tokens, H hidden, K top-k, E experts, L local experts, R ranks, N received rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from anyep.compat.deep_ep import layout, low_latency, normal
+from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert
+from anyep.compat.deep_ep.config import Config, recommended_config
+from anyep.compat.deep_ep.domains import domain_of
+from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.masks import Masks
+from anyep.compat.deep_ep.native import Natives, Underway
+from anyep.compat.deep_ep.sizes import low_latency_size_hint
+from anyep.errors import Unavailable
+from anyep.transport.rendezvous import find_rendezvous
+
+_SIZE_UNIT = 128
+
+Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Hook = Callable[[], None]
+
+
+class Buffer:
+    """One rank's side of expert-parallel communication, with the interface that DeepEP had until version 2.5.
+
+    ``num_nvl_bytes`` and ``num_rdma_bytes`` are echoed: memory is taken as batches need it. One buffer serves the
+    normal calls and, with ``low_latency_mode``, the low-latency ones. See docs/compatibility.md for what differs.
+    """
+
+    num_sms: int = 20
+
+    def __init__(
+        self,
+        group: object,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: object = None,
+    ) -> None:
+        """Make a buffer on a torch.distributed ``group`` (or what :class:`anyep.Buffer` takes), or an mpi4py ``comm``.
+
+        Raises ValueError without either, RuntimeError for sizes that are no multiples of 128.
+        """
+        if group is None and comm is None:
+            raise ValueError("Either 'group' or 'comm' must be provided.")
+        rendezvous = find_rendezvous(group if group is not None else comm)
+        for name, size in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+            host_assert(size >= 0 and size % _SIZE_UNIT == 0, f"{name} must be a multiple of {_SIZE_UNIT}, got {size}")
+        self.rank = rendezvous.rank
+        self.group_size = rendezvous.size
+        self.group = group if group is not None else comm
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        self.runtime: Natives | None = Natives(rendezvous)
+        self._domain = domain_of(self.group_size)
+        self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
+        self._local: dict[bool, torch.Tensor] = {}
+        if not explicitly_destroy:
+            weakref.finalize(self, self.runtime.close)
+
+    def destroy(self) -> None:
+        """Leave the group; the buffer cannot be used any more. AssertionError unless made with explicitly_destroy."""
+        assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
+        runtime, self.runtime = self.runtime, None
+        if runtime is not None:
+            runtime.close()
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Return False: no kernel here is compiled for a GPU."""
+        return False
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set how many multiprocessors a config names (half of them is the number of channels in handles); even."""
+        assert new_num_sms % 2 == 0, "The SM count must be even"
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """Return an event for everything that was called so far."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Return the bytes that DeepEP would need; pass them on as ``num_rdma_bytes``."""
+        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Return DeepEP's config for dispatch. AssertionError for rank counts that it does not know."""
+        return recommended_config(num_ranks, Buffer.num_sms, combine=False)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Return DeepEP's config for combine. AssertionError for rank counts that it does not know."""
+        return recommended_config(num_ranks, Buffer.num_sms, combine=True)
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """Raise Unavailable: rows move in the caller's thread, or in a background thread of the host, on no stream."""
+        raise Unavailable("there is no communication stream: rows are moved by the host, not on a GPU")
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> torch.Tensor:
+        """Return a tensor on memory of the size that was asked for, from byte ``offset`` on; nothing else uses it.
+
+        One-dimensional, or the first elements of it in shape ``size``. The memory is taken on the first call.
+        """
+        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        memory = self._local.get(use_rdma_buffer)
+        if memory is None:
+            memory = self._local[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        rest = memory[offset:]
+        flat = rest[: rest.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if size is None:
+            return flat
+        assert flat.numel() >= size.numel(), f"{size} does not fit {flat.numel()} elements of the buffer"
+        return flat[: size.numel()].view(size)
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count tokens: int32 [R], int32 [hosts] or None, int32 [E], and bool [T, R] of who goes where."""
+        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
+        counted = layout.count(topk_idx, num_experts, self._side().domain)
+        return (*counted, _event(async_finish))
+
+    def dispatch(
+        self,
+        x: Tensors,
+        handle: tuple[Any, ...] | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, ...]:
+        """Send tokens to ranks: (recv_x, recv_topk_idx, recv_topk_weights, counts of local experts, handle, event).
+
+        Rows come in the order (source rank, source token). With a ``handle``: (recv_x, None, None, None, None, event).
+        """
+        check_torch_deterministic()
+        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
+        side = self._side()
+        rows, wire = normal.check_rows(x)
+        if handle is not None:
+            assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
+            return (normal.dispatch_again(side, rows, wire, handle), None, None, None, None, _event(async_finish))
+        batch = normal.check_batch(
+            rows,
+            self._domain,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_tokens_per_rank=num_tokens_per_rank,
+            num_tokens_per_expert=num_tokens_per_expert,
+            is_token_in_rank=is_token_in_rank,
+            worst_tokens=num_worst_tokens,
+            alignment=expert_alignment,
+        )
+        received = normal.dispatch(side, rows, wire, batch, self._channels(config))
+        return (*received, _event(async_finish))
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: tuple[Any, ...],
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Sum each token's rows, unweighted: (combined_x [T, H], combined_topk_weights [T, K] or None, event)."""
+        check_torch_deterministic()
+        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
+        summed = normal.combine(self._side(), x, handle, topk_weights, bias, go_on=async_finish)
+        return summed.x, summed.topk_weights, _event(async_finish, summed.underway)
+
+    internode_dispatch = dispatch
+    internode_combine = combine
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[Tensors, torch.Tensor, low_latency.HandleTuple, EventOverlap, Hook | None]:
+        """Send a row for each (token, expert): (recv_x, recv_count [L], handle, event, hook).
+
+        ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.
+        """
+        check_torch_deterministic()
+        self._check_low_latency(async_finish, return_recv_hook)
+        sent = low_latency.dispatch(
+            self._natives(),
+            self._masks,
+            self.group_size,
+            x,
+            topk_idx,
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            cumulative_local_expert_recv_stats,
+            dispatch_wait_recv_cost_stats,
+            lambda hidden: low_latency.wire_for(hidden, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0),
+        )
+        event, hook = _ends(sent.underway, async_finish, return_recv_hook)
+        rows = sent.x if sent.scales is None else (sent.x, sent.scales)
+        return rows, sent.count, sent.handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: tuple[Any, ...],
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
+        """Sum each token's rows times their weights, in top-k order: (combined_x [T, H], event, hook)."""
+        check_torch_deterministic()
+        self._check_low_latency(async_finish, return_recv_hook)
+        host_assert(not (zero_copy and use_logfmt), "zero_copy and use_logfmt exclude each other")
+        combined, underway = low_latency.combine(
+            self._natives(),
+            x,
+            topk_idx,
+            topk_weights,
+            handle,
+            low_latency.Manner(use_logfmt=use_logfmt, zero_copy=zero_copy),
+            out,
+            combine_wait_recv_cost_stats,
+        )
+        event, hook = _ends(underway, async_finish, return_recv_hook)
+        return combined, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle: object) -> torch.Tensor:
+        """Return BF16 [L, R * Tmax, H], which ``low_latency_combine(zero_copy=True)`` reads where it lies."""
+        return low_latency.next_combine_buffer(self._natives(), handle)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Do nothing: normal and low-latency calls of any sizes do not disturb each other here."""
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Mask a rank (or take it in again): from the next call on it is neither sent to nor waited for."""
+        self._masks.update(rank_to_mask, mask)
+        self._natives().leave_out(self._masks.ranks)
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Write 1 for masked ranks and 0 for others to int32 [R]."""
+        self._masks.query(mask_status)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Take in every rank."""
+        self._masks.clean()
+        self._natives().leave_out([])
+
+    def _natives(self) -> Natives:
+        runtime: Natives | None = getattr(self, "runtime", None)
+        host_assert(runtime is not None, "this Buffer was destroyed, or its __init__ was replaced and not called")
+        assert runtime is not None
+        return runtime
+
+    def _side(self) -> normal.Side:
+        return normal.Side(natives=self._natives(), domain=self._domain, rank=self.rank)
+
+    def _channels(self, config: Config | None) -> int:
+        return max(1, self.num_sms // 2 if config is None else config._num_sms // 2)
+
+    def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
+        self._natives()
+        host_assert(self.low_latency_mode, "make the Buffer with low_latency_mode=True for low-latency calls")
+        host_assert(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+
+
+def _await_previous(
+    previous_event: EventOverlap | EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
+) -> None:
+    """Let what the caller orders this call behind be over."""
+    check_streams(previous_event, async_finish, allocate_on_comm_stream)
+    event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
+    if event is not None:
+        event.current_stream_wait()
+
+
+def _event(async_finish: bool, underway: Underway | None = None) -> EventOverlap:
+    """Return a call's event: None inside where it was synchronous."""
+    if not async_finish:
+        return EventOverlap()
+    return EventOverlap(EventHandle() if underway is None else EventHandle.of(underway.wait))
+
+
+def _ends(underway: Underway, async_finish: bool, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:
+    """Return event and hook of a low-latency call, which is finished now if it has neither."""
+    if return_recv_hook:
+        return EventOverlap(), underway.wait
+    if not async_finish:
+        underway.wait()
+    return _event(async_finish, underway), None

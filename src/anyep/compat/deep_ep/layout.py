@@ -1,0 +1,60 @@
+"""``get_dispatch_layout``: how many tokens go where."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from anyep.compat.deep_ep.checks import check_cpu, host_assert
+from anyep.compat.deep_ep.domains import Domain
+from anyep.compat.deep_ep.indices import check_topk_idx, widened
+
+
+class Layout(NamedTuple):
+    """Counts of this rank's tokens."""
+
+    num_tokens_per_rank: torch.Tensor
+    """int32 [R]: tokens, each counted once a rank"""
+    num_tokens_per_rdma_rank: torch.Tensor | None
+    """int32 [hosts], each counted once a host; None on one host"""
+    num_tokens_per_expert: torch.Tensor
+    """int32 [E]: (token, column) pairs"""
+    is_token_in_rank: torch.Tensor
+    """bool [T, R]"""
+
+
+@cache
+def loops() -> ModuleType:
+    """Import the compiled loops."""
+    from anyep.machine.compiler import compiling
+
+    with compiling():
+        from anyep.compat import deep_ep_loops
+    return deep_ep_loops
+
+
+def count(topk_idx: torch.Tensor, num_experts: int, domain: Domain) -> Layout:
+    """Count where ``topk_idx`` [T, K] sends tokens. RuntimeError for bad arguments and experts that do not exist."""
+    check_cpu("topk_idx", topk_idx)
+    idx = widened(check_topk_idx(topk_idx))
+    ranks = domain.num_ranks
+    host_assert(
+        num_experts > 0 and num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}"
+    )
+    per_rank, per_expert = made(ranks), made(num_experts)
+    per_host = made(domain.num_hosts) if domain.crosses_hosts else None
+    inside = torch.empty((idx.size(0), ranks), dtype=torch.bool, device="cpu")
+    bad = loops().count_layout(
+        *(idx.data_ptr(), idx.itemsize, *idx.shape, num_experts, ranks, domain.per_host, per_rank.data_ptr()),
+        *(0 if per_host is None else per_host.data_ptr(), per_expert.data_ptr(), inside.data_ptr()),
+    )
+    host_assert(bad < 0, f"topk_idx has an expert outside -1 to {num_experts - 1} at flat index {bad}")
+    return Layout(per_rank, per_host, per_expert, inside)
+
+
+def made(*shape: int) -> torch.Tensor:
+    """Return an int32 tensor with any content."""
+    return torch.empty(shape, dtype=torch.int32, device="cpu")

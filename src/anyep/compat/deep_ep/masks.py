@@ -1,0 +1,47 @@
+"""Ranks that a low-latency program has masked: neither sent to nor waited for, their tokens count 0."""
+
+from __future__ import annotations
+
+import torch
+
+from anyep.compat.deep_ep.checks import check_dense, host_assert
+
+
+class Masks:
+    """Which ranks are masked; without ``enabled`` (``enable_shrink``) nothing can be."""
+
+    def __init__(self, num_ranks: int, rank: int, *, enabled: bool) -> None:
+        self._rank = rank
+        self._enabled = enabled
+        self._masked_R = torch.zeros(num_ranks, dtype=torch.int32, device="cpu")
+
+    @property
+    def ranks(self) -> list[int]:
+        return self._masked_R.nonzero().flatten().tolist()
+
+    def update(self, rank: int, masked: bool) -> None:
+        """Mask a rank, or take it in again. RuntimeError without enable_shrink, or for no other rank of the group."""
+        self._check()
+        host_assert(0 <= rank < len(self._masked_R), f"there is no rank {rank} among {len(self._masked_R)}")
+        host_assert(rank != self._rank or not masked, f"rank {rank} cannot mask itself")
+        self._masked_R[rank] = int(masked)
+
+    def query(self, status: object) -> None:
+        """Write 1 for masked ranks and 0 for others to int32 [R]."""
+        self._check()
+        check_dense("mask_status", status, torch.int32, [len(self._masked_R)], "[R]").copy_(self._masked_R)
+
+    def clean(self) -> None:
+        """Take in every rank."""
+        self._check()
+        self._masked_R.zero_()
+
+    def without(self, topk_idx: torch.Tensor, local_experts: int) -> torch.Tensor:
+        """Return ``topk_idx`` with -1 for experts of masked ranks."""
+        if not self._enabled or not self.ranks:
+            return topk_idx
+        owner = topk_idx.div(local_experts, rounding_mode="floor")
+        return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device="cpu")), -1)
+
+    def _check(self) -> None:
+        host_assert(self._enabled, "Shrink mode must be enabled: make the Buffer with enable_shrink=True")

@@ -1,0 +1,195 @@
+"""The AnyEP buffers under a DeepEP buffer: made when the number of experts is known, and what of theirs is under way.
+
+DeepEP's constructor says how many bytes to take and nothing else. Here a first call makes a buffer for its number of
+experts, on all ranks, since all make the same calls; everything else (hidden size, dtype, top-k) is a variant of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import anyep
+from anyep.exchange.event import Pending
+from anyep.exchange.handle import Handle
+from anyep.exchange.wire import Wire
+
+ANY_NUMBER_OF_TOKENS = 2**31 - 1
+"""Ranks differ in how many they have, and nothing but slots for small batches depends on it."""
+_TIMEOUT_S = 100.0
+"""As DeepEP's."""
+_IN_FLIGHT = 4
+_SLOT_HIDDEN, _SLOT_TOKENS = 1024, 128
+"""A pair's small batches take up to so many bytes: 256 KiB, of which R^2 times 8 are committed on a host."""
+_MOST_VARIANTS = 64
+
+
+class Underway:
+    """A call whose second half comes later: once, whoever asks first; its error reaches who waits for it."""
+
+    def __init__(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> None:
+        self._pending: Pending[Any] | None = pending
+        self._fill = fill
+        self._error: BaseException | None = None
+        self._turn = threading.Lock()
+
+    def finish(self) -> None:
+        """Do the second half; remember what went wrong."""
+        with self._turn:
+            pending, self._pending = self._pending, None
+            if pending is None:
+                return
+            try:
+                result = pending.wait()
+                if self._fill is not None:
+                    self._fill(result)
+            except Exception as error:
+                self._error = error
+            self._fill = None
+
+    def wait(self) -> None:
+        """Finish, and raise what went wrong, each time."""
+        self.finish()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def finished(self) -> bool:
+        return self._pending is None
+
+
+@dataclass(kw_only=True, eq=False)
+class Kept:
+    """What belongs to the tensors of a handle tuple."""
+
+    ep: anyep.Buffer
+    num_experts: int
+    num_topk: int
+    static_rows: int | None = None
+    landed: Handle | None = None
+    """None until the dispatch is over"""
+    underway: Underway | None = None
+    combine_buffer: torch.Tensor | None = None
+    """low latency: where the next combine reads without a copy, if that was asked for"""
+
+    @property
+    def handle(self) -> Handle:
+        """The dispatch, which is finished if it was not."""
+        if self.landed is None and self.underway is not None:
+            self.underway.wait()
+        assert self.landed is not None, "a dispatch that ended without an error has a handle"
+        return self.landed
+
+
+class Natives:
+    """The buffers of one group, their variants, and the handles that their dispatches left."""
+
+    def __init__(self, group: object) -> None:
+        self._group = group
+        self._buffers: dict[int, anyep.Buffer] = {}
+        self._variants: OrderedDict[Hashable, anyep.Buffer] = OrderedDict()
+        self._underway: deque[Underway] = deque()
+        self._kept: dict[int, Kept] = {}
+        self._arrays: dict[int, weakref.ref[Any]] = {}
+        self.closed = False
+
+    def buffer(self, num_experts: int) -> anyep.Buffer:
+        """Return the buffer for so many experts; collective the first time."""
+        if self.closed:
+            raise anyep.ClosedError("this deep_ep.Buffer was destroyed; make a new one")
+        known = self._buffers.get(num_experts)
+        if known is None:
+            known = self._buffers[num_experts] = anyep.Buffer(
+                self._group,
+                num_experts=num_experts,
+                num_topk=1,
+                arena_bytes=0,
+                timeout_s=_TIMEOUT_S,
+                max_in_flight=_IN_FLIGHT,
+                hidden=_SLOT_HIDDEN,
+                max_tokens_per_rank=_SLOT_TOKENS,
+            )
+        return known
+
+    def variant(
+        self,
+        num_experts: int,
+        wire: Wire,
+        num_topk: int,
+        *,
+        max_tokens: int = ANY_NUMBER_OF_TOKENS,
+        static_rows: int | None = None,
+    ) -> anyep.Buffer:
+        """Return the buffer for rows of a kind. (The oldest are forgotten: they only keep spare memory.)"""
+        key = (num_experts, wire, num_topk, max_tokens, static_rows)
+        known = self._variants.get(key)
+        if known is None or self.closed:
+            known = self._variants[key] = self.buffer(num_experts).variant(
+                wire=wire,
+                num_topk=num_topk,
+                max_tokens_per_rank=max_tokens,
+                static_rows=static_rows,
+                source_tokens=True,
+            )
+            if len(self._variants) > _MOST_VARIANTS:
+                self._variants.popitem(last=False)
+        return known
+
+    def make_room(self) -> None:
+        """Finish the oldest call under way where no more fit: DeepEP's callers may hold as many events as they like."""
+        while self._underway and (self._underway[0].finished or len(self._underway) >= _IN_FLIGHT):
+            self._underway.popleft().finish()
+
+    def leave_out(self, ranks: list[int]) -> None:
+        """Go on without these ranks in every buffer that there is."""
+        for buffer in self._buffers.values():
+            buffer.leave_out(ranks)
+
+    def start(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> Underway:
+        """Note a call under way."""
+        underway = Underway(pending, fill)
+        self._underway.append(underway)
+        return underway
+
+    def keep(self, memory: NDArray[Any], kept: Kept) -> torch.Tensor:
+        """Return a tensor on ``memory`` by whose storage a handle tuple is known, as long as that lives."""
+        tensor = torch.from_numpy(memory)
+        address = tensor.data_ptr()
+        self._kept[address] = kept
+        self._arrays[address] = weakref.ref(memory, lambda _: self._forget(address))
+        return tensor
+
+    def _forget(self, address: int) -> None:
+        self._kept.pop(address, None)
+        self._arrays.pop(address, None)
+
+    def find(self, tensor: object) -> Kept:
+        """Return what belongs to the handle that ``tensor`` is a member of. RuntimeError for others."""
+        kept = self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
+        if kept is None:
+            raise RuntimeError(
+                "Assertion exception: handle must hold the tensors that a dispatch of this Buffer returned; copies "
+                "of them lack where rows lie at other ranks"
+            )
+        return kept
+
+    def close(self) -> None:
+        """Close every buffer. Idempotent."""
+        self.closed = True
+        self._underway.clear()
+        buffers, self._buffers = list(self._buffers.values()), {}
+        for buffer in buffers:
+            buffer.close()
+
+
+def empty_i32(*shape: int) -> NDArray[np.int32]:
+    """Return an int32 array with any content."""
+    return np.empty(shape, np.int32)
