@@ -114,9 +114,10 @@ def on_ranks(num_ranks: int, rank_main: Callable[[deep_ep.Buffer], Any], **optio
 
     def main(member: Any) -> Any:
         buffer = deep_ep.Buffer(member, explicitly_destroy=True, **options)
-        result = rank_main(buffer)
-        buffer.destroy()
-        return result
+        try:
+            return rank_main(buffer)
+        finally:
+            buffer.destroy()
 
     return anyep.local_group(num_ranks).run(main)
 

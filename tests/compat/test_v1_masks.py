@@ -1,0 +1,152 @@
+"""Masked ranks: neither sent to nor waited for, and nothing of theirs counts."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import anyep
+from anyep.compat import deep_ep
+from anyep.testing.processes import RankProcesses
+from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits
+
+H, TMAX = 128, 24
+SHRINK = {"low_latency_mode": True, "enable_shrink": True}
+
+
+def step(buffer, mine):
+    """A decode step whose experts return what they get."""
+    x, count, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False)
+    out, _, _ = buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)
+    return x, count, handle, out
+
+
+def without(given, rank, masked):
+    """What ``rank``'s sum is when the experts of masked ranks do not answer."""
+    mine = given[rank]
+    owner = torch.where(mine.topk_idx < 0, -1, mine.topk_idx // (E // len(given)))
+    weights = mine.topk_weights.masked_fill(torch.isin(owner, torch.tensor([-1, *masked])), 0)
+    total = torch.zeros(mine.x.shape)
+    for column in range(weights.shape[1]):
+        total = total + mine.x.float() * weights[:, column : column + 1]
+    return total.bfloat16()
+
+
+def test_the_others_go_on_without_a_rank_that_does_not_call_and_with_it_again():
+    given = make_inputs([9, 24, 5], hidden=H)
+    rested = threading.Barrier(3)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        step(buffer, mine)
+        if buffer.rank != 1:
+            buffer.low_latency_update_mask_buffer(1, True)
+            status = torch.full((3,), 7, dtype=torch.int32)
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [0, 1, 0]
+            for _ in range(2):
+                x, count, handle, out = step(buffer, mine)
+                assert same_bits(out, without(given, buffer.rank, [1]))
+                assert (handle[1][:, 1] & 0xFFFFFFFF == 0).all()
+                for expert in range(4):
+                    wanted = [
+                        given[source].x[token]
+                        for source in (0, 2)
+                        for token, row in enumerate(given[source].topk_idx.tolist())
+                        if buffer.rank * 4 + expert in row
+                    ]
+                    assert count[expert] == len(wanted)
+                    assert not wanted or same_bits(x[expert, : len(wanted)], torch.stack(wanted))
+        rested.wait(20)
+        return True
+
+    assert on_ranks(3, rank_main, **SHRINK) == [True] * 3
+
+
+def test_a_token_whose_experts_are_all_masked_is_zero():
+    idx = torch.tensor([[6, 7], [0, 7], [-1, -1]])
+    x = torch.ones(3, H).bfloat16()
+
+    def rank_main(buffer):
+        step(buffer, make_inputs([2, 2], hidden=H)[buffer.rank])
+        if buffer.rank == 0:
+            buffer.low_latency_update_mask_buffer(1, mask=True)
+            rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, TMAX, E, use_fp8=False)
+            out, _, _ = buffer.low_latency_combine(rows, idx, torch.ones(3, 2), handle)
+            assert out[:, 0].tolist() == [0, 1, 0]
+
+    on_ranks(2, rank_main, **SHRINK)
+
+
+def test_cleaning_takes_every_rank_in_again():
+    given = make_inputs([9, 24], hidden=H)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        step(buffer, mine)
+        buffer.low_latency_update_mask_buffer(1 - buffer.rank, True)
+        buffer.low_latency_clean_mask_buffer()
+        status = torch.ones(2, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 0]
+        *_, out = step(buffer, mine)
+        assert same_bits(out, without(given, buffer.rank, []))
+
+    on_ranks(2, rank_main, **SHRINK)
+
+
+def test_masks_need_shrink_mode_and_a_rank_of_the_group():
+    def rank_main(buffer):
+        for call in (
+            lambda: buffer.low_latency_update_mask_buffer(0, True),
+            lambda: buffer.low_latency_query_mask_buffer(torch.zeros(1, dtype=torch.int32)),
+            buffer.low_latency_clean_mask_buffer,
+        ):
+            with pytest.raises(RuntimeError, match="Shrink mode must be enabled"):
+                call()
+
+    def shrinking(buffer):
+        with pytest.raises(RuntimeError, match="no rank 5"):
+            buffer.low_latency_update_mask_buffer(5, True)
+        with pytest.raises(RuntimeError, match="itself"):
+            buffer.low_latency_update_mask_buffer(0, True)
+        with pytest.raises(RuntimeError, match="mask_status"):
+            buffer.low_latency_query_mask_buffer(torch.zeros(1))
+
+    on_ranks(1, rank_main, low_latency_mode=True)
+    on_ranks(1, shrinking, **SHRINK)
+
+
+def outlive(group, rank):
+    given = make_inputs([9, 24, 5], hidden=H)
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+    step(buffer, given[rank])
+    if rank == 2:
+        import os
+
+        os.kill(os.getpid(), 9)
+    buffer.low_latency_update_mask_buffer(2, True)
+    for _ in range(3):
+        *_, out = step(buffer, given[rank])
+        assert same_bits(out, without(given, rank, [2]))
+    buffer.destroy()
+    return "went on"
+
+
+def test_the_survivors_of_a_rank_that_died_go_on_once_they_have_masked_it():
+    with RankProcesses(3, outlive) as ranks:
+        outcomes = ranks.outcomes(timeout_s=60)
+    assert [outcome.how for outcome in outcomes] == ["returned", "returned", "died"], [o.tell() for o in outcomes]
+
+
+def test_a_rank_cannot_leave_out_itself_or_ranks_that_do_not_exist():
+    def rank_main(member):
+        with anyep.Buffer(member, hidden=8, num_experts=2, num_topk=1, max_tokens_per_rank=2) as ep:
+            with pytest.raises(ValueError, match="itself"):
+                ep.leave_out([0])
+            with pytest.raises(ValueError, match="at most 0"):
+                ep.leave_out([1])
+
+    anyep.local_group(1).run(rank_main)
