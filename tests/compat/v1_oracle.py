@@ -140,5 +140,5 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return (
         left.dtype == right.dtype
         and left.shape == right.shape
-        and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+        and torch.equal(left.flatten().clone().view(torch.uint8), right.flatten().clone().view(torch.uint8))
     )
