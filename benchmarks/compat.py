@@ -1,0 +1,173 @@
+"""What the DeepEP interface costs over AnyEP's own: the decode batch, both by turns in one process group.
+
+128 tokens a rank of 7168 channels, top-8 of 256 experts, 8 ranks by default. Each pair of calls is timed one right after
+the other, in changing order, so that what else the machine does meets both. Reported are both medians, the median of
+the differences, and *translation*: how much of a compat call passes outside the native calls that it makes. On a machine
+with fewer cores than ranks only that one says much, for whole calls vary by more than it. Results are compared bit for
+bit first. ``python benchmarks/compat.py --out FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anyep
+from anyep.compat import deep_ep
+from anyep.exchange.event import Pending
+from anyep.exchange.wire import make_wire
+from anyep.testing.processes import run_processes
+
+TOKENS, HIDDEN, EXPERTS, TOPK = 128, 7168, 256, 8
+Call = Callable[[], Any]
+
+
+class Inside:
+    """Adds up how long this process is inside native calls."""
+
+    def __init__(self) -> None:
+        self.total_ns = 0
+        for owner, name in ((anyep.Buffer, "dispatch"), (anyep.Buffer, "combine"), (Pending, "wait")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Call) -> Call:
+        def call(*args: Any, **options: Any) -> Any:
+            begin = time.perf_counter_ns()
+            try:
+                return method(*args, **options)
+            finally:
+                self.total_ns += time.perf_counter_ns() - begin
+
+        return call
+
+
+def timed_us(call: Call) -> float:
+    begin = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def calls(group: Any, rank: int) -> tuple[dict[str, tuple[Call, Call]], Callable[[], None]]:
+    """Return (native, compat) for each kind of call, verified, and what closes their buffers."""
+    torch.manual_seed(rank)
+    x = torch.randn(TOKENS, HIDDEN).bfloat16()
+    weights, idx = torch.rand(TOKENS, EXPERTS).topk(TOPK, dim=1)
+    sizes = {"num_experts": EXPERTS, "num_topk": TOPK, "max_tokens_per_rank": TOKENS}
+    native = anyep.Buffer(group, hidden=HIDDEN, wire="bf16", **sizes)
+    fp8 = native.variant(wire=make_wire("fp8", "fp32", HIDDEN), num_topk=TOPK, max_tokens_per_rank=TOKENS)
+    compat = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True)
+    per_rank, _, per_expert, inside, _ = compat.get_dispatch_layout(idx, EXPERTS)
+
+    def compat_dispatch() -> Any:
+        return compat.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=inside,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx,
+            topk_weights=weights,
+        )
+
+    sent, received = native.dispatch(x, idx, weights), compat_dispatch()
+    blocks = fp8.dispatch(x, idx, weights, layout="padded")
+    low = compat.low_latency_dispatch(x, idx, TOKENS, EXPERTS)
+    y = torch.zeros(blocks.x.shape, dtype=torch.bfloat16)
+    assert torch.equal(sent.x.view(torch.int16), received[0].view(torch.int16))
+    assert torch.equal(native.combine(sent.x, sent.handle), compat.combine(received[0], received[4])[0])
+    for expert, count in enumerate(blocks.counts):
+        assert torch.equal(blocks.x[expert, :count].view(torch.uint8), low[0][0][expert, :count].view(torch.uint8))
+
+    def close() -> None:
+        native.close()
+        compat.destroy()
+
+    return {
+        "dispatch": (lambda: native.dispatch(x, idx, weights), compat_dispatch),
+        "cached dispatch": (
+            lambda: native.dispatch(x, handle=sent.handle),
+            lambda: compat.dispatch(x, handle=received[4]),
+        ),
+        "combine": (
+            lambda: native.combine(sent.x, sent.handle),
+            lambda: compat.combine(received[0], received[4]),
+        ),
+        "low_latency_dispatch": (
+            lambda: fp8.dispatch(x, idx, weights, layout="padded"),
+            lambda: compat.low_latency_dispatch(x, idx, TOKENS, EXPERTS),
+        ),
+        "low_latency_combine": (
+            lambda: fp8.combine(y, blocks.handle, topk_weights=weights),
+            lambda: compat.low_latency_combine(y, idx, weights, low[2]),
+        ),
+    }, close
+
+
+Times = dict[str, list[tuple[float, float, float]]]
+
+
+def rank_main(group: Any, rank: int, rounds: int) -> Times:
+    """Time every pair; (native, compat, compat outside native calls) in microseconds, a tuple a round."""
+    pairs, close = calls(group, rank)
+    inside = Inside()
+    times: Times = {name: [] for name in pairs}
+    for number in range(rounds + 2):
+        for name, (native, compat) in pairs.items():
+            ours = timed_us(native) if number % 2 else 0.0
+            before = inside.total_ns
+            theirs = timed_us(compat)
+            outside = theirs - (inside.total_ns - before) / 1e3
+            if not number % 2:
+                ours = timed_us(native)
+            if number >= 2:
+                times[name].append((ours, theirs, outside))
+    close()
+    return times
+
+
+def summarise(ranks: list[Times]) -> dict[str, dict[str, float]]:
+    """Return medians over ranks and rounds."""
+    found = {}
+    for name in ranks[0]:
+        rounds = [each for rank in ranks for each in rank[name]]
+        values = {
+            "native_us": [ours for ours, _, _ in rounds],
+            "compat_us": [theirs for _, theirs, _ in rounds],
+            "difference_us": [theirs - ours for ours, theirs, _ in rounds],
+            "translation_us": [outside for _, _, outside in rounds],
+        }
+        found[name] = {unit: round(statistics.median(each), 1) for unit, each in values.items()}
+        found[name]["translation_p90_us"] = round(statistics.quantiles(values["translation_us"], n=10)[-1], 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--note", default="", help="what else the machine did")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    ranks = run_processes(options.ranks, rank_main, options.rounds, timeout_s=300)
+    report = {
+        "workload": {"tokens": TOKENS, "hidden": HIDDEN, "experts": EXPERTS, "topk": TOPK, "ranks": options.ranks},
+        "rounds": options.rounds,
+        "cores": len(os.sched_getaffinity(0)),
+        "note": options.note,
+        "calls": summarise(ranks),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
