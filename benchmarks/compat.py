@@ -1,8 +1,8 @@
 """What the DeepEP interface costs over AnyEP's own: the decode batch, both by turns in one process group.
 
-128 tokens a rank of 7168 channels, top-8 of 256 experts, 8 ranks by default. Each pair of calls is timed one right after
+128 tokens a rank of 7168 channels, top-8 of 256 experts, 8 ranks by default. Each pair of calls is timed one after
 the other, in changing order, so that what else the machine does meets both. Reported are both medians, the median of
-the differences, and *translation*: how much of a compat call passes outside the native calls that it makes. On a machine
+the differences, and *translation*: how much of a compat call passes outside its native calls. On a machine
 with fewer cores than ranks only that one says much, for whole calls vary by more than it. Results are compared bit for
 bit first. ``python benchmarks/compat.py --out FILE``.
 """

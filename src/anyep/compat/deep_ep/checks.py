@@ -7,6 +7,7 @@ ours: they say what was expected and what came.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -14,9 +15,14 @@ from anyep.errors import Unavailable
 
 
 def host_assert(condition: bool, text: str) -> None:
-    """Raise RuntimeError, as upstream's host checks do."""
+    """Raise RuntimeError, as upstream's host checks do. Where every call passes and its text costs: :func:`refuse`."""
     if not condition:
-        raise RuntimeError(f"Assertion exception: {text}")
+        refuse(text)
+
+
+def refuse(text: str) -> NoReturn:
+    """Raise the RuntimeError of a host check."""
+    raise RuntimeError(f"Assertion exception: {text}")
 
 
 def check_torch_deterministic() -> None:
@@ -38,16 +44,37 @@ def check_dense(
     name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str
 ) -> torch.Tensor:
     """Return ``value`` if it is a contiguous CPU tensor of ``dtype`` and ``shape`` (None: any), else RuntimeError."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.is_cpu
+        and (dtype is None or value.dtype == dtype)
+        and _fits(value.shape, shape)
+        and value.is_contiguous()
+    ):
+        return value
+    return _explain(name, value, dtype, shape, legend)
+
+
+def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
+    if len(found) != len(wanted):
+        return False
+    same = True
+    for n, m in zip(wanted, found, strict=True):  # a loop: a generator costs every tensor of every call a microsecond
+        same = same and (n is None or n == m)
+    return same
+
+
+def _explain(name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str) -> NoReturn:
+    """Say what is wrong with a tensor."""
     check_cpu(name, value)
-    host_assert(isinstance(value, torch.Tensor), f"{name} must be a tensor {legend}, got {type(value).__name__}")
-    assert isinstance(value, torch.Tensor)
-    host_assert(dtype is None or value.dtype == dtype, f"{name} must be {dtype}, got {value.dtype}")
-    found = value.shape
-    fits = len(found) == len(shape) and all(n is None or n == m for n, m in zip(shape, found, strict=True))
-    wanted = ", ".join("any" if n is None else str(n) for n in shape)
-    host_assert(fits, f"{name} must be {legend} = [{wanted}], got {list(found)}")
-    host_assert(value.is_contiguous(), f"{name} must be contiguous, got strides {value.stride()}")
-    return value
+    if not isinstance(value, torch.Tensor):
+        refuse(f"{name} must be a tensor {legend}, got {type(value).__name__}")
+    if dtype is not None and value.dtype != dtype:
+        refuse(f"{name} must be {dtype}, got {value.dtype}")
+    if not _fits(value.shape, shape):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        refuse(f"{name} must be {legend} = [{wanted}], got {list(value.shape)}")
+    refuse(f"{name} must be contiguous, got strides {value.stride()}")
 
 
 def check_streams(previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.compat.deep_ep.checks import check_cpu, host_assert
+from anyep.compat.deep_ep.checks import host_assert
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.indices import check_topk_idx, widened
 
@@ -38,7 +38,6 @@ def loops() -> ModuleType:
 
 def count(topk_idx: torch.Tensor, num_experts: int, domain: Domain) -> Layout:
     """Count where ``topk_idx`` [T, K] sends tokens. RuntimeError for bad arguments and experts that do not exist."""
-    check_cpu("topk_idx", topk_idx)
     idx = widened(check_topk_idx(topk_idx))
     ranks = domain.num_ranks
     host_assert(

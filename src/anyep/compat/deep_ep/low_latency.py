@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import anyep
-from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert
+from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
 from anyep.compat.deep_ep.indices import check_topk_idx, widened
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Kept, Natives, Underway
@@ -57,16 +57,11 @@ def dispatch(
 ) -> Dispatched:
     """Check, and send the first half."""
     rows = check_dense("x", x, torch.bfloat16, [None, None], "[T, H]")
-    check_cpu("topk_idx", topk_idx)
     idx = check_topk_idx(topk_idx, rows.size(0))
-    host_assert(
-        num_experts > 0 and num_experts % num_ranks == 0,
-        f"num_experts={num_experts} must be a multiple of R={num_ranks}",
-    )
-    host_assert(
-        rows.size(0) <= most_tokens,
-        f"x has {rows.size(0)} tokens, more than num_max_dispatch_tokens_per_rank={most_tokens}",
-    )
+    if num_experts <= 0 or num_experts % num_ranks:
+        refuse(f"num_experts={num_experts} must be a multiple of R={num_ranks}")
+    if rows.size(0) > most_tokens:
+        refuse(f"x has {rows.size(0)} tokens, more than num_max_dispatch_tokens_per_rank={most_tokens}")
     local = num_experts // num_ranks
     received_stats = _check_stats("cumulative_local_expert_recv_stats", stats, torch.int32, local)
     waited = _check_stats("dispatch_wait_recv_cost_stats", waits, torch.int64, num_ranks)
@@ -141,7 +136,6 @@ def combine(
     """Check, and send the first half; the sums [T, H] are valid once the second has ended."""
     kept, shape = find_handle(natives, handle)
     y = check_dense("x", x, torch.bfloat16, shape, "[L, R * Tmax, H]")
-    check_cpu("topk_idx", topk_idx)
     idx = check_topk_idx(topk_idx, kept.handle.num_tokens)
     weights = check_dense("topk_weights", topk_weights, torch.float32, list(idx.shape), "[T, K]")
     _check_same_routing(idx, kept)
@@ -172,7 +166,9 @@ def combine(
 
 def _check_same_routing(topk_idx: torch.Tensor, kept: Kept) -> None:
     """RuntimeError unless the experts are those of the dispatch; -1 may stand in place of any that were masked then."""
-    sent = kept.handle.send.topk_idx()
+    sent, topk_idx = kept.handle.send.topk_idx(), widened(topk_idx)
+    if torch.equal(topk_idx, sent):
+        return
     same = topk_idx.shape == sent.shape and bool(((topk_idx == sent) | (sent == -1)).all())
     host_assert(same, "topk_idx must be the one that low_latency_dispatch was given")
 

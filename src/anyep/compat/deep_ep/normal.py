@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import anyep
-from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert
+from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.handles import HandleTuple, find_handle, make_handle
 from anyep.compat.deep_ep.indices import check_topk_idx, widened
@@ -83,14 +83,13 @@ def check_batch(
     per_rank = check_dense("num_tokens_per_rank", num_tokens_per_rank, torch.int32, [ranks], "[R]")
     per_expert = check_dense("num_tokens_per_expert", num_tokens_per_expert, torch.int32, [None], "[E]")
     experts = per_expert.size(0)
-    host_assert(
-        experts > 0 and experts % ranks == 0, f"the number of experts, {experts}, must be a multiple of R={ranks}"
-    )
-    host_assert(alignment >= 1, f"expert_alignment must be at least 1, got {alignment}")
+    if experts <= 0 or experts % ranks:
+        refuse(f"the number of experts, {experts}, must be a multiple of R={ranks}")
+    if alignment < 1:
+        refuse(f"expert_alignment must be at least 1, got {alignment}")
     host_assert((topk_idx is None) == (topk_weights is None), "pass both topk_idx and topk_weights, or neither")
     idx = weights = None
     if topk_idx is not None:
-        check_cpu("topk_idx", topk_idx)
         idx = check_topk_idx(topk_idx, tokens)
         weights = check_dense("topk_weights", topk_weights, torch.float32, list(idx.shape), "[T, K]")
     host_assert(worst_tokens == 0 or idx is not None, "num_worst_tokens needs topk_idx: it marks the rows of the tail")
@@ -137,9 +136,8 @@ def dispatch_again(side: Side, x: Rows, wire: Wire, handle: object) -> Rows:
     kept, _, _ = find_handle(side.natives, handle)
     ep = side.natives.variant(kept.num_experts, wire, kept.num_topk, static_rows=kept.static_rows)
     tokens = (x[0] if isinstance(x, tuple) else x).size(0)
-    host_assert(
-        tokens == kept.handle.num_tokens, f"x has {tokens} tokens, the handle's dispatch {kept.handle.num_tokens}"
-    )
+    if tokens != kept.handle.num_tokens:
+        refuse(f"x has {tokens} tokens, the handle's dispatch {kept.handle.num_tokens}")
     return _rows_of(ep.dispatch(x, handle=kept.handle))
 
 
@@ -157,10 +155,9 @@ def _ranks_as_experts(inside: torch.Tensor, num_experts: int) -> torch.Tensor:
 def _check_counts(received: anyep.Received, batch: Batch) -> None:
     """RuntimeError where the caller's counts are not those of the rows that went out."""
     sent = received.handle.send.numbers("rank_rows")
-    host_assert(
-        bool((sent == batch.num_tokens_per_rank.numpy()).all()),
-        f"num_tokens_per_rank is {batch.num_tokens_per_rank.tolist()}, but the tokens sent are {sent.tolist()}",
-    )
+    given = batch.num_tokens_per_rank.numpy()
+    if sent.tobytes() != given.tobytes():
+        refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {sent.tolist()}")
 
 
 def _rounded(counts: list[int], alignment: int) -> list[int]:
@@ -191,7 +188,8 @@ def combine(side: Side, x: object, handle: object, topk_weights: object, bias: o
     """Sum rows at their origins; ``go_on``: return before that is over."""
     kept, _, _ = find_handle(side.natives, handle)
     y = check_dense("x", x, None, [kept.handle.num_rows, None], "[N, H]")
-    host_assert(y.dtype == torch.bfloat16, f"Unsupported type: combine takes bfloat16 rows, got {y.dtype}")
+    if y.dtype != torch.bfloat16:
+        refuse(f"Unsupported type: combine takes bfloat16 rows, got {y.dtype}")
     weights = None
     if topk_weights is not None:
         weights = check_dense("topk_weights", topk_weights, torch.float32, [y.size(0), None], "[N, K]")
