@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 import torch
 
-from anyep.errors import PeerError, PeerTimeout
+from anyep.errors import PeerError, PeerTimeout, Unavailable
 from anyep.exchange import outgoing as sending
 from anyep.exchange import returning
 from anyep.exchange.arguments import check_choice, check_integer
@@ -333,9 +333,12 @@ class Buffer:
 
         The ranks that are left must all say so between the same two calls, and send nothing to experts of those ranks
         (-1 in ``topk_idx``). What they had left out may come back if it made as many calls meanwhile.
-        Raises ValueError for ranks that do not exist, and for this one.
+        Raises ValueError for ranks that do not exist, and for this one; Unavailable between hosts, whose ranks forward
+        for each other.
         """
         self._flights.check_open()
+        if self._end.across is not None:
+            raise Unavailable("leave_out needs all ranks on one host; between hosts make a new buffer without them")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:

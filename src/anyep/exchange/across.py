@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.ledger import NEAR
-from anyep.layout.hosts import HostMap
+from anyep.layout.hosts import HostMap, group_ranks
 from anyep.layout.placement import Placement
 from anyep.transport.base import Words
 from anyep.transport.hierarchical import HierarchicalTransport
@@ -38,6 +38,10 @@ class Across:
     @property
     def own_host(self) -> int:
         return int(self.hosts.host_R[self.transport.rank])
+
+    def has_groups_of(self, ranks_per_host: int) -> bool:
+        """Whether hosts are ranges of so many ranks, the last perhaps of fewer."""
+        return self.hosts.members == group_ranks(self.transport.size, ranks_per_host).members
 
     @property
     def num_far_pairs(self) -> int:

@@ -23,7 +23,7 @@ from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import carry
-from anyep.exchange.crossing import address_of
+from anyep.exchange.crossing import Crossing, address_of
 from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.groups import sum_by_groups
@@ -226,6 +226,9 @@ class Combine:
         carry([*outgoing, *incoming.values()], across.transport, self._epoch, self._step)
         folded = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
         folded.values[:, : end.num_ranks] = desk.lent.values
+        own_sums = self._sum_neighbours(across, crossing, desk) if back.group else None
+        if own_sums is not None:
+            folded.values[:, end.num_ranks + across.own_host] = [address_of(one) for one in own_sums]
         for host, part in incoming.items():
             folded.values[:, end.num_ranks + host] = address_of(part.rows), address_of(part.weights)
         terms = np.empty((3, max(1, plan.num_tokens * plan.width)), np.int32)
@@ -236,7 +239,7 @@ class Combine:
             plan.entry_rank_addr,
             rows_addr,
             across.hosts.host_R,
-            across.own_host,
+            across.own_host if own_sums is None else -1,
             int(each),
             np.zeros(across.hosts.num_hosts, np.int32),
             keys,
@@ -245,6 +248,28 @@ class Combine:
         )
         by_rank = int(each and back.reduce == "rank")
         return self._sum(_Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), folded.addr)
+
+    def _sum_neighbours(
+        self, across: Across, crossing: Crossing, desk: Desk
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return this host's sums of the tokens that it serves, rows [n, H] and weights [n, K], as if they crossed."""
+        end, back, plan = self._end, self._back, self._back.handle.send
+        tokens = crossing.tokens_for(across.own_host)
+        ranks_TW = plan.entry_ranks()
+        ranks = ranks_TW[tokens]
+        ranks = np.where(across.hosts.host_R[ranks] == across.own_host, ranks, np.int32(-1))
+        all_rows = plan.words(plan.entry_row_addr, ranks_TW.size) if self._moved_rows is None else self._moved_rows
+        rows = all_rows.reshape(ranks_TW.shape)[tokens]
+        sums = np.empty(len(tokens) * back.row_bytes, np.uint8)
+        weights = np.empty(0 if back.topk_weights is None else len(tokens) * 4 * end.num_topk, np.uint8)
+        entries = (plan.width, 1, address_of(ranks), address_of(rows))
+        rows_table, weights_table = desk.lent.addr
+        element = int(ELEMENTS[back.y.dtype])
+        end.kernels.reduce(element, end.hidden, 0, len(tokens), *entries, rows_table, 0, 0, 0, address_of(sums))
+        if weights.size:
+            end.kernels.reduce_weights(end.num_topk, 0, len(tokens), *entries, weights_table, address_of(weights))
+        end.kernels.fence()
+        return sums, weights
 
     def _forward(self, across: Across, proxy: Proxy, opened_RW: Words, *, each: bool) -> SumsOut:
         """Find the rows of a rank of another host at this host's ranks."""

@@ -74,6 +74,8 @@ def prepare(
     rounded_group = check_integer("group", group, at_least=0)
     if rounded_group and (how == "expert" or handle.layout != "compact"):
         raise ValueError(f"group sums hosts' ranks of layout='compact', and this handle's layout is {handle.layout!r}")
+    if rounded_group and end.across is not None and not end.across.has_groups_of(rounded_group):
+        raise ValueError(f"group={rounded_group} must be the ranks of a host, in order, where ranks live on several")
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
     checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend)
     target = _check_out(end, out, handle, checked)
