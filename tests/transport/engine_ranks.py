@@ -23,6 +23,14 @@ def with_gloo(group: Any, rank: int, case: Any, *args: Any) -> Any:
     return case(partial(GlooEngine, group, interface="lo"), rank, *args)
 
 
+def with_nixl(group: Any, rank: int, case: Any, *args: Any) -> Any:
+    """Run an exam's case on NIXL over TCP, as between hosts."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
+    from anyep.transport.engine_nixl import NixlEngine
+
+    return case(partial(NixlEngine, group), rank, *args)
+
+
 def _arrive(directory: str, name: object) -> None:
     Path(directory, str(name)).touch()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from anyep.errors import Unavailable
 from anyep.testing import EngineExamError, check_engine
 from anyep.testing import engine_cases as cases
 from anyep.testing import engine_end_cases as end_cases
@@ -15,6 +16,7 @@ from anyep.testing.processes import run_processes
 from anyep.testing.transport_exam import Exam
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.inprocess import local_group
+from anyep.transport.nixl_agent import load_nixl
 from tests.transport import engine_ranks
 
 
@@ -26,6 +28,10 @@ def run_gloo(num_ranks: int, case: Any, *args: Any) -> list[Any]:
     return run_processes(num_ranks, engine_ranks.with_gloo, case, *args)
 
 
+def run_nixl(num_ranks: int, case: Any, *args: Any) -> list[Any]:
+    return run_processes(num_ranks, engine_ranks.with_nixl, case, *args)
+
+
 @pytest.mark.parametrize("exam", engine_exams(), ids=lambda exam: exam.name)
 def test_the_engine_between_threads_passes(exam):
     check_engine(run_threads, [exam])
@@ -34,6 +40,20 @@ def test_the_engine_between_threads_passes(exam):
 @pytest.mark.parametrize("exam", engine_exams(), ids=lambda exam: exam.name)
 def test_gloo_passes(exam):
     check_engine(run_gloo, [exam])
+
+
+@pytest.fixture(scope="module")
+def _nixl():
+    try:
+        load_nixl()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("_nixl")
+@pytest.mark.parametrize("exam", engine_exams(), ids=lambda exam: exam.name)
+def test_nixl_passes(exam):
+    check_engine(run_nixl, [exam])
 
 
 class LosesAByte(InProcessEngine):

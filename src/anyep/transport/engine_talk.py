@@ -180,6 +180,15 @@ class Talk:
             self._offers.discard(tag)
             return parcel
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a message is under way."""
+        return bool(self._sends or self._receives)
+
+    def awaited(self, tag: int) -> Parcel | None:
+        """Return the receive that is under way under a tag."""
+        return self._receives.get(tag)
+
     def heard(self, note: Note) -> None:
         """Act on what the other side told."""
         with self._lock:

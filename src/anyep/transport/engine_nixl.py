@@ -1,0 +1,334 @@
+"""The engine for clusters: NIXL, which writes into other ranks' memory, by RDMA where there is RDMA.
+
+Messages go as ``engine_talk.py`` says. What is not eager is written in pieces into a *window*: registered memory of the
+receiver, a few slots for each sender, from where the receiver copies it to its place. Registering the places
+themselves would save that copy, but every rank keeps what it was ever told of another's registrations, so that memory
+that is registered anew for each message would fill theirs, and an old key could be used for new memory. A sender knows
+which slots are free; the receiver gives each back by a note.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anyep.errors import ClosedError, Unavailable
+from anyep.transport.engine import Bytes, Transfer
+from anyep.transport.engine_checks import check_message, check_writable
+from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
+from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.nixl_agent import NixlAgent
+from anyep.transport.rendezvous import Rendezvous
+from anyep.transport.together import together
+
+EAGER_BYTES = 16 << 10
+PIECE_BYTES = 256 << 10
+_SLOTS = 8
+_HEADER = struct.Struct("<IIQ")
+"""Kind, tag, bytes."""
+_PIECE = struct.Struct("<IIQQQI")
+"""PIECE, tag, what the whole message has, what comes of it, where this piece begins in it, its slot."""
+_PIECE_KIND, _HELLO, _PING = 16, 17, 18
+_YIELDS = 30
+_SHORT_NAP_S, _LONG_NAP_S = 0.00005, 0.001
+_IDLE_NAP_S = 0.02
+_PING_S = 0.5
+_NOTHING = np.zeros(0, np.uint8)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Stream:
+    """A message on its way into a window, piece by piece."""
+
+    parcel: Parcel
+    count: int
+    told_bytes: int
+    registration: Any
+    begun: int = 0
+    pieces: int = 0
+    """on their way"""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Peer:
+    talk: Talk
+    slots: deque[int] = field(default_factory=lambda: deque(range(_SLOTS)))
+    """free ones of our window there"""
+    streams: deque[_Stream] = field(default_factory=deque)
+    """those with pieces that have not begun"""
+
+
+class NixlEngine:
+    """See :class:`anyep.transport.engine.Engine`. Made by all ranks, collectively; needs ``anyep[nixl]``.
+
+    ``interface``: a network device by UCX's name, such as ``eth0`` or ``mlx5_0:1``; None: UCX chooses. Raises
+    Unavailable on all ranks where NIXL is missing, does not work, or a rank cannot be reached within ``timeout_s``.
+    """
+
+    name = "nixl"
+    eager_bytes = EAGER_BYTES
+
+    def __init__(self, rendezvous: Rendezvous, *, interface: str | None = None, timeout_s: float = 60.0) -> None:
+        self.rank = rendezvous.rank
+        self.size = rendezvous.size
+        self.sent_bytes = 0
+        self._lock = threading.RLock()
+        self._changed = threading.Event()
+        self._hello: set[int] = set()
+        self._writes: list[tuple[Any, _Peer, _Stream]] = []
+        self._looked = self._pinged = 0.0
+        self._open = True
+        self._agent = NixlAgent(rendezvous, window_bytes=_SLOTS * PIECE_BYTES, interface=interface)
+        self._peers = {
+            rank: _Peer(talk=Talk(rank, self.rank, self, self._lock)) for rank in range(self.size) if rank != self.rank
+        }
+        try:
+            together(rendezvous, lambda: self._meet(timeout_s), what="reach the other ranks by NIXL")
+        except BaseException:
+            self.close()
+            raise
+        self._thread = threading.Thread(target=self._move_on, name="anyep-nixl", daemon=True)
+        self._thread.start()
+
+    def send(self, rank: int, tag: int, memory: Bytes) -> Transfer:
+        with self._lock:
+            parcel = self._talk(rank, tag, memory).send(tag, memory)
+            self.sent_bytes += memory.size
+            return parcel
+
+    def receive(self, rank: int, tag: int, memory: Bytes) -> Transfer:
+        with self._lock:
+            talk = self._talk(rank, tag, memory)
+            check_writable(memory)
+            return talk.receive(tag, memory)
+
+    def wait(self, transfers: Sequence[Transfer], timeout_s: float) -> None:
+        self._check_open()
+        deadline = time.monotonic() + timeout_s
+        looks, nap_s = 0, _SHORT_NAP_S
+        while self._open and not any(map(_settled, transfers)):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return
+            if self._progress():
+                looks, nap_s = 0, _SHORT_NAP_S
+            elif looks < _YIELDS:
+                looks += 1
+                time.sleep(0)  # give way: the peer may be on this core
+            else:
+                time.sleep(min(left_s, nap_s))
+                nap_s = min(2 * nap_s, _LONG_NAP_S)
+
+    def departures(self) -> Mapping[int, Departure]:
+        talks = {rank: peer.talk for rank, peer in self._peers.items()}
+        return {rank: talk.departure for rank, talk in talks.items() if talk.departure is not None}
+
+    def describe(self) -> dict[str, str]:
+        own = self._agent.remotes[self.rank].where
+        return {
+            "engine": "NIXL, UCX inside",
+            "ucx": ", ".join(f"{key}={value}" for key, value in self._agent.options.items()) or "chooses by itself",
+            "here": own,
+            "window": f"{_SLOTS} pieces of {PIECE_BYTES >> 10} KiB a rank; up to {EAGER_BYTES >> 10} KiB go at once",
+            "engine memory": f"{self.size * _SLOTS * PIECE_BYTES >> 10} KiB of windows",
+        }
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            for rank, peer in self._peers.items():
+                if peer.talk.departure is None:
+                    self.tell(rank, Kind.BYE, 0, 0, _NOTHING)
+                peer.talk.close(_closed())
+        thread = getattr(self, "_thread", None)
+        self._changed.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._lock, suppress(Exception):  # what a lost peer keeps NIXL from giving back ends with the agent
+            list(self._agent.notes())  # a last chance for our notes to leave
+            self._agent.close()
+
+    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
+        self._notify(rank, _HEADER.pack(kind, tag, num_bytes) + rest.tobytes())
+
+    def expose(self, parcel: Parcel) -> Bytes:
+        """The window is there already; ``registration`` counts the bytes that have come."""
+        parcel.registration = 0
+        return _NOTHING
+
+    def withdraw(self, parcel: Parcel) -> None:
+        """Nobody but this rank writes there."""
+
+    def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
+        if not count:
+            self.tell(parcel.rank, Kind.DONE, parcel.tag, told_bytes, _NOTHING)
+            self._peers[parcel.rank].talk.sent(parcel)
+            return
+        registration = self._agent.register(parcel.memory[:count])
+        stream = _Stream(parcel=parcel, count=count, told_bytes=told_bytes, registration=registration)
+        peer = self._peers[parcel.rank]
+        peer.streams.append(stream)
+        self._pump(peer)
+
+    def settled(self) -> None:
+        """Who waits here looks by itself."""
+
+    def look(self) -> None:
+        if self._open:
+            self._progress()
+
+    def _pump(self, peer: _Peer) -> None:
+        """Begin as many pieces as there are free slots."""
+        while peer.streams and peer.slots and peer.talk.departure is None:
+            stream = peer.streams[0]
+            slot, begin = peer.slots.popleft(), stream.begun
+            stream.begun = min(begin + PIECE_BYTES, stream.count)
+            stream.pieces += 1
+            if stream.begun == stream.count:
+                peer.streams.popleft()
+            tag = stream.parcel.tag
+            note = _PIECE.pack(_PIECE_KIND, tag, stream.told_bytes, stream.count, begin, slot)
+            try:
+                piece = stream.parcel.memory[begin : stream.begun]
+                handle = self._agent.write(peer.talk.rank, piece, slot * PIECE_BYTES, note)
+            except Exception as error:
+                self._lose(peer, error)
+                return
+            self._writes.append((handle, peer, stream))
+
+    def _progress(self) -> bool:
+        """Take what has come and look after what is on its way; return whether anything happened."""
+        if not self._lock.acquire(blocking=False):
+            return False  # another thread is at it
+        try:
+            if not self._open:
+                return False
+            self._looked = time.monotonic()
+            happened = False
+            for rank, raw in self._agent.notes():
+                happened = True
+                self._hear(rank, raw)
+            return self._look_after_writes() or happened
+        finally:
+            self._lock.release()
+
+    def _look_after_writes(self) -> bool:
+        before, writes = len(self._writes), self._writes
+        self._writes = [write for write in writes if not self._is_over(*write)]
+        return len(self._writes) < before
+
+    def _is_over(self, handle: Any, peer: _Peer, stream: _Stream) -> bool:
+        try:
+            if not self._agent.is_written(handle):
+                return False
+        except Exception as error:
+            self._lose(peer, error)
+            return True
+        stream.pieces -= 1
+        if stream.begun == stream.count and not stream.pieces:
+            self._agent.deregister(stream.registration)
+            peer.talk.sent(stream.parcel)
+        return True
+
+    def _hear(self, rank: int, raw: bytes) -> None:
+        peer = self._peers[rank]
+        kind, tag, num_bytes = _HEADER.unpack_from(raw)
+        if kind == _PIECE_KIND:
+            self._take(peer, *_PIECE.unpack(raw)[1:])
+        elif kind == Kind.CREDIT:
+            peer.slots.append(num_bytes)
+            self._pump(peer)
+        elif kind == _HELLO:
+            self._hello.add(rank)
+        elif kind != _PING:
+            rest = np.frombuffer(raw, np.uint8, offset=_HEADER.size)
+            peer.talk.heard(Note(Kind(kind), tag, num_bytes, rest))
+
+    def _take(self, peer: _Peer, tag: int, told_bytes: int, count: int, begin: int, slot: int) -> None:
+        """Copy a piece to its place and give its slot back."""
+        parcel = peer.talk.awaited(tag)
+        if parcel is None:  # this side has failed it since
+            return
+        size = min(PIECE_BYTES, count - begin)
+        window = self._agent.window(peer.talk.rank)
+        parcel.memory[begin : begin + size] = window[slot * PIECE_BYTES : slot * PIECE_BYTES + size]
+        self.tell(peer.talk.rank, Kind.CREDIT, 0, slot, _NOTHING)
+        assert isinstance(parcel.registration, int)
+        parcel.registration += size
+        if parcel.registration == count:
+            peer.talk.heard(Note(Kind.DONE, tag, told_bytes, _NOTHING))
+
+    def _notify(self, rank: int, note: bytes) -> None:
+        peer = self._peers[rank]
+        if peer.talk.departure is not None:
+            return
+        try:
+            self._agent.notify(rank, note)
+        except Exception as error:  # its errors have no common kind
+            self._lose(peer, error)
+
+    def _lose(self, peer: _Peer, error: Exception) -> None:
+        peer.streams.clear()
+        peer.talk.end(Departure(how="died"), f"NIXL: {error}")
+
+    def _meet(self, timeout_s: float) -> None:
+        """Exchange a word with every rank: connections are made by the first."""
+        for rank in self._peers:
+            self._agent.notify(rank, _HEADER.pack(_HELLO, 0, 0))
+        deadline = time.monotonic() + timeout_s
+        while len(self._hello) < len(self._peers):
+            if not self._progress():
+                time.sleep(_LONG_NAP_S)
+            missing = sorted(set(self._peers) - self._hello)
+            if missing and time.monotonic() > deadline:
+                where = "; ".join(f"rank {rank}: {self._agent.remotes[rank].where}" for rank in missing)
+                raise Unavailable(
+                    f"nothing came from rank {spell_ranks(missing)} within {timeout_s:g} s ({where}; this is "
+                    f"{self._agent.remotes[self.rank].where}). Check that these reach each other at any TCP port, and "
+                    "with interface= or UCX_NET_DEVICES that UCX takes the network that they share"
+                )
+
+    def _move_on(self) -> None:
+        """Let messages move on while this rank computes, and find out who has died."""
+        while self._open:
+            busy = self._writes or any(peer.talk.is_busy for peer in self._peers.values())
+            self._changed.wait(_LONG_NAP_S if busy else _IDLE_NAP_S)
+            if self._open and time.monotonic() - self._looked >= _LONG_NAP_S:
+                self._progress()
+            if time.monotonic() - self._pinged >= _PING_S:
+                self._ping()
+
+    def _ping(self) -> None:
+        """Ask nothing, and learn from the attempt that a rank has gone."""
+        self._pinged = time.monotonic()
+        with self._lock:
+            for rank, peer in self._peers.items():
+                if self._open and peer.talk.is_busy:
+                    self._notify(rank, _HEADER.pack(_PING, 0, 0))
+
+    def _talk(self, rank: int, tag: int, memory: Bytes) -> Talk:
+        self._check_open()
+        check_message(self.rank, self.size, rank, tag, memory)
+        return self._peers[rank].talk
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise _closed()
+
+
+def _settled(transfer: Transfer) -> bool:
+    return not isinstance(transfer, Parcel) or transfer.settled
+
+
+def _closed() -> ClosedError:
+    return ClosedError("this engine was closed; make a new one on all ranks")
