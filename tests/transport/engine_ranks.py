@@ -18,26 +18,33 @@ from anyep.testing.engine_steps import arrive, finish, meet, peers, receive, sen
 from anyep.transport.engine_gloo import GlooEngine
 
 
+def _engine(group: Any, name: str) -> Any:
+    """Open an engine over TCP of this host."""
+    if name == "gloo":
+        return GlooEngine(group, interface="lo")
+    from anyep.transport.engine_nixl import NixlEngine
+
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
+    return NixlEngine(group)
+
+
 def with_gloo(group: Any, rank: int, case: Any, *args: Any) -> Any:
     """Run an exam's case on gloo over the loopback interface."""
-    return case(partial(GlooEngine, group, interface="lo"), rank, *args)
+    return case(partial(_engine, group, "gloo"), rank, *args)
 
 
 def with_nixl(group: Any, rank: int, case: Any, *args: Any) -> Any:
     """Run an exam's case on NIXL over TCP, as between hosts."""
-    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
-    from anyep.transport.engine_nixl import NixlEngine
-
-    return case(partial(NixlEngine, group), rank, *args)
+    return case(partial(_engine, group, "nixl"), rank, *args)
 
 
 def _arrive(directory: str, name: object) -> None:
     Path(directory, str(name)).touch()
 
 
-def stream_for_ever(group: Any, rank: int, directory: str) -> Any:
+def stream_for_ever(group: Any, rank: int, name: str, directory: str) -> Any:
     """Send and receive 4 MiB again and again, until a rank is lost."""
-    engine = GlooEngine(group, interface="lo")
+    engine = _engine(group, name)
     memory = np.zeros(4 << 20, np.uint8)
     try:
         for number in range(1_000_000):
@@ -52,9 +59,9 @@ def stream_for_ever(group: Any, rank: int, directory: str) -> Any:
         engine.close()
 
 
-def go_on_without(group: Any, rank: int, directory: str) -> Any:
+def go_on_without(group: Any, rank: int, name: str, directory: str) -> Any:
     """Rank 1 is killed; the others exchange messages afterwards."""
-    engine = GlooEngine(group, interface="lo")
+    engine = _engine(group, name)
     meet(engine)
     awaited = receive(engine, 1, 0, 100) if rank != 1 else None
     _arrive(directory, rank)
@@ -73,8 +80,8 @@ def go_on_without(group: Any, rank: int, directory: str) -> Any:
     return how
 
 
-def how_it_left(group: Any, rank: int) -> str | None:
-    engine = GlooEngine(group, interface="lo")
+def how_it_left(group: Any, rank: int, name: str) -> str | None:
+    engine = _engine(group, name)
     meet(engine)
     if rank == 0:
         engine.close()
@@ -104,16 +111,17 @@ def open_and_close(group: Any, rank: int, cycles: int) -> tuple[tuple[int, int],
     return before, _open_things()
 
 
-def surroundings(group: Any, rank: int) -> tuple[bool, bool]:
+def surroundings(group: Any, rank: int, name: str) -> tuple[bool, bool]:
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
     before = dict(os.environ)
-    engine = GlooEngine(group, interface="lo")
+    engine = _engine(group, name)
     meet(engine)
     engine.close()
     return dict(os.environ) == before, not dist.is_initialized()
 
 
-def send_read_only(group: Any, rank: int) -> bool:
-    engine = GlooEngine(group, interface="lo")
+def send_read_only(group: Any, rank: int, name: str) -> bool:
+    engine = _engine(group, name)
     memory = np.arange(1 << 20, dtype=np.uint8)
     memory.flags.writeable = False
     into = np.zeros_like(memory)
@@ -121,6 +129,39 @@ def send_read_only(group: Any, rank: int) -> bool:
     meet(engine)
     engine.close()
     return bool((into == memory).all())
+
+
+def send_to_all(group: Any, rank: int, name: str) -> bool:
+    """Send the same memory, and overlapping parts of it, to several ranks at a time."""
+    engine = _engine(group, name)
+    memory = np.arange(1 << 20, dtype=np.uint32).view(np.uint8)
+    parts = [memory, memory, memory[1000:], memory[: 1 << 20]]
+    into = {(peer, tag): np.zeros_like(part) for peer in peers(engine) for tag, part in enumerate(parts)}
+    for _ in range(3):
+        transfers = [engine.receive(peer, tag, space) for (peer, tag), space in into.items()]
+        transfers += [engine.send(peer, tag, part) for peer in peers(engine) for tag, part in enumerate(parts)]
+        finish(engine, transfers)
+        meet(engine)
+    engine.close()
+    return all(bool((space == parts[tag]).all()) for (_, tag), space in into.items())
+
+
+def compute_meanwhile(group: Any, rank: int, name: str) -> bool:
+    """A message arrives while neither side calls its engine."""
+    engine = _engine(group, name)
+    meet(engine)
+    incoming = receive(engine, 1 - rank, 0, 4 << 20)
+    sent = send(engine, 1 - rank, 0, 4 << 20)
+    for _ in range(1000):
+        time.sleep(0.01)
+        if incoming.transfer.settled and sent.settled:  # attributes: done() might help the engine on
+            break
+    arrived = bool(incoming.transfer.settled and sent.settled)
+    finish(engine, [sent])
+    arrive(engine, [incoming])
+    meet(engine)
+    engine.close()
+    return arrived
 
 
 def open_on(group: Any, rank: int, interfaces: list[str | None], timeout_s: float = 20.0) -> str:

@@ -1,16 +1,14 @@
-"""gloo as an engine: how it is opened, and what becomes of it when ranks die or hosts cannot be reached."""
+"""gloo as an engine: interfaces, hosts that cannot be reached, links that are cut."""
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 import pytest
 
 from anyep.errors import Unavailable
 from anyep.testing.hosts import Hosts, check_hosts
-from anyep.testing.processes import RankProcesses, run_processes
+from anyep.testing.processes import run_processes
 from anyep.transport.inprocess import local_group
 from anyep.transport.interfaces import addresses, choose_interface
 from tests.transport import engine_ranks
@@ -24,40 +22,9 @@ def _hosts(num_hosts: int) -> Hosts:
         pytest.skip(str(error))
 
 
-def test_a_rank_that_is_killed_in_the_middle_of_a_message_is_named(tmp_path):
-    with RankProcesses(3, engine_ranks.stream_for_ever, str(tmp_path)) as ranks:
-        _until(lambda: len(list(tmp_path.iterdir())) == 3)
-        os.kill(ranks.pids[1], signal.SIGKILL)
-        outcomes = ranks.outcomes(30)
-    for rank in (0, 2):
-        kind, culprits, text = outcomes[rank].value
-        assert (kind, culprits) == ("PeerLost", (1,)), text
-        assert "rank 1 died" in text
-
-
-def test_ranks_that_survive_go_on_with_each_other(tmp_path):
-    with RankProcesses(3, engine_ranks.go_on_without, str(tmp_path)) as ranks:
-        _until(lambda: len(list(tmp_path.iterdir())) == 3)
-        os.kill(ranks.pids[1], signal.SIGKILL)
-        outcomes = ranks.outcomes(30)
-    assert [outcomes[rank].value for rank in (0, 2)] == ["died", "died"]
-
-
-def test_a_rank_that_closed_is_told_from_one_that_died():
-    assert run_processes(2, engine_ranks.how_it_left) == [None, "closed"]
-
-
 def test_opening_and_closing_leaves_no_thread_and_no_descriptor():
     for before, after in run_processes(2, engine_ranks.open_and_close, 4):
         assert after == before
-
-
-def test_neither_the_environment_nor_the_default_group_is_touched():
-    assert run_processes(2, engine_ranks.surroundings) == [(True, True)] * 2
-
-
-def test_read_only_memory_is_sent_without_a_warning():
-    assert run_processes(2, engine_ranks.send_read_only) == [True, True]
 
 
 def test_an_interface_that_does_not_exist_is_refused_on_all_ranks_with_those_that_do():

@@ -223,9 +223,10 @@ class NixlEngine:
             self._lock.release()
 
     def _look_after_writes(self) -> bool:
-        before, writes = len(self._writes), self._writes
-        self._writes = [write for write in writes if not self._is_over(*write)]
-        return len(self._writes) < before
+        writes, self._writes = self._writes, []
+        left = [write for write in writes if not self._is_over(*write)]
+        self._writes += left
+        return len(left) < len(writes)
 
     def _is_over(self, handle: Any, peer: _Peer, stream: _Stream) -> bool:
         try:

@@ -1,0 +1,70 @@
+"""What engines between processes do beside their exam: killed ranks, the surroundings, the same memory twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from anyep.errors import Unavailable
+from anyep.testing.processes import RankProcesses, run_processes
+from anyep.transport.nixl_agent import load_nixl
+from tests.transport import engine_ranks
+
+
+@pytest.fixture(params=["gloo", "nixl"])
+def name(request):
+    if request.param == "nixl":
+        try:
+            load_nixl()
+        except Unavailable as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def test_a_rank_that_is_killed_in_the_middle_of_a_message_is_named(name, tmp_path):
+    with RankProcesses(3, engine_ranks.stream_for_ever, name, str(tmp_path)) as ranks:
+        _until(lambda: len(list(tmp_path.iterdir())) == 3)
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        outcomes = ranks.outcomes(30)
+    for rank in (0, 2):
+        kind, culprits, text = outcomes[rank].value
+        assert (kind, culprits) == ("PeerLost", (1,)), text
+        assert "rank 1 died" in text
+
+
+def test_ranks_that_survive_go_on_with_each_other(name, tmp_path):
+    with RankProcesses(3, engine_ranks.go_on_without, name, str(tmp_path)) as ranks:
+        _until(lambda: len(list(tmp_path.iterdir())) == 3)
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        outcomes = ranks.outcomes(30)
+    assert [outcomes[rank].value for rank in (0, 2)] == ["died", "died"]
+
+
+def test_a_rank_that_closed_is_told_from_one_that_died(name):
+    assert run_processes(2, engine_ranks.how_it_left, name) == [None, "closed"]
+
+
+def test_neither_the_environment_nor_the_default_group_is_touched(name):
+    assert run_processes(2, engine_ranks.surroundings, name) == [(True, True)] * 2
+
+
+def test_read_only_memory_is_sent_without_a_warning(name):
+    assert run_processes(2, engine_ranks.send_read_only, name) == [True, True]
+
+
+def test_the_same_memory_goes_to_several_ranks_at_a_time(name):
+    assert run_processes(3, engine_ranks.send_to_all, name) == [True] * 3
+
+
+def test_messages_move_on_while_ranks_compute(name):
+    assert run_processes(2, engine_ranks.compute_meanwhile, name) == [True, True]
+
+
+def _until(holds) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
