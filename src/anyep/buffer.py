@@ -53,6 +53,8 @@ class Buffer:
 
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
+    ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
+    hosts, ``"nixl"`` or ``"gloo"``; ``interface``: the network interface it uses on this rank.
     ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
 
     Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
@@ -88,6 +90,7 @@ class Buffer:
         record: str | None = None,
         max_in_flight: int = 4,
         eager_bytes: int | None = None,
+        interface: str | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -108,6 +111,7 @@ class Buffer:
             record=record,
             max_in_flight=max_in_flight,
             eager_bytes=eager_bytes,
+            interface=interface,
         )
         opened = open_endpoint(group, options)
         self._options = options

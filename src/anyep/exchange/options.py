@@ -45,6 +45,7 @@ class BufferOptions:
     record: str | None = None
     max_in_flight: int = 4
     eager_bytes: int | None = None
+    interface: str | None = None
 
     @property
     def ring(self) -> int:
@@ -69,6 +70,8 @@ class BufferOptions:
                 check_integer(name, value, at_least=least, at_most=None if name == "arena_bytes" else _MOST)
         self._check_timeout()
         self._check_placement()
+        if self.interface is not None and not isinstance(self.interface, str):
+            raise TypeError(f"interface must be the name of a network interface, got {self.interface!r}")
         self.make_wire()
         check_name(self.transport)
         self.recorder(0)
@@ -160,7 +163,7 @@ def placement_tuple(placement: object) -> tuple[int, ...] | None:
     return tuple(placement) if isinstance(placement, list) else placement  # type: ignore[return-value]
 
 
-PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record")
+PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record", "interface")
 """Options that each rank may choose for itself."""
 
 

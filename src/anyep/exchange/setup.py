@@ -49,6 +49,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         ring=options.ring,
         heap_bytes=account.heap_bytes,
         timeout_s=options.timeout_s,
+        interface=options.interface,
     )
     endpoint = _endpoint(opened.transport, kernels, lanes, options)
     return Opened(endpoint=endpoint, explanation=explain(endpoint, account, opened.reason, options.num_threads is None))

@@ -11,14 +11,16 @@ from anyep import config
 from anyep.errors import Unavailable
 from anyep.layout.hosts import HostMap, group_ranks, map_hosts
 from anyep.transport.base import Lane, Transport
-from anyep.transport.engines import ENGINES, open_engine
+from anyep.transport.engines import open_engine
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.identity import Identity
 from anyep.transport.inprocess import InProcessTransport, Member
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.shared import SharedTransport
 
-NAMES = ("auto", "inprocess", "shm", *ENGINES)
+_NETWORKED = ("auto", "gloo", "nixl")
+"""Transports that span hosts, with an engine between them."""
+NAMES = ("auto", "inprocess", "shm", "gloo", "nixl")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,13 +40,15 @@ def open_transport(
     heap_bytes: int,
     timeout_s: float,
     poison: bool = False,
+    interface: str | None = None,
 ) -> Opened:
     """Open the transport of this name between the ranks of ``group``. Collective.
 
     ``"auto"``: in-process for members of a local group, shared memory for processes of one host, and on several hosts
     shared memory inside each with an engine between them. An engine's name: the same, with that engine.
-    ``poison``: fill fresh blocks with 0xFF (tests). Raises ValueError for an unknown name, TypeError for what is no
-    group, Unavailable with what is possible where it cannot work here, CapacityError when memory is too small.
+    ``interface``: the network interface or device of this rank, None: the engine chooses. ``poison``: fill fresh blocks
+    with 0xFF (tests). Raises ValueError for an unknown name, TypeError for what is no group, Unavailable with what is
+    possible where it cannot work here, CapacityError when memory is too small.
     """
     check_name(transport)
     rendezvous = find_rendezvous(group)
@@ -61,7 +65,7 @@ def open_transport(
             "between processes of one host 'shm' is possible"
         )
     asked = "" if transport == "auto" else "asked for; "
-    hosts, why = _find_hosts(rendezvous) if transport in ("auto", *ENGINES) else (None, "")
+    hosts, why = _find_hosts(rendezvous) if transport in _NETWORKED else (None, "")
     if hosts is None or hosts.num_hosts == 1:
         local = _local(rendezvous, transport, None, options)
         threads = isinstance(local, InProcessTransport)
@@ -69,7 +73,7 @@ def open_transport(
         return Opened(transport=local, reason=f"{asked}{kind}")
     local = _local(rendezvous, transport, hosts.near(rendezvous.rank), options)
     try:
-        engine, chosen = open_engine(transport, rendezvous, timeout_s=timeout_s)
+        engine, chosen = open_engine(transport, rendezvous, interface, timeout_s)
     except BaseException:
         local.close()
         raise
