@@ -68,6 +68,7 @@ class Dispatch:
         self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
+        self._crossing_out: list[RowsOut] = []
         self._proxies: tuple[Proxy, ...] = ()
         self._early = early and out.geometry.padded
         self._ahead: Ahead | None = None
@@ -134,6 +135,8 @@ class Dispatch:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW)
+        if end.across is not None:
+            self._begin_to_cross(end.across)
 
     def finish(self) -> Received:
         """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -197,11 +200,22 @@ class Dispatch:
             proxies=self._proxies,
         )
 
-    def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
-        """Send what goes to other hosts, and pass on what comes from them."""
-        end, out, epoch = self._end, self._out, self._epoch
-        crossing, known = out.plan.crossing, {} if out.cached is None else {p.source: p for p in out.cached.proxies}
+    def _begin_to_cross(self, across: Across) -> None:
+        """Send other hosts what needs no answer: the routing, and as many rows as may be on their way."""
+        end, crossing = self._end, self._out.plan.crossing
         assert crossing is not None, "plans of several hosts have one"
+        self._crossing_out = [
+            RowsOut(end, across, self._out, crossing, host, self._epoch)
+            for host in across.hosts.far_hosts(end.rank)
+            if crossing.tokens_M[host]
+        ]
+        for part in self._crossing_out:
+            part.advance()
+
+    def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
+        """Send the rest of what goes to other hosts, and pass on what comes from them."""
+        end, out, epoch = self._end, self._out, self._epoch
+        known = {} if out.cached is None else {proxy.source: proxy for proxy in out.cached.proxies}
         self._connect(desk, opened_RW, offered_RW, offer, forward=True)
         incoming = [
             RowsIn(
@@ -218,12 +232,8 @@ class Dispatch:
             for source in across.hosts.sources_of(end.rank)
             if opened_RW[source, BODY + ledger.WAY]
         ]
-        outgoing = [
-            RowsOut(end, across, out, crossing, host, epoch)
-            for host in across.hosts.far_hosts(end.rank)
-            if crossing.tokens_M[host]
-        ]
-        carry([*outgoing, *incoming], across.transport, epoch, self._step)
+        carry([*self._crossing_out, *incoming], across.transport, epoch, self._step)
+        self._crossing_out = []
         self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
 
     def _settle(self, opened_RW: Words) -> bool:
