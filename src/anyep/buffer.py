@@ -15,6 +15,7 @@ import torch
 
 from anyep.errors import PeerError, PeerTimeout, Unavailable
 from anyep.exchange import outgoing as sending
+from anyep.exchange import recall as recalling
 from anyep.exchange import returning
 from anyep.exchange.arguments import check_choice, check_integer
 from anyep.exchange.barrier import Barrier
@@ -46,7 +47,9 @@ class Buffer:
 
     ``wire``: what rows are made of on their way, ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp8"`` (E4M3 with one scale
     for 128 channels; ``scales``: ``"fp32"`` amax / 448, ``"pow2"`` rounded up to a power of two, ``"ue8m0"`` packed 4
-    to an int32).
+    to an int32). ``"raw8"``, ``"raw16"``, ``"raw32"`` and ``"raw64"`` move rows of uint8, int16, int32 and int64 as
+    they are: views of whatever they hold. With ``side_words`` P, dispatch takes a pair (rows [T, H], int32 [T, P]):
+    what shall travel beside each row, and arrive in ``Received.scales`` [N, P].
 
     ``max_in_flight``: how many results of ``wait=False`` may be waited for at a time. ``eager_bytes``: up to how many
     bytes the rows of a pair of ranks come along with the announcement (0: never); measured if None.
@@ -91,6 +94,7 @@ class Buffer:
         max_in_flight: int = 4,
         eager_bytes: int | None = None,
         interface: str | None = None,
+        side_words: int = 0,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -112,6 +116,7 @@ class Buffer:
             max_in_flight=max_in_flight,
             eager_bytes=eager_bytes,
             interface=interface,
+            side_words=side_words,
         )
         opened = open_endpoint(group, options)
         self._options = options
@@ -279,9 +284,10 @@ class Buffer:
         ``y`` [N, H] bfloat16, float16 or float32, rows as received. out[t] = bias + sum of t's rows, in fp32, rounded
         once: ``reduce="rank"`` in ascending order of the destination rank (``group`` > 0, compact layout: the sum of
         every ``group`` consecutive ranks is rounded before it is added), ``reduce="expert"`` (expert and padded
-        layout) in the order of t's top-k columns, which gives the same bits for every number of ranks. ``bias``: up to
-        two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to [T, K]; the result is
-        then a Combined.
+        layout) in the order of t's top-k columns, which gives the same bits for every number of ranks,
+        ``reduce="column"`` (compact layout, raw wires) in the order of the last column that each rank serves.
+        ``bias``: up to two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to
+        [T, K]; the result is then a Combined.
 
         Padded layout: ``y`` [L, R * max_tokens_per_rank, H]; each row is multiplied in fp32 with its weight of
         ``topk_weights`` [T, K] (default: those of the dispatch, else 1), and they are added in top-k order.
@@ -340,9 +346,7 @@ class Buffer:
         Raises ValueError for ranks that do not exist, and for this one; Unavailable between hosts, whose ranks forward
         for each other.
         """
-        self._flights.check_open()
-        if self._end.across is not None:
-            raise Unavailable("leave_out needs all ranks on one host; between hosts make a new buffer without them")
+        self._check_one_host("leave_out")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
@@ -352,14 +356,44 @@ class Buffer:
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.
 
-        ``dtype``: the wire's, bfloat16 for fp8. Raises CapacityError when the machine lacks memory.
+        ``dtype``: the wire's, bfloat16 for fp8 and raw rows. Raises CapacityError when the machine lacks memory.
         """
         self._flights.check_open()
-        plain = torch.bfloat16 if self._end.wire.scale_format is not None else self._end.wire.dtype
-        chosen = plain if dtype is None else dtype
+        chosen = self._end.wire.output_dtype if dtype is None else dtype
         if chosen not in ELEMENTS:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
         return returning.empty_output(self._end, check_handle(handle, self._identity), chosen)
+
+    def recall(
+        self,
+        topk_idx: torch.Tensor,
+        announced: torch.Tensor,
+        *,
+        layout: str = "compact",
+        expert_alignment: int = 1,
+    ) -> Handle:
+        """Return the handle that a dispatch of ``topk_idx`` [T, K] left, on this buffer or one with the same experts.
+
+        ``announced`` int32 [R, R + E]: ``Handle.announced`` of that dispatch, or of one with the same ``topk_idx`` on
+        every rank. Alone: exchanges nothing. Raises TypeError and ValueError.
+        """
+        self._check_one_host("recall")
+        return recalling.recall(
+            self._end, self._identity, topk_idx, announced, layout=layout, alignment=expert_alignment
+        )
+
+    def adopt(self, handle: Handle) -> Handle:
+        """Return a compact handle of another buffer with the same experts and a raw wire as one that recall made."""
+        self._check_one_host("adopt")
+        return recalling.adopted(handle, self._identity)
+
+    def by_group(self, handle: Handle, ranks_per_group: int) -> recalling.Grouped:
+        """Return a compact handle of a raw wire whose combine sums per (token, group of so many consecutive ranks).
+
+        ``combine(..., reduce="column")`` then returns [T * G, H].
+        """
+        self._check_one_host("by_group")
+        return recalling.summed_by_group(self._end, check_handle(handle, self._identity), ranks_per_group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -421,6 +455,12 @@ class Buffer:
             return "<anyep.Buffer, not made>"
         state = "closed" if self._closed else "open"
         return f"<anyep.Buffer rank {self.rank} of {self.num_ranks}, {self._end.transport.name}, {state}>"
+
+    def _check_one_host(self, what: str) -> None:
+        """Raise ClosedError, or Unavailable where ranks forward for each other, and handles say for whom."""
+        self._flights.check_open()
+        if self._end.across is not None:
+            raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, so that they name the culprit."""

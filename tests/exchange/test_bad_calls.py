@@ -215,7 +215,7 @@ CALLS = [
     ),
     (
         "an unknown reduce of blocks",
-        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, reduce="column"),
+        lambda s: s.ep.combine(s.blocks.x, s.blocks.handle, reduce="mean"),
         ValueError,
         ["'expert'", "'column'"],
     ),

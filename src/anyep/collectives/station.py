@@ -19,6 +19,7 @@ from anyep.errors import ClosedError, PeerError, PeerTimeout
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
+from anyep.transport.inprocess import Member
 from anyep.transport.registry import check_name, open_transport
 from anyep.transport.rendezvous import find_rendezvous
 from anyep.transport.together import together
@@ -68,7 +69,7 @@ class Station:
         wiring, self._kernels = made[0]
         self._transport = open_transport(
             rendezvous,
-            transport=transport,
+            transport=_of_one_host(transport, group),
             lanes=wiring.lanes,
             ring=wiring.ring,
             heap_bytes=wiring.heap_bytes,
@@ -185,3 +186,10 @@ def _check_timeout(timeout_s: object) -> None:
         raise TypeError(f"timeout_s must be a number of seconds, got {timeout_s!r}")
     if not 0 < timeout_s < float("inf"):
         raise ValueError(f"timeout_s must be positive and finite, got {timeout_s}")
+
+
+def _of_one_host(transport: str, group: object) -> str:
+    """Return what "auto" means here: collectives read and write their peers' memory, so all ranks are on one host."""
+    if transport != "auto":
+        return transport
+    return "inprocess" if isinstance(find_rendezvous(group), Member) else "shm"

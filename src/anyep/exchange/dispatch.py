@@ -26,6 +26,7 @@ from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.proxy import Proxy
+from anyep.exchange.recall import announced_counts
 from anyep.exchange.receive import (
     NO_PLACES,
     Ahead,
@@ -175,7 +176,7 @@ class Dispatch:
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
-        handle = self._handle(num_rows) if out.cached is None else self._known(out.cached)
+        handle = self._handle(num_rows, opened_RW) if out.cached is None else self._known(out.cached)
         return wrap(end, batch, handle, self._geometry, turned)
 
     def _known(self, handle: Handle) -> Handle:
@@ -184,8 +185,8 @@ class Dispatch:
             return handle
         return replace(handle, topk_weights=self._out.topk_weights.clone())
 
-    def _handle(self, num_rows: int) -> Handle:
-        plan, out = self._out.plan, self._out
+    def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
+        end, plan, out = self._end, self._out.plan, self._out
         shape = self._geometry.shape
         padded = self._geometry.padded
         return Handle(
@@ -198,6 +199,7 @@ class Dispatch:
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
             proxies=self._proxies,
+            announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
         )
 
     def _begin_to_cross(self, across: Across) -> None:

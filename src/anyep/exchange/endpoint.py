@@ -181,7 +181,7 @@ class SegmentBases:
 
 @dataclass(frozen=True, kw_only=True)
 class Books:
-    """The compiled bookkeeping of operations: exchange/settle.py and exchange/connect.py."""
+    """The compiled bookkeeping of operations: exchange/settle.py, exchange/connect.py, exchange/ordering.py."""
 
     announce: Callable[..., None]
     agree: Callable[..., int]
@@ -190,6 +190,8 @@ class Books:
     connect: Callable[..., int]
     connect_back: Callable[..., int]
     fold: Callable[..., None]
+    sort_by_column: Callable[..., None]
+    order_by_column: Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

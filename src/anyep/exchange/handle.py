@@ -24,6 +24,7 @@ class SendPlan:
     """
 
     __slots__ = (
+        "by_column",
         "compact_rank_addr",
         "compact_slot_addr",
         "compact_width",
@@ -35,6 +36,7 @@ class SendPlan:
         "geometry",
         "idx_addr",
         "idx_bytes",
+        "kept",
         "memory",
         "num_tokens",
         "placed",
@@ -71,6 +73,23 @@ class SendPlan:
         self.placed = False
         self.crossing: Crossing | None = None
         """which tokens go to other hosts, where there are any"""
+        self.by_column = False
+        """whether compact entries stand in the order of the last column that each rank serves, not of ranks"""
+        self.kept: NDArray[np.int32] | None = None
+        """memory of entries that lie elsewhere"""
+
+    def with_entries(self, memory: NDArray[np.int32], first: int, *, num_tokens: int, width: int) -> SendPlan:
+        """Return the plan of a combine that adds the entries in ``memory``, which begins at address ``first``.
+
+        Int32 [3, num_tokens, width]: ranks, slots, and room for rows.
+        """
+        other = SendPlan.__new__(SendPlan)
+        for name in SendPlan.__slots__:  # a seventh of copy.copy's time
+            setattr(other, name, getattr(self, name))
+        other.kept, other.num_tokens, other.width, other.placed = memory, num_tokens, width, False
+        stride = 4 * num_tokens * width
+        other.entry_rank_addr, other.entry_slot_addr, other.entry_row_addr = first, first + stride, first + 2 * stride
+        return other
 
     def field(self, name: str) -> int:
         """Return the address of a field of the ledger."""
@@ -117,6 +136,8 @@ class Handle:
     """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
     proxies: tuple[Proxy, ...] = ()
     """ranks of other hosts for which this rank forwards"""
+    announced: NDArray[np.int32] | None = None
+    """raw wires: all ranks' counts, int32 [R, R + E], from which ``Buffer.recall`` makes the handle again"""
 
     @property
     def num_tokens(self) -> int:

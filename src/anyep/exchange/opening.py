@@ -36,7 +36,7 @@ class RefusedError(Exception):
 
 
 _LAYOUTS = {0: "none", 1: "compact", 2: "expert", 3: "padded"}
-_REDUCES = {0: "none", 1: "rank", 2: "expert"}
+_REDUCES = {0: "none", 1: "rank", 2: "expert", 3: "column"}
 LAYOUT_CODES = {name: code for code, name in _LAYOUTS.items()}
 REDUCE_CODES = {name: code for code, name in _REDUCES.items()}
 _COMBINE_WIRES = {0: "none", 1: "logfmt10"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from anyep.exchange.arguments import check_integer
 from anyep.exchange.eager import slot_bytes_for
 from anyep.exchange.endpoint import Lanes, lanes_for
@@ -46,6 +44,7 @@ class BufferOptions:
     max_in_flight: int = 4
     eager_bytes: int | None = None
     interface: str | None = None
+    side_words: int = 0
 
     @property
     def ring(self) -> int:
@@ -59,6 +58,7 @@ class BufferOptions:
         check_integer("num_topk", self.num_topk, at_least=1, at_most=_MOST_EXPERTS)
         check_integer("max_tokens_per_rank", self.max_tokens_per_rank, at_least=0, at_most=_MOST)
         check_integer("expert_alignment", self.expert_alignment, at_least=1, at_most=_MOST_EXPERTS)
+        check_integer("side_words", self.side_words, at_least=0, at_most=_MOST)
         check_integer("max_in_flight", self.max_in_flight, at_least=1, at_most=_MOST_IN_FLIGHT)
         for name, value, least in (
             ("static_rows", self.static_rows, 0),
@@ -102,7 +102,7 @@ class BufferOptions:
         return TraceRecorder(self.record, num_experts=self.num_experts, num_topk=self.num_topk, rank=rank)
 
     def make_wire(self) -> Wire:
-        return make_wire(self.wire, self.scales, self.hidden)
+        return make_wire(self.wire, self.scales, self.hidden, self.side_words)
 
     def place_experts(self, num_ranks: int) -> Placement:
         """Return which rank owns which expert. ValueError for ranks that do not exist."""
@@ -111,16 +111,15 @@ class BufferOptions:
         return mapped_placement(self.placement, num_ranks)
 
     def row_bytes(self) -> RowBytes:
-        """Return the parts of a row; combine's rows are in the wire's dtype, bfloat16 for fp8."""
+        """Return the parts of a row; combine's rows are in the dtype that experts are expected to return."""
         wire = self.make_wire()
-        combine_dtype = torch.bfloat16 if wire.scale_format is not None else wire.dtype
         return RowBytes(
             x=wire.row_bytes,
             scales=wire.scale_bytes,
             topk_idx=8 * self.num_topk,
             topk_weights=4 * self.num_topk,
             token=4,
-            y=self.hidden * combine_dtype.itemsize,
+            y=self.hidden * wire.output_dtype.itemsize,
         )
 
     def lanes(self, num_ranks: int) -> Lanes:

@@ -49,7 +49,7 @@ def prepare(
     idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]")
     weights = _check_weights(topk_weights, shape)
     geometry = end.geometry(layout, idx.itemsize, weights is not None)
-    plan = _plan(end, idx, geometry)
+    plan = make_plan(end, idx, geometry)
     if expert_rows is not None:
         plan.numbers("expert_rows")[:] = _check_expert_rows(end, expert_rows, geometry)
     return Outgoing(
@@ -96,8 +96,13 @@ def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | Non
     return check_tensor("topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend="[T, num_topk]")
 
 
-def _plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
+def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
+    """Copy topk_idx and route it. ValueError for an expert that does not exist."""
     plan = plan_of(end, geometry, topk_idx.data_ptr(), topk_idx.shape[0])
+    if end.wire.raw and not geometry.by_expert:  # their users sum in this order, and no other use asks for one
+        plan.by_column = True
+        routing = (plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, end.tables.rank_addr)
+        end.books.sort_by_column(*routing, plan.width, plan.entry_rank_addr, plan.entry_slot_addr)
     if end.across is not None:
         plan.crossing = Crossing(end.across, end.kernels, plan)
     return plan

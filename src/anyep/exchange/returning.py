@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from anyep.errors import Unavailable
 from anyep.exchange.arguments import check_choice, check_integer, check_tensor
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle
@@ -14,7 +15,7 @@ from anyep.exchange.wire import ELEMENTS
 from anyep.numerics.logfmt import logfmt_row_bytes
 from anyep.transport.base import Block, Place
 
-REDUCES = ("rank", "expert")
+REDUCES = ("rank", "expert", "column")
 COMBINE_WIRES = ("none", "logfmt10")
 
 
@@ -76,6 +77,12 @@ def prepare(
         raise ValueError(f"group sums hosts' ranks of layout='compact', and this handle's layout is {handle.layout!r}")
     if rounded_group and end.across is not None and not end.across.has_groups_of(rounded_group):
         raise ValueError(f"group={rounded_group} must be the ranks of a host, in order, where ranks live on several")
+    if how == "column" and not handle.send.by_column:
+        raise ValueError(
+            "reduce='column' takes a handle of the compact layout of a buffer with a raw wire; use reduce='rank'"
+        )
+    if how == "column" and end.across is not None:
+        raise Unavailable("reduce='column' needs all ranks on one host; between hosts use reduce='rank' or 'expert'")
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
     checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend)
     target = _check_out(end, out, handle, checked)

@@ -139,7 +139,7 @@ def load_books() -> Books:
     from anyep.machine.compiler import compiling
 
     with compiling():
-        from anyep.exchange import connect, fold, settle
+        from anyep.exchange import connect, fold, ordering, settle
     return Books(
         announce=settle.announce,
         agree=settle.agree,
@@ -148,6 +148,8 @@ def load_books() -> Books:
         connect=connect.connect,
         connect_back=connect.connect_back,
         fold=fold.fold,
+        sort_by_column=ordering.sort_by_column,
+        order_by_column=ordering.order_by_column,
     )
 
 

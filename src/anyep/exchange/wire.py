@@ -14,7 +14,8 @@ ELEMENTS = {element.dtype: element for element in Element}
 """Dtypes that arithmetic knows: inputs of quantisation, and what combine sums."""
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALE_FORMATS = {"fp32": ScaleFormat.FP32, "pow2": ScaleFormat.POWER_OF_TWO, "ue8m0": ScaleFormat.UE8M0}
-WIRES = (*_PLAIN, "fp8")
+_RAW = {"raw8": torch.uint8, "raw16": torch.int16, "raw32": torch.int32, "raw64": torch.int64}
+WIRES = (*_PLAIN, "fp8", *_RAW)
 SCALES = tuple(_SCALE_FORMATS)
 
 
@@ -29,6 +30,16 @@ class Wire:
     carried_columns: int = 0
     """columns of scales that only travel: the caller's own, of a format that is not looked at"""
     carried_dtype: torch.dtype = torch.float32
+
+    @property
+    def raw(self) -> bool:
+        """Whether rows are bytes with no meaning here."""
+        return self.name in _RAW
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """What experts are expected to return: the wire's dtype where that is one to compute with."""
+        return torch.bfloat16 if self.raw or self.scale_format is not None else self.dtype
 
     @property
     def row_bytes(self) -> int:
@@ -48,18 +59,22 @@ class Wire:
         return 4 * self.scale_columns
 
 
-def make_wire(name: object, scales: object, hidden: int) -> Wire:
+def make_wire(name: object, scales: object, hidden: int, side_words: int = 0) -> Wire:
     """Check the names and return the wire; ValueError lists the choices."""
     checked = check_choice("wire", name, WIRES)
     scale_name = check_choice("scales", scales, SCALES)
     if checked != "fp8" and scale_name != "fp32":
         raise ValueError(f"scales={scale_name!r} goes with wire='fp8', got wire={checked!r}")
+    if side_words and checked not in _RAW:
+        raise ValueError(f"side_words goes with the wires {', '.join(_RAW)}, got wire={checked!r}")
     fp8 = checked == "fp8"
     return Wire(
         name=checked,
-        dtype=torch.float8_e4m3fn if fp8 else _PLAIN[checked],
+        dtype=torch.float8_e4m3fn if fp8 else (_PLAIN | _RAW)[checked],
         hidden=hidden,
         scale_format=_SCALE_FORMATS[scale_name] if fp8 else None,
+        carried_columns=side_words,
+        carried_dtype=torch.int32 if checked in _RAW else torch.float32,
     )
 
 
@@ -88,7 +103,12 @@ class Rows(NamedTuple):
 
 
 def check_rows(wire: Wire, x: object) -> Rows:
-    """Check ``x``: a tensor [T, H], or for fp8 also a pair (fp8 [T, H], scales). TypeError or ValueError otherwise."""
+    """Check ``x``: a tensor [T, H], or for fp8 also a pair (fp8 [T, H], scales). TypeError or ValueError otherwise.
+
+    With side words: a pair (rows [T, H], int32 [T, side_words]).
+    """
+    if wire.raw and wire.carried_columns:
+        return _check_raw(wire, x)
     if isinstance(x, tuple):
         return _check_quantised(wire, x)
     if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn and wire.scale_format is not None:
@@ -98,6 +118,18 @@ def check_rows(wire: Wire, x: object) -> Rows:
     return Rows(
         x=checked, scales=None, quantise_from=ELEMENTS[checked.dtype] if wire.scale_format is not None else None
     )
+
+
+def _check_raw(wire: Wire, x: object) -> Rows:
+    if not isinstance(x, tuple) or len(x) != 2:
+        raise TypeError(
+            f"x must be a pair (rows, side words) with side_words={wire.carried_columns}, got {type(x).__name__}"
+        )
+    rows = check_tensor("x[0]", x[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]")
+    side = check_tensor(
+        "x[1]", x[1], dtypes=[wire.scale_dtype], shape=[rows.shape[0], wire.carried_columns], legend="[T, side_words]"
+    )
+    return Rows(x=rows, scales=side, quantise_from=None)
 
 
 def _check_quantised(wire: Wire, pair: tuple[object, ...]) -> Rows:

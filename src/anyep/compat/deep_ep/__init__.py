@@ -5,7 +5,9 @@ Differences are listed in docs/compatibility.md. There is no ``HybridEPBuffer``,
 
 from anyep.compat.deep_ep.buffer import Buffer
 from anyep.compat.deep_ep.config import Config
-from anyep.compat.deep_ep.domains import get_logical_domain_size, get_physical_domain_size
+from anyep.compat.deep_ep.elastic_buffer import ElasticBuffer
+from anyep.compat.deep_ep.elastic_sizes import get_logical_domain_size, get_physical_domain_size
+from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.indices import topk_idx_t
 from anyep.version import __version__
@@ -13,6 +15,8 @@ from anyep.version import __version__
 __all__ = [
     "Buffer",
     "Config",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "__version__",

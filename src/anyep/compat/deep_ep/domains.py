@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyep.config import ranks_per_host
-from anyep.transport.rendezvous import find_rendezvous
 
 _RANKS_PER_HOST = 8
 
@@ -33,14 +32,3 @@ class Domain:
 def domain_of(num_ranks: int) -> Domain:
     """Return the domain of ``num_ranks`` ranks. ValueError where ANYEP_RANKS_PER_HOST is no such number."""
     return Domain(num_ranks=num_ranks, per_host=ranks_per_host() or _RANKS_PER_HOST)
-
-
-def get_physical_domain_size(group: object) -> tuple[int, int]:
-    """Return (hosts, ranks a host) of a group."""
-    domain = domain_of(find_rendezvous(group).size)
-    return domain.num_hosts, min(domain.num_ranks, domain.per_host)
-
-
-def get_logical_domain_size(group: object, allow_hybrid_mode: bool = True) -> tuple[int, int]:
-    """Return (scale-out, scale-up) ranks: the physical ones, or (1, R) where rows may not be forwarded."""
-    return get_physical_domain_size(group) if allow_hybrid_mode else (1, find_rendezvous(group).size)

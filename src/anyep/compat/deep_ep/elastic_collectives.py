@@ -6,6 +6,7 @@ upstream's own calls are; the sizes given to the constructor are only compared w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import prod
@@ -105,6 +106,7 @@ class ElasticCollectives:
             )
         if self._engram is None:
             self._engram = RowStore(self.group, timeout_s=self.timeout_s)
+            weakref.finalize(self, self._engram.close)
         self._engram.write(storage.cpu())
         self._engram_hidden = storage.size(1)
         self._engram_sf = None if sf is None else sf.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -165,6 +167,7 @@ class ElasticCollectives:
         ring = Ring(
             self.group, max_bytes=num_max_tensor_bytes, slots=num_max_inflight_tensors, timeout_s=self.timeout_s
         )
+        weakref.finalize(self, ring.close)
         former, self._pp, self._pp_max_bytes = self._pp, ring, num_max_tensor_bytes
         if former is not None:  # every rank is here, so nobody needs it any more
             former.close()
@@ -224,6 +227,7 @@ class ElasticCollectives:
             max_gathers=num_max_all_gathers_per_session,
             timeout_s=self.timeout_s,
         )
+        weakref.finalize(self, self._agrs.close)
 
     def create_agrs_session(self) -> None:
         """Enter a session: every rank does."""

@@ -1,0 +1,296 @@
+"""DeepEP V2's buffer: dispatch and combine for any rows, over native buffers that are made as calls need them."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from anyep.compat.deep_ep import elastic_sizes
+from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
+from anyep.compat.deep_ep.elastic_arguments import (
+    agreed_terms,
+    check_event,
+    check_outputs,
+    check_stats,
+    check_tokens,
+    unpack_bias,
+    wait_for,
+)
+from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
+from anyep.compat.deep_ep.elastic_combine import Outputs, combine
+from anyep.compat.deep_ep.elastic_dispatch import Rank, dispatch_again, dispatch_first
+from anyep.compat.deep_ep.elastic_natives import Natives
+from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT, logical_domain, physical_domain
+from anyep.compat.deep_ep.elastic_sms import (
+    AUTO_QPS_DIRECT,
+    AUTO_QPS_HYBRID,
+    Rates,
+    theoretical_num_qps,
+    theoretical_num_sms,
+)
+from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.errors import ClosedError, Unavailable
+from anyep.transport.rendezvous import find_rendezvous
+
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class ElasticBuffer(ElasticCollectives):
+    """One rank's side of a group. Making it is collective; so is every dispatch, combine and barrier.
+
+    ``num_bytes`` is echoed, not committed: memory is taken as batches need it. What concerns a GPU's links and
+    processors is accepted and changes nothing. Signatures, defaults and results are DeepEP 2.1's; docs/compatibility.md
+    lists the differences.
+    """
+
+    get_buffer_size_hint = staticmethod(elastic_sizes.get_buffer_size_hint)
+
+    def __init__(
+        self,
+        group: object,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        self.group = group
+        rendezvous = find_rendezvous(group)
+        self.rank_idx, self.num_ranks = rendezvous.rank, rendezvous.size
+        self.allow_hybrid_mode = allow_hybrid_mode
+        self.allow_multiple_reduction = allow_multiple_reduction
+        self.prefer_overlap_with_compute = prefer_overlap_with_compute
+        self.deterministic = deterministic
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.explicitly_destroy = explicitly_destroy
+        automatic_qps = AUTO_QPS_HYBRID if allow_hybrid_mode else AUTO_QPS_DIRECT
+        self.num_allocated_qps = num_allocated_qps or automatic_qps
+        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
+        self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
+        self.scaleout_rank_idx, self.scaleup_rank_idx = divmod(self.rank_idx, self.num_scaleup_ranks)
+        if num_bytes is None:
+            assert min(num_max_tokens_per_rank, hidden) > 0, "give num_bytes, or num_max_tokens_per_rank and hidden"
+            num_bytes = self.get_buffer_size_hint(
+                group,
+                num_max_tokens_per_rank,
+                hidden,
+                num_topk,
+                use_fp8_dispatch,
+                allow_hybrid_mode,
+                allow_multiple_reduction,
+            )
+        _check_sizes(num_bytes, num_cpu_bytes)
+        self.num_bytes = num_bytes
+        self.num_cpu_bytes = num_cpu_bytes
+        self.timeout_s = float(num_cpu_timeout_secs)
+        self.runtime: Natives | None = Natives(group, self.num_ranks, float(num_cpu_timeout_secs))
+        self._end = weakref.finalize(self, self.runtime.close)
+        self._sms: dict[tuple[object, ...], int] = {}
+        rendezvous.allgather(b"")  # all ranks have made theirs when a constructor returns, as upstream
+
+    def destroy(self) -> None:
+        """Release everything, when all ranks are here. Idempotent; AssertionError without ``explicitly_destroy``."""
+        assert self.explicitly_destroy, (
+            "this buffer ends by itself: make it with explicitly_destroy=True to call destroy()"
+        )
+        if self.runtime is not None:
+            self.runtime.barrier()
+            self.close_collectives()
+            self._end()
+            self.runtime = None
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """Return (hosts, ranks a host)."""
+        hosts, per_host = physical_domain(self.num_ranks)
+        return hosts, per_host
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """Return (scale-out ranks, scale-up ranks): the physical ones, or (1, R) without the hybrid mode."""
+        scaleout, scaleup = logical_domain(self.num_ranks, self.allow_hybrid_mode)
+        return scaleout, scaleup
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """Return an event that marks this moment."""
+        return EventHandle()
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """Return the stream on which the exchange works, the current one; Unavailable without CUDA."""
+        if not torch.cuda.is_available():
+            raise Unavailable("there are no streams without CUDA: calls of this buffer are over when they return")
+        return torch.cuda.current_stream()
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
+        """Wait until every rank is here."""
+        self._natives().barrier()
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """Return how many SMs upstream's model would take (elastic_sms.py), for callers who ask."""
+        assert num_scaleout_topk == 0, f"num_scaleout_topk must be 0: others are not defined, got {num_scaleout_topk}"
+        key = (num_experts, num_topk, rdma_gbs, nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        known = self._sms.get(key)
+        if known is None:
+            known = self._sms[key] = theoretical_num_sms(
+                logical_domain(self.num_ranks, self.allow_hybrid_mode),
+                physical_domain(self.num_ranks),
+                num_experts=num_experts,
+                num_topk=num_topk,
+                rates=Rates(rdma=rdma_gbs, nvlink=nvlink_gbs, sm_read=sm_read_gbs, sm_write=sm_write_gbs),
+                overlap=self.prefer_overlap_with_compute,
+            )
+        return known
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Return how many queue pairs so many SMs would use, at most ``num_allocated_qps``."""
+        return theoretical_num_qps(num_sms, hybrid=self.allow_hybrid_mode, allocated=self.num_allocated_qps)
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: Rows,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | None = None,
+        previous_event_before_epilogue: EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]:
+        """Send each token to the ranks that own its experts.
+
+        ``x`` [T, H] of any dtype, or a pair with scales [T, G] of a 4-byte dtype and any strides; ``topk_idx`` int64
+        [T, K], -1 for none; ``topk_weights`` fp32 [T, K]. ``handle``: the places of an earlier dispatch again.
+
+        Returns (rows or pair, topk_idx [N, K] of local experts or None, weights, handle, event): weights are
+        [N, K] as they were given, also in columns of other ranks, or [rows] of an expanded batch. Padding, and the
+        tail of a batch that did not wait for the CPU, is 0, and -1 in topk_idx.
+        """
+        check_torch_deterministic()
+        natives = self._natives()
+        terms = agreed_terms(
+            handle,
+            topk_idx,
+            num_experts=num_experts,
+            num_max_tokens=num_max_tokens_per_rank,
+            default_max_tokens=self.num_max_tokens_per_rank,
+            alignment=expert_alignment,
+            num_sms=num_sms,
+            automatic_num_sms=self.get_theoretical_num_sms,
+            do_cpu_sync=do_cpu_sync,
+            do_expand=do_expand,
+            keep_copy=do_handle_copy,
+            tma_scales=use_tma_aligned_col_major_sf,
+        )
+        self._check_qps(num_qps, terms.num_sms)
+        stats = cumulative_local_expert_recv_stats
+        host_assert(do_expand or not do_zero_padding, "do_zero_padding needs do_expand=True: pass both, or neither")
+        host_assert(stats is None or handle is None, "statistics are counted by a dispatch without a handle only")
+        check_event(previous_event, allocate_on_comm_stream)
+        wait_for(previous_event_before_epilogue)
+        check_stats(stats, terms.num_experts // self.num_ranks)
+        routing = topk_idx if handle is None else handle.topk_idx
+        assert routing is not None, "agreed_terms has asked for it"
+        tokens = check_tokens(x, routing, topk_weights, terms)
+        rank = self._rank()
+        if handle is None:
+            batch = dispatch_first(natives, rank, tokens, terms)
+        else:
+            batch = dispatch_again(natives, rank, tokens, terms, handle)
+        if stats is not None and batch.handle.num_unaligned_recv_tokens_per_expert is not None:
+            stats += batch.handle.num_unaligned_recv_tokens_per_expert
+        event = EventOverlap(EventHandle() if async_with_compute_stream else None)
+        return batch.x, batch.topk_idx, batch.topk_weights, batch.handle, event
+
+    @torch.no_grad()
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | None = None,
+        previous_event_before_epilogue: EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Bring the experts' outputs back and sum them, without weights (elastic_combine.py has the order).
+
+        ``x`` bfloat16 [rows, H], a row for each that was received; ``topk_weights`` fp32 [rows, K], or [rows] of an
+        expanded batch; ``bias``: one or two bfloat16 [T, H]. Returns (bfloat16 [T, H], fp32 [T, K] or None, event).
+        """
+        check_torch_deterministic()
+        natives = self._natives()
+        self._check_qps(num_qps, num_sms or handle.num_sms)
+        check_event(previous_event, allocate_on_comm_stream)
+        wait_for(previous_event_before_epilogue)
+        several_sums = self.allow_multiple_reduction
+        checked, weights = check_outputs(x, handle, topk_weights, several_sums=several_sums)
+        biases = unpack_bias(bias, handle.topk_idx.shape[0], checked.shape[1])
+        outputs = Outputs(x=checked, topk_weights=weights, bias=biases)
+        sums = combine(natives, outputs, handle, several_sums=several_sums, ranks_per_host=self.num_scaleup_ranks)
+        return sums.x, sums.topk_weights, EventOverlap(EventHandle() if async_with_compute_stream else None)
+
+    def _natives(self) -> Natives:
+        if self.runtime is None:
+            raise ClosedError("this buffer was destroyed; make a new one")
+        return self.runtime
+
+    def _rank(self) -> Rank:
+        return Rank(
+            number=self.rank_idx,
+            num_ranks=self.num_ranks,
+            num_scaleup=self.num_scaleup_ranks,
+            sorted=self.deterministic,
+        )
+
+    def _check_qps(self, num_qps: int, num_sms: int) -> None:
+        wanted = num_qps or self.get_theoretical_num_qps(num_sms)
+        assert wanted <= self.num_allocated_qps, (
+            f"num_qps={wanted} is more than the {self.num_allocated_qps} that were allocated: "
+            "pass a larger num_allocated_qps to the constructor"
+        )
+
+
+def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:
+    text = f"in whole {BUFFER_ALIGNMENT} bytes"
+    host_assert(
+        num_bytes > 0 and num_bytes % BUFFER_ALIGNMENT == 0, f"num_bytes must be positive and {text}, got {num_bytes}"
+    )
+    host_assert(
+        num_cpu_bytes % BUFFER_ALIGNMENT == 0 and 0 <= num_cpu_bytes <= num_bytes,
+        f"num_cpu_bytes must be at most num_bytes and {text}, got {num_cpu_bytes}",
+    )
