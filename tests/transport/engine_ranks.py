@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from functools import partial
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from anyep.errors import AnyEPError, PeerLost
 from anyep.testing.engine_steps import arrive, finish, meet, peers, receive, send, settle
 from anyep.transport.engine_gloo import GlooEngine
+from anyep.transport.engines import open_engine
 
 
 def _engine(group: Any, name: str) -> Any:
@@ -198,3 +200,24 @@ def talk_over_a_cut(group: Any, rank: int, directory: str) -> tuple[bool, bool]:
     meet(engine)
     engine.close()
     return early, True
+
+
+def open_by_name(
+    group: Any,
+    rank: int,
+    names: list[str],
+    last_lacks_nixl: bool,
+    timeout_s: float = 20.0,
+    interface: str | None = None,
+) -> tuple[str, str]:
+    """Return the engine's name and the reason for it, or the error's kind and text."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
+    if last_lacks_nixl and rank == group.size - 1:
+        sys.modules["nixl_cu12"] = sys.modules["nixl"] = None  # type: ignore[assignment]
+    try:
+        engine, reason = open_engine(names[rank], group, interface, timeout_s)
+    except (AnyEPError, ValueError) as error:
+        return type(error).__name__, str(error)
+    meet(engine)
+    engine.close()
+    return engine.name, reason

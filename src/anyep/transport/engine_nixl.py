@@ -25,7 +25,7 @@ from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
 from anyep.transport.liveness import Departure, spell_ranks
-from anyep.transport.nixl_agent import NixlAgent
+from anyep.transport.nixl_agent import HOW_TO_REACH, NixlAgent
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.together import together
 
@@ -295,8 +295,7 @@ class NixlEngine:
                 where = "; ".join(f"rank {rank}: {self._agent.remotes[rank].where}" for rank in missing)
                 raise Unavailable(
                     f"nothing came from rank {spell_ranks(missing)} within {timeout_s:g} s ({where}; this is "
-                    f"{self._agent.remotes[self.rank].where}). Check that these reach each other at any TCP port, and "
-                    "with interface= or UCX_NET_DEVICES that UCX takes the network that they share"
+                    f"{self._agent.remotes[self.rank].where}). {HOW_TO_REACH}"
                 )
 
     def _move_on(self) -> None:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,13 +23,19 @@ import numpy as np
 from anyep import config
 from anyep.errors import Unavailable
 from anyep.transport.engine import Bytes
-from anyep.transport.interfaces import Interface, choose_interface
+from anyep.transport.interfaces import Interface, addresses, choose_interface
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.together import together
 
 _MODULES = ("nixl_cu12", "nixl")
 """``nixl`` alone pulls in the builds for two CUDA versions; no CUDA is needed here."""
 _HOST_MEMORY = "DRAM"
+HOW_TO_REACH = (
+    "Check that both are up and reach each other, over TCP at any port, and that UCX takes the network that they share "
+    "(interface=, or UCX_NET_DEVICES)"
+)
+"""What to do when ranks do not reach each other."""
+_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def load_nixl() -> ModuleType:
@@ -63,10 +70,11 @@ class NixlAgent:
     def __init__(self, rendezvous: Rendezvous, *, window_bytes: int, interface: str | None) -> None:
         self._rank = rendezvous.rank
         self._window_bytes = window_bytes
-        self.options = _options(interface)
+        self.options: dict[str, str] = {}
         self._memory = np.empty(rendezvous.size * window_bytes, np.uint8)
         nonce = together(rendezvous, lambda: secrets.token_hex(8) if load_nixl() else "", what="load NIXL")[0]
-        told = together(rendezvous, lambda: self._open(f"anyep-{nonce}-{self._rank}"), what="open NIXL")
+        name = f"anyep-{nonce}-{self._rank}"
+        told = together(rendezvous, lambda: self._open(name, interface), what="open NIXL")
         self._ranks = {other["agent"]: rank for rank, other in enumerate(told)}
         self.remotes = [
             Remote(agent=e["agent"], window=e["address"] + self._rank * window_bytes, where=e["where"]) for e in told
@@ -117,8 +125,9 @@ class NixlAgent:
         self._agent.deregister_memory(self._windows)
         del self._agent, self._windows
 
-    def _open(self, name: str) -> dict[str, Any]:
+    def _open(self, name: str, interface: str | None) -> dict[str, Any]:
         nixl = load_nixl()
+        self.options = _options(interface)
         own = choose_interface(None)
         try:
             with _quiet(nixl):
@@ -137,18 +146,39 @@ class NixlAgent:
 
     def _meet(self, told: Sequence[dict[str, Any]]) -> None:
         for rank, other in enumerate(told):
-            if rank != self._rank:
+            if rank == self._rank:
+                continue
+            try:
                 self._agent.add_remote_agent(base64.b64decode(other["metadata"]))
+            except Exception as error:  # its errors have no common kind
+                raise Unavailable(
+                    f"NIXL finds no way to rank {rank} ({other['where']}) from {told[self._rank]['where']} with "
+                    f"{self.options}: {error}. {HOW_TO_REACH}"
+                ) from error
 
 
 def _options(interface: str | None) -> dict[str, str]:
-    """UCX's settings. Where one machine plays several hosts it must not take ways that hosts do not have."""
-    options = {}
-    if interface is not None:
-        options["ucx_devices"] = interface
+    """UCX's settings. Where one machine plays several hosts it must not take ways that hosts do not have.
+
+    NIXL's own ``ucx_devices`` has no effect (1.5.1), and its ``device_list`` fits RDMA alone.
+    """
+    settings = []
     if config.host_id() is not None or config.ranks_per_host() is not None:
-        options["engine_config"] = "TLS=tcp"
-    return options
+        settings.append("TLS=tcp")
+    if interface is not None:
+        _check_device(interface)
+        settings.append(f"NET_DEVICES={interface}")
+    return {"engine_config": ",".join(settings)} if settings else {}
+
+
+def _check_device(interface: str) -> None:
+    """Raise Unavailable for a device that does not exist: UCX would take another one."""
+    known = [*addresses(), *sorted(path.name for path in _RDMA_DEVICES.glob("*"))]
+    if interface.partition(":")[0] not in known:
+        raise Unavailable(
+            f"network device {interface!r} (asked for) does not exist here or is down; one of those that can be used: "
+            f"{', '.join(known)} (several: set UCX_NET_DEVICES)"
+        )
 
 
 def _where(own: Interface) -> str:
