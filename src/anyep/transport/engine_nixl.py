@@ -1,10 +1,10 @@
 """The engine for clusters: NIXL, which writes into other ranks' memory, by RDMA where there is RDMA.
 
 Messages go as ``engine_talk.py`` says. What is not eager is written in pieces into a *window*: registered memory of the
-receiver, a few slots for each sender, from where the receiver copies it to its place. Registering the places
-themselves would save that copy, but every rank keeps what it was ever told of another's registrations, so that memory
-that is registered anew for each message would fill theirs, and an old key could be used for new memory. A sender knows
-which slots are free; the receiver gives each back by a note.
+receiver, a few slots for each sender, from where the receiver copies it to its place. The sender has as many slots
+from which it writes. Registering the places themselves would save these copies, but every rank keeps what it was ever
+told of another's registrations, so that memory that is registered anew for each message would fill theirs, and an old
+key could be used for new memory. A sender knows which slots are free; the receiver gives each back by a note.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class _Stream:
     parcel: Parcel
     count: int
     told_bytes: int
-    registration: Any
     begun: int = 0
     pieces: int = 0
     """on their way"""
@@ -138,7 +137,7 @@ class NixlEngine:
             "ucx": ", ".join(f"{key}={value}" for key, value in self._agent.options.items()) or "chooses by itself",
             "here": own,
             "window": f"{_SLOTS} pieces of {PIECE_BYTES >> 10} KiB a rank; up to {EAGER_BYTES >> 10} KiB go at once",
-            "engine memory": f"{self.size * _SLOTS * PIECE_BYTES >> 10} KiB of windows",
+            "engine memory": f"{2 * self.size * _SLOTS * PIECE_BYTES >> 10} KiB of windows",
         }
 
     def close(self) -> None:
@@ -174,10 +173,8 @@ class NixlEngine:
             self.tell(parcel.rank, Kind.DONE, parcel.tag, told_bytes, _NOTHING)
             self._peers[parcel.rank].talk.sent(parcel)
             return
-        registration = self._agent.register(parcel.memory[:count])
-        stream = _Stream(parcel=parcel, count=count, told_bytes=told_bytes, registration=registration)
         peer = self._peers[parcel.rank]
-        peer.streams.append(stream)
+        peer.streams.append(_Stream(parcel=parcel, count=count, told_bytes=told_bytes))
         self._pump(peer)
 
     def settled(self) -> None:
@@ -191,19 +188,22 @@ class NixlEngine:
         """Begin as many pieces as there are free slots."""
         while peer.streams and peer.slots and peer.talk.departure is None:
             stream = peer.streams[0]
-            slot, begin = peer.slots.popleft(), stream.begun
-            stream.begun = min(begin + PIECE_BYTES, stream.count)
-            stream.pieces += 1
+            self._begin_piece(peer, stream, peer.slots.popleft())
             if stream.begun == stream.count:
                 peer.streams.popleft()
-            tag = stream.parcel.tag
-            note = _PIECE.pack(_PIECE_KIND, tag, stream.told_bytes, stream.count, begin, slot)
-            try:
-                piece = stream.parcel.memory[begin : stream.begun]
-                handle = self._agent.write(peer.talk.rank, piece, slot * PIECE_BYTES, note)
-            except Exception as error:
-                self._lose(peer, error)
-                return
+
+    def _begin_piece(self, peer: _Peer, stream: _Stream, slot: int) -> None:
+        begin, size = stream.begun, min(PIECE_BYTES, stream.count - stream.begun)
+        stream.begun += size
+        stream.pieces += 1
+        offset = slot * PIECE_BYTES
+        self._agent.outbox(peer.talk.rank)[offset : offset + size] = stream.parcel.memory[begin : begin + size]
+        note = _PIECE.pack(_PIECE_KIND, stream.parcel.tag, stream.told_bytes, stream.count, begin, slot)
+        try:
+            handle = self._agent.write(peer.talk.rank, offset, size, note)
+        except Exception as error:
+            self._lose(peer, error)
+        else:
             self._writes.append((handle, peer, stream))
 
     def _progress(self) -> bool:
@@ -229,6 +229,8 @@ class NixlEngine:
         return len(left) < len(writes)
 
     def _is_over(self, handle: Any, peer: _Peer, stream: _Stream) -> bool:
+        """Whether a piece is written. A message is done with its last piece, not as soon as that is copied: its sender
+        may close the engine then, and what has not left would be lost."""
         try:
             if not self._agent.is_written(handle):
                 return False
@@ -237,7 +239,6 @@ class NixlEngine:
             return True
         stream.pieces -= 1
         if stream.begun == stream.count and not stream.pieces:
-            self._agent.deregister(stream.registration)
             peer.talk.sent(stream.parcel)
         return True
 
@@ -279,7 +280,6 @@ class NixlEngine:
             self._lose(peer, error)
 
     def _lose(self, peer: _Peer, error: Exception) -> None:
-        peer.streams.clear()
         peer.talk.end(Departure(how="died"), f"NIXL: {error}")
 
     def _meet(self, timeout_s: float) -> None:

@@ -63,7 +63,9 @@ class Remote:
 class NixlAgent:
     """Made by all ranks, collectively. Not to be used by two threads at once.
 
-    ``window_bytes``: of registered memory for what each other rank sends to this one. ``interface``: a network device
+    ``window_bytes``: of registered memory for what each other rank sends to this one, and as much for what is sent to
+    it. All of it is registered once: registrations of the callers' memory would overlap each other, and NIXL (1.5.1)
+    then frees some of its own twice. ``interface``: a network device
     by UCX's name for it; None: UCX chooses. Raises Unavailable on all ranks where one fails.
     """
 
@@ -71,7 +73,8 @@ class NixlAgent:
         self._rank = rendezvous.rank
         self._window_bytes = window_bytes
         self.options: dict[str, str] = {}
-        self._memory = np.empty(rendezvous.size * window_bytes, np.uint8)
+        self._memory = np.empty((2, rendezvous.size, window_bytes), np.uint8)
+        """[in or out, other rank, byte]"""
         nonce = together(rendezvous, lambda: secrets.token_hex(8) if load_nixl() else "", what="load NIXL")[0]
         name = f"anyep-{nonce}-{self._rank}"
         told = together(rendezvous, lambda: self._open(name, interface), what="open NIXL")
@@ -92,23 +95,22 @@ class NixlAgent:
 
     def window(self, rank: int) -> Bytes:
         """The memory into which ``rank`` writes."""
-        return self._memory[rank * self._window_bytes : (rank + 1) * self._window_bytes]
+        window: Bytes = self._memory[0, rank]
+        return window
 
-    def register(self, memory: Bytes) -> Any:
-        """Let memory be sent from; give what this returns to :meth:`deregister`."""
-        return self._agent.register_memory([(memory.ctypes.data, memory.size, 0, "")], _HOST_MEMORY)
+    def outbox(self, rank: int) -> Bytes:
+        """The memory from which our window at ``rank`` is written."""
+        outbox: Bytes = self._memory[1, rank]
+        return outbox
 
-    def deregister(self, registration: Any) -> None:
-        self._agent.deregister_memory(registration)
-
-    def write(self, rank: int, memory: Bytes, offset: int, note: bytes) -> Any:
-        """Begin to write registered memory to ``offset`` in our window at ``rank``, and ``note`` when it is there."""
-        remote = self.remotes[rank]
-        here = self._agent.get_xfer_descs([(memory.ctypes.data, memory.size, 0)], _HOST_MEMORY)
-        there = self._agent.get_xfer_descs([(remote.window + offset, memory.size, 0)], _HOST_MEMORY)
+    def write(self, rank: int, offset: int, num_bytes: int, note: bytes) -> Any:
+        """Begin to write a part of our outbox to the same part of our window at ``rank``; ``note`` follows it."""
+        remote, begin = self.remotes[rank], self.outbox(rank).ctypes.data + offset
+        here = self._agent.get_xfer_descs([(begin, num_bytes, 0)], _HOST_MEMORY)
+        there = self._agent.get_xfer_descs([(remote.window + offset, num_bytes, 0)], _HOST_MEMORY)
         handle = self._agent.initialize_xfer("WRITE", here, there, remote.agent, note)
         if self._agent.transfer(handle) == "ERR":
-            raise RuntimeError(f"NIXL could not begin a write of {memory.size} bytes")
+            raise RuntimeError(f"NIXL could not begin a write of {num_bytes} bytes")
         return handle
 
     def is_written(self, handle: Any) -> bool:
@@ -134,7 +136,8 @@ class NixlAgent:
                 settings = nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
                 self._agent: Any = nixl.nixl_agent(name, settings)
                 self._agent.create_backend("UCX", self.options)
-            self._windows = self.register(self._memory)
+            block = (self._memory.ctypes.data, self._memory.nbytes, 0, "")
+            self._windows = self._agent.register_memory([block], _HOST_MEMORY)
         except Exception as error:  # its errors have no common kind
             raise Unavailable(f"NIXL does not work here with {self.options}: {error}") from error
         return {
