@@ -1,0 +1,112 @@
+"""BF16, FP16 or FP32 rows to FP8 E4M3: quantised once in registers, written to every place.
+
+Legend: T tokens, W entries a token; GROUPS scale groups of 128 channels that one program quantises; ELEMENT, SCALES,
+NATIVE: kernels/gpu/codec.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from anyep.kernels.gpu.jit import kernel
+from anyep.kernels.gpu.codec import (
+    CHANNELS,
+    LEAST_AMAX,
+    MAGNITUDE,
+    UE8M0,
+    encode_e4m3,
+    factor_of,
+    load_numbers,
+    scale_of,
+    start_of,
+)
+from anyep.kernels.gpu.memory import base_of, bytes_at, i32_at
+from anyep.kernels.gpu.rows import named_bases
+
+
+@triton.jit
+def quantise_piece(
+    x_addr,
+    hidden,
+    first_group,
+    width,
+    ranks_addr,
+    rows_addr,
+    peer_q_addr,
+    peer_scales_addr,
+    ELEMENT: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Quantise GROUPS groups of the row at ``x_addr`` and write codes and scales to every place of its entries."""
+    group = tl.arange(0, GROUPS)
+    channel = group[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    first = first_group * CHANNELS
+    left = hidden - first
+    if ALIGNED:
+        left = left // 16 * 16
+    x = load_numbers(
+        x_addr + first * (4 if ELEMENT == 2 else 2), channel, channel < left, ELEMENT, ALIGNED
+    )
+    amax = tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
+    least = tl.full([GROUPS], LEAST_AMAX, tl.float32).to(tl.int32, bitcast=True)
+    amax = tl.where(amax > least, amax, least)
+    scale = scale_of(amax, SCALES)
+    codes = encode_e4m3(x * factor_of(amax, scale, SCALES)[:, None], NATIVE)
+    num_groups = (hidden + CHANNELS - 1) // CHANNELS
+    num_scales = num_groups
+    if SCALES == UE8M0:
+        num_scales = (num_groups + 3) // 4 * 4
+        scale = tl.where(first_group + group < num_groups, scale >> 23, 0)  # NaN and Inf are 0xff, what is missing 0
+    for column in range(width):
+        rank = tl.load(i32_at(ranks_addr) + column)
+        row = tl.load(i32_at(rows_addr) + column).to(tl.int64)
+        base = base_of(peer_q_addr, rank)
+        there = start_of(base + row * hidden + first, ALIGNED)
+        tl.store(there + channel, codes, mask=channel < tl.where(base != 0, left, 0))
+        base = base_of(peer_scales_addr, rank)
+        inside = first_group + group < tl.where(base != 0, num_scales, 0)
+        if SCALES == UE8M0:
+            place = bytes_at(base + row * num_scales + first_group) + group
+            tl.store(place, scale.to(tl.uint8), mask=inside)
+        else:
+            place = i32_at(base + (row * num_scales + first_group) * 4) + group
+            tl.store(place, scale, mask=inside)
+
+
+@kernel
+def quantise_scatter(
+    x_addr: tl.int64,
+    hidden: tl.int64,
+    first_token: tl.int64,
+    width: tl.int64,
+    entry_rank_addr: tl.int64,
+    entry_row_addr: tl.int64,
+    peer_q_addr: tl.int64,
+    peer_scales_addr: tl.int64,
+    ELEMENT: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Grid (T, pieces of GROUPS groups)."""
+    token = first_token + tl.program_id(0)
+    first_group = tl.program_id(1).to(tl.int64) * GROUPS
+    ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
+    bases = named_bases(width, ranks_addr, peer_q_addr, PLACES)
+    row_addr = x_addr + token * hidden * (4 if ELEMENT == 2 else 2)
+    if tl.max(tl.where(bases != 0, 1, 0)) != 0:
+        if ((x_addr | hidden | tl.max(bases & 15)) & 15) == 0:
+            quantise_piece(
+                *(row_addr, hidden, first_group, width, ranks_addr, rows_addr, peer_q_addr, peer_scales_addr),
+                *(ELEMENT, SCALES, NATIVE, True, GROUPS),
+            )
+        else:
+            quantise_piece(
+                *(row_addr, hidden, first_group, width, ranks_addr, rows_addr, peer_q_addr, peer_scales_addr),
+                *(ELEMENT, SCALES, NATIVE, False, GROUPS),
+            )

@@ -1,0 +1,188 @@
+"""Who gets what. Every token's entries at once, then a program for each bin that numbers the bin's entries in order.
+
+A slot is a count of what comes before, so that no atomic and no order of programs decides it. Each program looks at all
+keys: (R + E) T K comparisons, spread over the device, cost less than the second pass over memory that sharing would.
+
+Legend: T tokens, K top-k, W entries a token, E experts, R ranks; COLUMNS, PLACES: K, W up to the next power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from anyep.kernels.gpu.jit import kernel
+from anyep.kernels.gpu.memory import base_of, i32_at, i64_at, load_indices, store_indices
+
+
+@triton.jit
+def ranks_of(experts, num_experts, expert_rank_addr):
+    """Return int32 ranks of int64 experts; -1 where there is none, or where it is none of ours to look up."""
+    return tl.load(i32_at(expert_rank_addr) + experts, mask=(experts >= 0) & (experts < num_experts), other=-1)
+
+
+@kernel
+def find_entries(
+    topk_idx_addr: tl.int64,
+    num_tokens: tl.int64,
+    num_topk: tl.int64,
+    num_experts: tl.int64,
+    width: tl.int64,
+    expert_rank_addr: tl.int64,
+    entry_rank_addr: tl.int64,
+    entry_slot_addr: tl.int64,
+    verdict_addr: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Grid (T / TOKENS): entry_rank, -1 in the slots beside -1, and the first bad flat index in the verdict."""
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.arange(0, COLUMNS)
+    flat = tokens[:, None] * num_topk + columns[None, :]
+    inside = (tokens[:, None] < num_tokens) & (columns[None, :] < num_topk)
+    experts = load_indices(topk_idx_addr, flat, inside, IDX_BYTES)
+    bad = tl.min(tl.where((experts < -1) | (experts >= num_experts), flat, 0x7FFFFFFFFFFFFFFF))
+    if bad != 0x7FFFFFFFFFFFFFFF:
+        tl.atomic_min(i64_at(verdict_addr), bad, sem="relaxed")
+    if BY_EXPERT:
+        ranks = ranks_of(experts, num_experts, expert_rank_addr)
+        tl.store(i32_at(entry_rank_addr) + flat, ranks, mask=inside)
+        tl.store(i32_at(entry_slot_addr) + flat, ranks, mask=inside & (ranks < 0))
+    else:
+        by_row = tokens[:, None, None] * num_topk + columns[None, :, None]
+        by_column = tokens[:, None, None] * num_topk + columns[None, None, :]
+        valid = tokens[:, None, None] < num_tokens
+        inside_row = valid & (columns[None, :, None] < num_topk)
+        inside_column = valid & (columns[None, None, :] < num_topk)
+        here = ranks_of(
+            load_indices(topk_idx_addr, by_row, inside_row, IDX_BYTES), num_experts, expert_rank_addr
+        )
+        other = ranks_of(
+            load_indices(topk_idx_addr, by_column, inside_column, IDX_BYTES), num_experts, expert_rank_addr
+        )
+        same = here == other
+        earlier = columns[None, None, :] < columns[None, :, None]
+        later = columns[None, None, :] > columns[None, :, None]
+        repeats_row = tl.max(tl.where(same & earlier, 1, 0), axis=2)
+        repeats_column = tl.max(tl.where(same & later, 1, 0), axis=1)
+        counts = (repeats_column[:, None, :] == 0) & (other >= 0)
+        place = tl.sum(tl.where(counts & (other < here), 1, 0), axis=2)
+        rank = tl.max(here, axis=2)
+        entry = tokens[:, None] * width
+        tl.store(i32_at(entry_rank_addr) + entry + place, rank, mask=inside & (rank >= 0) & (repeats_row == 0))
+        num_named = tl.sum(tl.where((repeats_row == 0) & (rank >= 0), 1, 0), axis=1)
+        empty = (columns[None, :] >= num_named[:, None]) & (columns[None, :] < width) & (tokens[:, None] < num_tokens)
+        none = tl.full([TOKENS, COLUMNS], -1, tl.int32)
+        tl.store(i32_at(entry_rank_addr) + entry + columns[None, :], none, mask=empty)
+        tl.store(i32_at(entry_slot_addr) + entry + columns[None, :], none, mask=empty)
+
+
+@triton.jit
+def number_bin(
+    keys_addr, KEY_BYTES: tl.constexpr, num_keys, bin_, slots_addr, WRITES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Give the keys that equal ``bin_`` their numbers in order, and return how many there are."""
+    total = tl.cast(bin_ * 0, tl.int32)
+    for begin in range(0, num_keys, BLOCK):
+        position = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK)
+        ours = tl.where(load_indices(keys_addr, position, position < num_keys, KEY_BYTES) == bin_, 1, 0)
+        if WRITES:
+            tl.store(i32_at(slots_addr) + position, total + tl.cumsum(ours) - 1, mask=ours != 0)
+        total += tl.sum(ours)
+    return total
+
+
+@kernel
+def number_entries(
+    topk_idx_addr: tl.int64,
+    num_pairs: tl.int64,
+    entry_rank_addr: tl.int64,
+    num_entries: tl.int64,
+    num_experts: tl.int64,
+    entry_slot_addr: tl.int64,
+    rank_rows_addr: tl.int64,
+    expert_rows_addr: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (E + R): the rows of every expert and of every rank, and the slots of those that are bins here."""
+    bin_ = tl.program_id(0).to(tl.int64)
+    if bin_ < num_experts:
+        rows = number_bin(topk_idx_addr, IDX_BYTES, num_pairs, bin_, entry_slot_addr, BY_EXPERT, BLOCK)
+        tl.store(i32_at(expert_rows_addr) + bin_, rows)
+    else:
+        rank = bin_ - num_experts
+        rows = number_bin(entry_rank_addr, 4, num_entries, rank, entry_slot_addr, not BY_EXPERT, BLOCK)
+        tl.store(i32_at(rank_rows_addr) + rank, rows)
+
+
+@kernel
+def place(
+    entry_rank_addr: tl.int64,
+    entry_slot_addr: tl.int64,
+    num_entries: tl.int64,
+    topk_idx_addr: tl.int64,
+    start_addr: tl.int64,
+    entry_row_addr: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (entries / BLOCK)."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < num_entries
+    rank = tl.load(i32_at(entry_rank_addr) + entry, mask=inside, other=-1)
+    named = rank >= 0
+    bin_ = rank.to(tl.int64)
+    if BY_EXPERT:
+        bin_ = load_indices(topk_idx_addr, entry, named, IDX_BYTES)
+    slot = tl.load(i32_at(entry_slot_addr) + entry, mask=named, other=-1)
+    start = tl.load(i32_at(start_addr) + bin_, mask=named, other=0)
+    tl.store(i32_at(entry_row_addr) + entry, slot + start, mask=inside)
+
+
+@kernel
+def scatter_routing(
+    topk_idx_addr: tl.int64,
+    topk_weights_addr: tl.int64,
+    first_token: tl.int64,
+    num_topk: tl.int64,
+    width: tl.int64,
+    expert_rank_addr: tl.int64,
+    expert_local_addr: tl.int64,
+    entry_rank_addr: tl.int64,
+    entry_row_addr: tl.int64,
+    peer_idx_addr: tl.int64,
+    peer_weights_addr: tl.int64,
+    peer_token_addr: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Grid (T): all columns of all entries of a token at once, [PLACES, COLUMNS]."""
+    token = first_token + tl.program_id(0)
+    places, columns = tl.arange(0, PLACES)[:, None], tl.arange(0, COLUMNS)[None, :]
+    entry = token * width + places
+    rank = tl.load(i32_at(entry_rank_addr) + entry, mask=places < width, other=-1)
+    row = tl.load(i32_at(entry_row_addr) + entry, mask=rank >= 0, other=0).to(tl.int64)
+    there = base_of(peer_token_addr, rank)
+    tl.store(i32_at(there) + row, tl.zeros([PLACES, 1], tl.int32) + token.to(tl.int32), mask=there != 0)
+    inside = columns < num_topk
+    expert = load_indices(topk_idx_addr, token * num_topk + columns, inside, IDX_BYTES)
+    known = expert >= 0
+    if BY_EXPERT:
+        serves = (columns == places) & known
+    else:
+        serves = (tl.load(i32_at(expert_rank_addr) + expert, mask=known, other=-2) == rank) & known
+    there = base_of(peer_idx_addr, rank)
+    local = tl.load(i32_at(expert_local_addr) + expert, mask=known, other=-1).to(tl.int64)
+    position = row * num_topk + columns
+    store_indices(there, position, tl.where(serves, local, -1), (there != 0) & inside, IDX_BYTES)
+    if topk_weights_addr != 0:
+        there = base_of(peer_weights_addr, rank)
+        weight = tl.load(i32_at(topk_weights_addr) + token * num_topk + columns, mask=inside, other=0)
+        tl.store(i32_at(there) + position, tl.where(serves, weight, 0), mask=(there != 0) & inside)
