@@ -71,21 +71,22 @@ def logfmt_encode(
     rows_addr: tl.int64,
     start_addr: tl.int64,
     wire_addr: tl.int64,
-    step: tl.int64,
+    step: tl.int32,
     BINS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Grid (B, step): each program takes every ``step``-th piece of a bin's rows."""
     bin_ = tl.program_id(0)
     num_groups = (hidden + CHANNELS - 1) // CHANNELS
-    num_pieces = (num_groups + GROUPS - 1) // GROUPS
+    num_pieces = ((num_groups + GROUPS - 1) // GROUPS).to(tl.int32)
     wire_bytes = header_bytes_of(num_groups) + num_groups * RAW
-    rows = tl.load(i32_at(rows_addr) + bin_).to(tl.int64)
+    rows = tl.load(i32_at(rows_addr) + bin_)
     start = tl.load(i32_at(start_addr) + bin_).to(tl.int64)
     before = rows_before(rows_addr, bin_, num_bins, BINS)
     aligned = ((x_addr | (hidden * 2) | wire_addr) & 15) == 0
-    for piece in range(tl.program_id(1).to(tl.int64), rows * num_pieces, step):
-        row, first_group = piece // num_pieces, piece % num_pieces * GROUPS
+    for piece in range(tl.program_id(1), rows * num_pieces, step):
+        row = tl.cast(piece // num_pieces, tl.int64)
+        first_group = tl.cast(piece % num_pieces, tl.int64) * GROUPS
         source = x_addr + (start + row) * hidden * 2
         there = wire_addr + (before + row) * wire_bytes
         if aligned:

@@ -71,8 +71,8 @@ def copy_stretch(source, destination, num_bytes, first, step, PIECE: tl.constexp
         there = tl.cast(word, tl.int64) * 4
         moved = tl.load(words_at(source + there) + words, mask=inside)
         tl.store(words_at(destination + there) + words, moved, mask=inside)
-    rest = tl.arange(0, PIECE)
-    for byte in range(num_words * 4 + first * PIECE, num_bytes, step * PIECE):
+    rest = tl.arange(0, PIECE // 4)  # a whole piece of single bytes would take more registers than the words do
+    for byte in range(num_words * 4 + first * (PIECE // 4), num_bytes, step * (PIECE // 4)):
         inside = byte + rest < num_bytes
         tl.store(bytes_at(destination + byte) + rest, tl.load(bytes_at(source + byte) + rest, mask=inside), mask=inside)
 
@@ -86,7 +86,7 @@ def fill_stretch(destination, num_bytes, byte, first, step, PIECE: tl.constexpr)
     filling = tl.zeros([PIECE // 4], tl.int32) + tl.cast(byte * 0x01010101, tl.int32)
     for word in range(first * (PIECE // 4), num_words, step * (PIECE // 4)):
         tl.store(words_at(destination + tl.cast(word, tl.int64) * 4) + words, filling, mask=word + words < num_words)
-    rest = tl.arange(0, PIECE)
-    few = tl.zeros([PIECE], tl.uint8) + tl.cast(byte, tl.uint8)
-    for start in range(num_words * 4 + first * PIECE, num_bytes, step * PIECE):
+    rest = tl.arange(0, PIECE // 4)
+    few = tl.zeros([PIECE // 4], tl.uint8) + tl.cast(byte, tl.uint8)
+    for start in range(num_words * 4 + first * (PIECE // 4), num_bytes, step * (PIECE // 4)):
         tl.store(bytes_at(destination + start) + rest, few, mask=start + rest < num_bytes)

@@ -19,7 +19,7 @@ _SUMMING = 128
 _FEW = 128
 """Channels that a program sums where there are few, as in rows of weights."""
 _LOGFMT_GROUPS = 4
-_DECODING = 128
+_ENCODING, _DECODING = 128, 64
 
 
 def _pieces(hidden: int, groups: int) -> int:
@@ -131,7 +131,7 @@ class NumberLaunches(RowLaunches):
             logfmt_rows.logfmt_encode,
             (num_bins, step),
             *(x_addr, hidden, num_bins, rows_addr, start_addr, wire_addr, step),
-            threads=_DECODING,
+            threads=_ENCODING,
             BINS=power_of_two(num_bins, 8),
             GROUPS=_GROUPS,
         )

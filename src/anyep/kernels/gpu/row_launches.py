@@ -20,7 +20,7 @@ _ROUTE_THREADS = 512
 _PLACE_BLOCK = 1024
 _CUBE = 2048
 """Pairs of columns that a program compares: those of as many tokens as fit."""
-_KEYS = 1024
+_KEYS, _FEW_KEYS = 1024, 256
 _TILE = 32
 
 
@@ -209,7 +209,7 @@ class RowLaunches:
         step = self._share(num_peers * num_bins)
         self._launch(
             rows.pack,
-            (num_peers * num_bins, step),
+            (num_peers, num_bins, step),
             *(row_bytes, num_bins, rows_addr, start_addr, base_addr, packed_addr, step),
             BINS=power_of_two(num_bins, 8),
             PIECE=PIECE,
@@ -238,17 +238,27 @@ class RowLaunches:
         out_token_addr: int,
     ) -> None:
         step = self._share(num_sources * num_local)
-        self._launch(
-            expansion.expand,
-            (num_sources * num_local, step),
-            *(x_bytes, scale_bytes, num_topk, num_local, rows_addr, start_addr),
-            *(x_addr, scales_addr, idx_addr, weights_addr, token_addr),
-            *(out_x_addr, out_scales_addr, out_idx_addr, out_weights_addr, out_token_addr, step),
-            IDX_BYTES=idx_bytes,
-            COLUMNS=power_of_two(num_topk, 8),
-            KEYS=_KEYS,
-            PIECE=PIECE,
-        )
+        for row_bytes, table_addr, out_addr in ((x_bytes, x_addr, out_x_addr), (scale_bytes, scales_addr, out_scales_addr)):
+            if out_addr and row_bytes:
+                self._launch(
+                    expansion.expand_rows,
+                    (num_sources, num_local, step),
+                    *(row_bytes, num_topk, num_local, rows_addr, start_addr, x_addr, table_addr, idx_addr, out_addr),
+                    step,
+                    IDX_BYTES=idx_bytes,
+                    KEYS=_KEYS,
+                    PIECE=PIECE,
+                )
+        if out_idx_addr or out_weights_addr or out_token_addr:
+            self._launch(
+                expansion.expand_routing,
+                (num_sources, num_local),
+                *(num_topk, num_local, rows_addr, start_addr, x_addr, idx_addr, weights_addr, token_addr),
+                *(out_idx_addr, out_weights_addr, out_token_addr),
+                IDX_BYTES=idx_bytes,
+                COLUMNS=power_of_two(num_topk, 8),
+                KEYS=_FEW_KEYS,
+            )
 
     def transpose_scales(
         self,

@@ -142,11 +142,11 @@ def pack(
     BINS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Grid (P * B, step)."""
-    flat = tl.program_id(0).to(tl.int64)
-    peer, bin_ = flat // num_bins, flat % num_bins
+    """Grid (P, B, step)."""
+    peer, bin_ = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    flat = peer * num_bins + bin_
     packed = tl.load(i64_at(packed_addr) + peer)
     num_bytes = tl.load(i32_at(rows_addr) + flat).to(tl.int64) * row_bytes
     source = base_addr + tl.load(i32_at(start_addr) + flat).to(tl.int64) * row_bytes
     there = packed + rows_before(rows_addr + peer * num_bins * 4, bin_, num_bins, BINS) * row_bytes
-    copy_stretch(source, there, tl.where(packed != 0, num_bytes, 0), tl.program_id(1).to(tl.int64), step, PIECE)
+    copy_stretch(source, there, tl.where(packed != 0, num_bytes, 0), tl.program_id(2).to(tl.int64), step, PIECE)
