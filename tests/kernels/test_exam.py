@@ -12,11 +12,34 @@ import pytest
 from anyep.kernels.reference import ReferenceKernels
 from anyep.kernels.registry import NAMES, load
 from anyep.testing.kernel_exam import KernelExamError, check_kernels
+from anyep.testing.kernel_memory import DeviceMemory
+from tests.kernels.sets import load_or_skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_set_passes(name):
-    check_kernels(load(name), rounds=60 if name == "cpu" else 5)
+    kernels, rounds = load_or_skip(name), {"cpu": 60, "gpu": 20}.get(name, 5)
+    check_kernels(kernels, rounds=rounds, memory=DeviceMemory("cuda") if name == "gpu" else None)
+
+
+def test_a_set_is_examined_in_other_memory_alike():
+    check_kernels(load("cpu"), rounds=10, memory=DeviceMemory("cpu"))
+
+
+def test_a_fault_in_other_memory_is_found():
+    with pytest.raises(KernelExamError, match="byte .* of copy|guard byte|destination"):
+        check_kernels(_WritesOneByteTooMany(), rounds=40, only=["copy"], memory=DeviceMemory("cpu"))
+
+
+def test_only_some_functions_are_examined():
+    check_kernels(_MissesARow(), rounds=40, only=["copy", "place"])
+    with pytest.raises(KernelExamError, match=r"faulty\.scatter\("):
+        check_kernels(_MissesARow(), rounds=40, only=["copy", "scatter"])
+
+
+def test_an_unknown_function_is_told_the_functions():
+    with pytest.raises(ValueError, match="route, place, .*; got 'rout'"):
+        check_kernels(load("reference"), only=["rout"])
 
 
 PLAIN = """
@@ -45,8 +68,8 @@ def test_the_cpu_set_passes_at_length(seed):
 
 
 def test_an_unknown_name_is_told_the_names():
-    with pytest.raises(ValueError, match="kernels must be one of cpu, reference, got 'gpu'"):
-        load("gpu")
+    with pytest.raises(ValueError, match="kernels must be one of cpu, gpu, reference, got 'tpu'"):
+        load("tpu")
 
 
 class _Faulty(ReferenceKernels):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyep.kernels.registry import NAMES, load
+from anyep.kernels.registry import NAMES
 from anyep.kernels.spec import Element, ScaleFormat
 from anyep.numerics.logfmt import logfmt_row_bytes
 from tests.kernels.memory import i32, poisoned, table
+from tests.kernels.sets import device_of, load_or_skip
 
 TOPK_IDX = [[0, 3], [1, 0], [-1, 2]]
 EXPERT_RANK = [0, 0, 1, 1]
@@ -16,7 +17,9 @@ EXPERT_RANK = [0, 0, 1, 1]
 
 @pytest.fixture(params=NAMES)
 def kernels(request):
-    return load(request.param)
+    kernels = load_or_skip(request.param)
+    with torch.device(device_of(request.param)):
+        yield kernels
 
 
 @pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])

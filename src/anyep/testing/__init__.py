@@ -2,10 +2,12 @@
 
 from anyep.testing.engine_exam import EngineExamError, check_engine
 from anyep.testing.kernel_exam import KernelExamError, check_kernels
+from anyep.testing.kernel_memory import DeviceMemory
 from anyep.testing.transport_exam import check_transport
 from anyep.testing.transport_steps import TransportExamError
 
 __all__ = [
+    "DeviceMemory",
     "EngineExamError",
     "KernelExamError",
     "TransportExamError",

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from anyep.kernels.reference import ReferenceKernels
 from anyep.kernels.spec import KernelSet
 from anyep.testing.kernel_cases import Entries, Stretch, draw_entries, draw_range
+from anyep.testing.kernel_memory import ExamMemory
 
 STRETCH_BYTES = 2 << 20
 
@@ -17,10 +18,17 @@ class KernelExamError(AssertionError):
 
 
 class Case:
-    """One call of one function, made by both sets on the same memory."""
+    """One call of one function, made by both sets on the same bytes: in the same memory, or in that of a device."""
 
-    def __init__(self, kernels: KernelSet, rng: np.random.Generator, num_bytes: int = STRETCH_BYTES) -> None:
+    def __init__(
+        self,
+        kernels: KernelSet,
+        rng: np.random.Generator,
+        num_bytes: int = STRETCH_BYTES,
+        memory: ExamMemory | None = None,
+    ) -> None:
         self.kernels = kernels
+        self.memory = memory
         self.rng = rng
         self.stretch = Stretch(rng, num_bytes)
 
@@ -30,14 +38,28 @@ class Case:
         expected = getattr(ReferenceKernels(), function)(*arguments)
         expected_memory = self.stretch.memory.copy()
         self.stretch.memory[:] = before
-        result: int | None = getattr(self.kernels, function)(*arguments)
-        self.kernels.fence()
+        result = self._examined(function, arguments)
         name = f"{self.kernels.name}.{function}{arguments}"
         if result != expected:
             raise KernelExamError(f"{name} returned {result}, expected {expected}")
         difference = self.stretch.difference(expected_memory)
         if difference is not None:
             raise KernelExamError(f"{name}: {difference}")
+        return result
+
+    def _examined(self, function: str, arguments: tuple[int, ...]) -> int | None:
+        """Call the set that is examined where its memory is, and bring what it wrote back."""
+        call = getattr(self.kernels, function)
+        if self.memory is None:
+            result: int | None = call(*arguments)
+            self.kernels.fence()
+            return result
+        stretch = self.stretch
+        distance = self.memory.place(stretch.memory.size, like=stretch.memory.ctypes.data) - stretch.memory.ctypes.data
+        self.memory.write(stretch.moved(stretch.memory, distance))
+        result = call(*(one + distance if stretch.holds(one) else one for one in arguments))
+        self.kernels.fence()
+        stretch.memory[:] = stretch.moved(self.memory.read(), -distance)
         return result
 
 

@@ -30,6 +30,7 @@ class Stretch:
         self.names: list[tuple[int, int, str]] = []
         self._used = _GUARD
         self._undefined: list[tuple[int, int]] = []
+        self._tables: list[int] = []
 
     def cut(self, name: str, num_bytes: int, alignment: int = 1) -> int:
         """Return the address of ``num_bytes`` random bytes: a multiple of ``alignment``, and of more only by chance."""
@@ -50,6 +51,24 @@ class Stretch:
         address = self.cut(name, flat.size, width)
         self.at(address, flat.size)[:] = flat
         return address
+
+    def put_table(self, name: str, addresses: NDArray[np.integer] | list[int]) -> int:
+        """Return the address of an int64 table of addresses in this stretch, 0 for nowhere."""
+        address = self.put(name, np.asarray(addresses, np.int64))
+        first = address - self.memory.ctypes.data
+        self._tables.extend(range(first, first + 8 * len(addresses), 8))
+        return address
+
+    def moved(self, memory: Bytes, distance: int) -> Bytes:
+        """Return a copy of ``memory`` in which every table's addresses are ``distance`` further."""
+        elsewhere: Bytes = np.array(memory)
+        for offset in self._tables:
+            entry = elsewhere[offset : offset + 8].view(np.int64)
+            entry[0] += distance if entry[0] else 0
+        return elsewhere
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.memory.ctypes.data < self.memory.size
 
     def at(self, address: int, num_bytes: int) -> Bytes:
         offset = address - self.memory.ctypes.data
@@ -137,7 +156,7 @@ def put_peers(
     named = set(entries.rank_TW.ravel().tolist())
     kept = [r not in skipped and (r in named or stretch.rng.random() < 0.5) for r in range(len(bases))]
     table = [base if keep else 0 for base, keep in zip(bases, kept, strict=True)]
-    return stretch.put(f"table of {name}", np.array(table, np.int64)), bases
+    return stretch.put_table(f"table of {name}", table), bases
 
 
 def put_entries(stretch: Stretch, entries: Entries) -> tuple[int, int]:

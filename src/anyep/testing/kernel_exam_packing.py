@@ -20,7 +20,7 @@ def exam_unpack(case: Case) -> None:
     packed = [stretch.cut(f"packed[{s}]", int(n) * row_bytes, int(rng.choice([1, 64]))) for s, n in enumerate(rows_S)]
     base = stretch.cut("base", num_rows * row_bytes, int(rng.choice([1, 64])))
     head = (row_bytes, S, stretch.put("rows", rows_S), stretch.put("start", start_S))
-    case.run("unpack", *head, stretch.put("table of packed", np.where(skipped_S, 0, packed).astype(np.int64)), base)
+    case.run("unpack", *head, stretch.put_table("table of packed", np.where(skipped_S, 0, packed)), base)
 
 
 def exam_pack(case: Case) -> None:
@@ -33,7 +33,7 @@ def exam_pack(case: Case) -> None:
     totals = rows_PB.sum(axis=1).tolist()
     packed = [stretch.cut(f"packed[{p}]", n * row_bytes, int(rng.choice([1, 64]))) for p, n in enumerate(totals)]
     head = (row_bytes, P, B, stretch.put("rows", rows_PB), stretch.put("start", start_PB), base)
-    case.run("pack", *head, stretch.put("table of packed", np.where(skipped_P, 0, packed).astype(np.int64)))
+    case.run("pack", *head, stretch.put_table("table of packed", np.where(skipped_P, 0, packed)))
 
 
 def exam_expand(case: Case) -> None:
@@ -53,7 +53,7 @@ def exam_expand(case: Case) -> None:
     widths = {"x": x_bytes, "scales": scale_bytes, "weights": 4 * K, "token": 4}
     tables = {name: _put_sources(stretch, name, rows_S, width, skipped_S) for name, width in widths.items()}
     widths["idx"] = head[3] * K
-    tables["idx"] = stretch.put("table of idx", np.array(idx_addresses, np.int64))
+    tables["idx"] = stretch.put_table("table of idx", idx_addresses)
     order = ("x", "scales", "idx", "weights", "token")
     out = {
         name: _maybe_cut(case, f"out_{name}", num_rows * widths[name], head[3] if name == "idx" else 4)
@@ -69,7 +69,7 @@ def _put_sources(
 ) -> int:
     """Cut every source's array; return the address of their table, with 0 for those to be skipped."""
     cut = [stretch.cut(f"{name}[{s}]", int(n) * width, 4) for s, n in enumerate(rows_S)]
-    return stretch.put(f"table of {name}", np.where(skipped_S, 0, cut).astype(np.int64))
+    return stretch.put_table(f"table of {name}", np.where(skipped_S, 0, cut))
 
 
 def _maybe_cut(case: Case, name: str, num_bytes: int, alignment: int) -> int:

@@ -8,6 +8,7 @@ Legend: ELEMENT 0 BF16, 1 FP16, 2 FP32 (:class:`~anyep.numerics.formats.Element`
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
@@ -101,7 +102,9 @@ def decode_e4m3(codes, NATIVE: tl.constexpr):
 @triton.jit
 def scale_of(amax, SCALES: tl.constexpr):
     """Return the fp32 scale of groups whose largest magnitude, at least 1e-4, has the bits ``amax``, as bits."""
-    ratio = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full(amax.shape, LARGEST, tl.float32)).to(tl.int32, bitcast=True)
+    ratio = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full(amax.shape, LARGEST, tl.float32)).to(
+        tl.int32, bitcast=True
+    )
     if SCALES != FP32_SCALES:
         ratio = (ratio + MANTISSA) & INF
     return tl.where(amax > INF, NAN, tl.where(amax == INF, INF, ratio))

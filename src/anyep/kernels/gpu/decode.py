@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.codec import CHANNELS, NAN, UE8M0, decode_e4m3, start_of, store_numbers
+from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.memory import bytes_at, i32_at
 
 

@@ -6,10 +6,10 @@ NATIVE: kernels/gpu/codec.py.
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.codec import (
     CHANNELS,
     LEAST_AMAX,
@@ -21,6 +21,7 @@ from anyep.kernels.gpu.codec import (
     scale_of,
     start_of,
 )
+from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.memory import base_of, bytes_at, i32_at
 from anyep.kernels.gpu.rows import named_bases
 
@@ -48,9 +49,7 @@ def quantise_piece(
     left = hidden - first
     if ALIGNED:
         left = left // 16 * 16
-    x = load_numbers(
-        x_addr + first * (4 if ELEMENT == 2 else 2), channel, channel < left, ELEMENT, ALIGNED
-    )
+    x = load_numbers(x_addr + first * (4 if ELEMENT == 2 else 2), channel, channel < left, ELEMENT, ALIGNED)
     amax = tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
     least = tl.full([GROUPS], LEAST_AMAX, tl.float32).to(tl.int32, bitcast=True)
     amax = tl.where(amax > least, amax, least)

@@ -1,4 +1,7 @@
-"""How a kernel is declared: every number that is no constant is a 64-bit integer of which the compiler knows nothing."""
+"""How a kernel is declared: its numbers are integers of a fixed width, of which the compiler knows nothing more.
+
+Device functions have no types that mypy could check: the modules that hold them say so in their first lines.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class CompileOnly:
 
 
 class InInterpreter:
-    """Run the programs of the grid one after the other in Python; needs TRITON_INTERPRET=1 since Triton was imported."""
+    """Run the programs of the grid one by one in Python; needs TRITON_INTERPRET=1 from before Triton was imported."""
 
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int

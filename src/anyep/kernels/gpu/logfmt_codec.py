@@ -5,6 +5,7 @@ Groups lie as [GROUPS, 4, 32]: quarters of 32 channels, whose high bits share by
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 

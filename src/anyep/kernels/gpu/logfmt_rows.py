@@ -6,11 +6,12 @@ next power of two.
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.codec import CHANNELS, start_of
+from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.logfmt_codec import CODES, RAW, RAW_IN_CODES, encode_log, header_bytes_of
 from anyep.kernels.gpu.memory import i32_at
 from anyep.kernels.gpu.rows import rows_before
@@ -59,7 +60,9 @@ def encode_piece(x_addr, hidden, first_group, wire_addr, ALIGNED: tl.constexpr, 
     first = tl.cast(start_of(codes_addr, ALIGNED), tl.pointer_type(tl.int16)) + group[:, None, None] * (CODES // 2)
     tl.store(first + in_group, numbers, mask=is_raw & (in_group < RAW_IN_CODES))
     rest_addr = wire_addr + header_bytes_of(num_groups) + num_groups * CODES + first_group * (RAW - CODES)
-    rest = tl.cast(start_of(rest_addr, ALIGNED), tl.pointer_type(tl.int16)) + group[:, None, None] * ((RAW - CODES) // 2)
+    rest = tl.cast(start_of(rest_addr, ALIGNED), tl.pointer_type(tl.int16)) + group[:, None, None] * (
+        (RAW - CODES) // 2
+    )
     tl.store(rest + (in_group - RAW_IN_CODES), numbers, mask=is_raw & (in_group >= RAW_IN_CODES))
 
 

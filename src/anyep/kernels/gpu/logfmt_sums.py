@@ -6,11 +6,12 @@ PLACES: W up to the next power of two.
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.codec import BF16, CHANNELS, load_numbers, start_of, store_numbers
+from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.logfmt_codec import CODES, RAW, RAW_IN_CODES, decode_log, header_bytes_of
 from anyep.kernels.gpu.memory import i32_at, i64_at
 from anyep.kernels.gpu.sums import entry_at, order_of
@@ -91,9 +92,9 @@ def sum_decoded(
             row, weight = entry_at(ranks_addr, rows_addr, peer_addr, weights_addr, wire_bytes, column, width)
             numbers = decode_piece(row, num_groups, first_group, ALIGNED, GROUPS)
             total = total + numbers * weight.to(tl.float32, bitcast=True)
-    if tl.max(tl.where(named, 1, 0)) == 0:
-        if (bias0_addr | bias1_addr) == 0:
-            total = tl.zeros([GROUPS, 4, 32], tl.float32)
+    num_terms = tl.sum(tl.where(named, 1, 0)) + tl.where((bias0_addr | bias1_addr) != 0, 1, 0)
+    if num_terms == 0:
+        total = tl.zeros([GROUPS, 4, 32], tl.float32)
     store_numbers(out_addr + here, channel, total, channel < left, BF16, ALIGNED)
 
 

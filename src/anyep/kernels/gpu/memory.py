@@ -8,6 +8,7 @@ Legend: PIECE bytes of a row that one program moves.
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 

@@ -8,6 +8,7 @@ Legend: T tokens, K top-k, W entries a token, E experts, R ranks; COLUMNS, PLACE
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
@@ -56,9 +57,7 @@ def find_entries(
         valid = tokens[:, None, None] < num_tokens
         inside_row = valid & (columns[None, :, None] < num_topk)
         inside_column = valid & (columns[None, None, :] < num_topk)
-        here = ranks_of(
-            load_indices(topk_idx_addr, by_row, inside_row, IDX_BYTES), num_experts, expert_rank_addr
-        )
+        here = ranks_of(load_indices(topk_idx_addr, by_row, inside_row, IDX_BYTES), num_experts, expert_rank_addr)
         other = ranks_of(
             load_indices(topk_idx_addr, by_column, inside_column, IDX_BYTES), num_experts, expert_rank_addr
         )

@@ -238,7 +238,10 @@ class RowLaunches:
         out_token_addr: int,
     ) -> None:
         step = self._share(num_sources * num_local)
-        for row_bytes, table_addr, out_addr in ((x_bytes, x_addr, out_x_addr), (scale_bytes, scales_addr, out_scales_addr)):
+        for row_bytes, table_addr, out_addr in (
+            (x_bytes, x_addr, out_x_addr),
+            (scale_bytes, scales_addr, out_scales_addr),
+        ):
             if out_addr and row_bytes:
                 self._launch(
                     expansion.expand_rows,

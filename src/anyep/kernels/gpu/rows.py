@@ -8,6 +8,7 @@ Legend: T tokens, W entries a token, S sources, P peers, B bins.
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 

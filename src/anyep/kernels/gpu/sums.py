@@ -7,11 +7,12 @@ Legend: T tokens, W entries a token; BLOCK channels that one program sums; PLACE
 
 from __future__ import annotations
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.codec import load_numbers, store_numbers
+from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.memory import i32_at, i64_at
 
 
@@ -148,9 +149,9 @@ def sum_piece(
             *(total, order, ranks_addr, rows_addr, peer_addr, weights_addr, row_bytes, offset, width, channel, left),
             *(ELEMENT, ALIGNED, PLACES),
         )
-    if tl.max(tl.where(named, 1, 0)) == 0:
-        if (bias0_addr | bias1_addr) == 0:
-            total = tl.zeros([BLOCK], tl.float32)
+    num_terms = tl.sum(tl.where(named, 1, 0)) + tl.where((bias0_addr | bias1_addr) != 0, 1, 0)
+    if num_terms == 0:
+        total = tl.zeros([BLOCK], tl.float32)
     store_numbers(out_addr + here, channel, total, channel < left, ELEMENT, ALIGNED)
 
 

@@ -1,0 +1,61 @@
+"""Words that say how far a rank is: the GPU's memory order, written down once.
+
+A word is int64, ``epoch << 32 | count``: epochs only grow, so that no word is ever reset and a captured graph may be
+replayed. Each (receiver, sender) pair has a word of its own, which lies at the receiver.
+
+- *Publish* is an exchange with release at system scope. What this device wrote before is visible to whoever acquires
+  the word: rows of earlier kernels too, for a kernel begins after those before it on its stream, and release passes on
+  what came before. The barrier gathers the writes of all threads of the program, which the one thread that exchanges
+  could not vouch for.
+- *Await* adds 0 with acquire at system scope until the epoch has come, and then a barrier lets the other threads in. It
+  looks ``limit`` times at most: a rank that is late for longer leaves a word in ``errors`` instead of a hanging device.
+"""
+
+from __future__ import annotations
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+import triton.language as tl
+
+from anyep.kernels.gpu.jit import kernel
+from anyep.kernels.gpu.memory import i32_at, i64_at
+
+
+@kernel
+def signal(peer_word_addr: tl.int64, epoch: tl.int64, counts_addr: tl.int64):
+    """Grid (R): write ``epoch << 32 | counts[r]`` to the word that the table names for rank r, unless it names none.
+
+    ``peer_word`` is a peer table, ``counts`` int32 [R] or 0 for none.
+
+    >>> # epoch=3, counts=[5, 7], peer_word=[a, 0]: word at a: (3 << 32) + 5
+    """
+    rank = tl.program_id(0)
+    word_addr = tl.load(i64_at(peer_word_addr) + rank)
+    count = tl.load(i32_at(counts_addr) + rank, mask=counts_addr != 0, other=0).to(tl.int64)
+    tl.debug_barrier()
+    if word_addr != 0:
+        word = (tl.cast(epoch, tl.int64) << 32) | count
+        tl.atomic_xchg(i64_at(word_addr), word, sem="release", scope="sys")
+
+
+@kernel
+def wait(words_addr: tl.int64, epoch: tl.int64, limit: tl.int64, counts_addr: tl.int64, errors_addr: tl.int64):
+    """Grid (R): wait until every sender's word has reached ``epoch``; write the counts to int32 [R] (0: nowhere).
+
+    ``words`` are int64 [R]. Where a word has not come after ``limit`` looks, ``errors`` int64 [R] takes ``epoch << 32 |
+    the epoch that the word holds``, and the count is not written. Words of errors that did come are not touched.
+
+    >>> # epoch=3, limit=2, words=[(3 << 32) + 5, (1 << 32) + 9]: counts=[5, .], errors=[., (3 << 32) + 1]
+    """
+    rank = tl.program_id(0)
+    word = i64_at(words_addr) + rank
+    nothing = tl.cast(limit, tl.int64) * 0
+    seen = tl.atomic_add(word, nothing, sem="acquire", scope="sys")
+    left = tl.cast(limit, tl.int64) - 1
+    while ((seen >> 32) < epoch) & (left > 0):
+        seen = tl.atomic_add(word, nothing, sem="acquire", scope="sys")
+        left -= 1
+    tl.debug_barrier()
+    if (seen >> 32) < epoch:
+        tl.store(i64_at(errors_addr) + rank, (tl.cast(epoch, tl.int64) << 32) | (seen >> 32))
+    elif counts_addr != 0:
+        tl.store(i32_at(counts_addr) + rank, (seen & 0xFFFFFFFF).to(tl.int32))
