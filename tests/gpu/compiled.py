@@ -1,4 +1,4 @@
-"""A process that compiles the set for a target that it does not have: ``compiled.py target``.
+"""A process that compiles the set for a target that it does not have: ``target all|some``.
 
 Prints a JSON list: for each compiled form its name, constants, registers, bytes of stack, spills, and instructions.
 """
@@ -30,12 +30,13 @@ TARGETS = {
 }
 
 
-def main(name):
+def main(name, how_many):
     ours, theirs = TARGETS[name]
     forms = {}
 
     def note(kernel, grid, numbers, constants, threads):
-        forms[kernel.__name__, tuple(constants.items()), threads] = kernel
+        if how_many == "all" or _is_usual(**constants):
+            forms[kernel.__name__, tuple(constants.items()), threads] = kernel
 
     call_every_variant(GpuKernels(torch.device("cpu"), ours, note))
     facts = [
@@ -43,6 +44,10 @@ def main(name):
         for (_, constants, threads), kernel in forms.items()
     ]
     print(json.dumps(facts))
+
+
+def _is_usual(IDX_BYTES=8, ELEMENT=0, SCALES=0, **_):
+    return IDX_BYTES == 8 and ELEMENT != 1 and SCALES == 0
 
 
 def _facts(kernel, constants, options, theirs):
@@ -66,7 +71,7 @@ def _nvidia(ptx, cubin):
     return {
         "registers": numbers["REG"],
         "memory": numbers["STACK"] + numbers["LOCAL"],
-        "instructions": sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence|fma)\.[\w.:]+", ptx))),
+        "instructions": sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence|fma|div)\.[\w.:]+", ptx))),
     }
 
 
@@ -76,7 +81,7 @@ def _amd(assembly):
     return {
         "registers": numbers["vgpr_count"],
         "memory": numbers["private_segment_fixed_size"] + numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
-        "instructions": sorted(set(re.findall(r"\b(?:global|buffer|flat|v_fma|s_waitcnt)_\w+", assembly))),
+        "instructions": sorted(set(re.findall(r"\b(?:global|buffer|flat|v_fma|v_div)_\w+", assembly))),
     }
 
 

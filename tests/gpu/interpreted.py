@@ -1,4 +1,4 @@
-"""A process that runs the kernels in Triton's interpreter: ``interpreted.py rounds seed native|arithmetic function...``.
+"""A process that runs the kernels in Triton's interpreter: ``rounds seed native|arithmetic function...``.
 
 Prints one JSON object: for each function what went wrong, "" for nothing. The function "examples" is the worked
 examples of the spec's docstrings; "all" stands for all of the exam, with every number of 16 bits.

@@ -16,10 +16,8 @@ CONVERSIONS = ("quantise_scatter", "dequantise")
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    functions = [*FUNCTIONS, "examples"]
-    return run_program(
-        "interpreted", "8", "0", "native", *functions, cache=tmp_path_factory.mktemp("t"), interpreted=True
-    )
+    cache = tmp_path_factory.mktemp("cache")
+    return run_program("interpreted", "8", "0", "native", *FUNCTIONS, "examples", cache=cache, interpreted=True)
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, "examples"])

@@ -20,7 +20,7 @@ _ROUTE_THREADS = 512
 _PLACE_BLOCK = 1024
 _CUBE = 2048
 """Pairs of columns that a program compares: those of as many tokens as fit."""
-_KEYS, _FEW_KEYS = 1024, 256
+_KEYS, _FEW_KEYS = 1024, 128
 _TILE = 32
 
 

@@ -1,0 +1,96 @@
+"""What becomes of the kernels on targets that this machine does not have: access widths, memory, memory order."""
+
+from __future__ import annotations
+
+import pytest
+
+from anyep.errors import Unavailable
+from anyep.kernels.gpu.target import SM_80, SM_90
+from tests.gpu.programs import needs_triton, run_program
+
+MOVING = {"scatter", "copy", "unpack", "pack", "expand_rows", "quantise_scatter", "dequantise", "reduce"}
+"""Kernels that read and write rows."""
+WRITING = {"fill_rows", *MOVING}
+NUMERIC = {"reduce", "quantise_scatter", "dequantise", "logfmt_encode", "reduce_logfmt"}
+"""Kernels whose products are rounded before they are added."""
+OTHERS = {"find_entries", "number_entries", "place", "scatter_routing", "expand_routing", "transpose_scales"}
+FLAGS = {"signal", "wait"}
+MOST_REGISTERS = 144
+TARGETS = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "gfx942"))]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def forms(target, tmp_path_factory):
+    how_many = "some" if target == "sm_90" else "all"
+    return run_program("compiled", target, how_many, cache=tmp_path_factory.mktemp("cache"), timeout=900)
+
+
+def _moves_16_bytes(target, instructions, *, loads):
+    if target == "gfx942":
+        return any(one.endswith(f"{'load' if loads else 'store'}_dwordx4") for one in instructions)
+    return f"{'ld' if loads else 'st'}.global.v4.b32" in instructions
+
+
+def _instructions(forms, kernel):
+    (form,) = [form for form in forms if form["kernel"] == kernel]
+    return form["instructions"]
+
+
+@needs_triton
+def test_every_function_compiles(forms, target):
+    without = {"quantise_scatter", "dequantise"} if target == "sm_80" else set()
+    assert {form["kernel"] for form in forms} == (WRITING | NUMERIC | OTHERS | FLAGS) - without
+
+
+@needs_triton
+def test_nothing_spills_and_nothing_lives_in_local_memory(forms):
+    assert [form for form in forms if form["memory"] != 0] == []
+
+
+@needs_triton
+def test_registers_leave_room_for_other_programs(forms):
+    assert [form for form in forms if form["registers"] > MOST_REGISTERS] == []
+
+
+@needs_triton
+def test_rows_are_read_and_written_16_bytes_at_a_time(forms, target):
+    for form in forms:
+        if form["kernel"] in WRITING and form["constants"].get("BLOCK") != 128:
+            assert _moves_16_bytes(target, form["instructions"], loads=False), form
+            assert form["kernel"] == "fill_rows" or _moves_16_bytes(target, form["instructions"], loads=True), form
+
+
+@needs_triton
+def test_no_product_is_added_unrounded(forms):
+    for form in forms:
+        fused = [one for one in form["instructions"] if one.startswith("fma.")]
+        assert form["kernel"] not in NUMERIC or fused == [], form
+
+
+@needs_triton
+def test_divisions_are_true_ones(forms, target):
+    division = "v_div_fixup_f32" if target == "gfx942" else "div.rn.f32"
+    for form in forms:
+        assert form["kernel"] not in {"quantise_scatter", "logfmt_encode"} or division in form["instructions"], form
+
+
+@needs_triton
+def test_signals_release_and_waits_acquire_at_system_scope(forms, target):
+    signal, wait = _instructions(forms, "signal"), _instructions(forms, "wait")
+    if target == "gfx942":
+        assert {"buffer_wbl2", "global_atomic_swap_x2"} <= set(signal)
+        assert "buffer_inv" in wait
+        return
+    assert "atom.global.sys.release.exch.b64" in signal
+    assert any(one.startswith(("ld.", "atom.")) and "sys" in one and "acquire" in one for one in wait)
+
+
+def test_a_device_without_fp8_offers_bf16():
+    with pytest.raises(Unavailable, match="this is sm_80; use wire='bf16'"):
+        SM_80.check_fp8()
+    SM_90.check_fp8()
