@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.memory import bytes_at
+from anyep.kernels.gpu.memory import start_of
 from anyep.numerics.formats import CHANNELS_PER_SCALE, Element, ScaleFormat
 from anyep.numerics.scales import E4M3_MAX, MIN_AMAX
 
@@ -26,30 +26,28 @@ LEAST_AMAX = tl.constexpr(MIN_AMAX)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 MANTISSA = tl.constexpr(0x7FFFFF)
 INF = tl.constexpr(0x7F800000)
+SIGN = tl.constexpr(-0x80000000)
 NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
-def start_of(address, ALIGNED: tl.constexpr):
-    """Return a pointer to bytes, with what is known of it."""
-    return tl.multiple_of(bytes_at(address), 16) if ALIGNED else bytes_at(address)
+def nothing(SHAPE: tl.constexpr):
+    """Return fp32 -0, which changes no number when added, zeros of both signs too.
+
+    From its bits: Triton 3.6 takes -0.0 for 0.0.
+    """
+    return tl.full(SHAPE, SIGN, tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_numbers(address, channel, inside, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
     """Return fp32 numbers; 0 where ``inside`` is false."""
     if ELEMENT == BF16:
-        numbers = tl.load(
-            tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.bfloat16)) + channel, mask=inside, other=0.0
-        )
+        numbers = tl.load(start_of(address, tl.bfloat16, ALIGNED) + channel, mask=inside, other=0.0)
     elif ELEMENT == FP16:
-        numbers = tl.load(
-            tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.float16)) + channel, mask=inside, other=0.0
-        )
+        numbers = tl.load(start_of(address, tl.float16, ALIGNED) + channel, mask=inside, other=0.0)
     else:
-        numbers = tl.load(
-            tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.float32)) + channel, mask=inside, other=0.0
-        )
+        numbers = tl.load(start_of(address, tl.float32, ALIGNED) + channel, mask=inside, other=0.0)
     return numbers.to(tl.float32)
 
 
@@ -58,13 +56,13 @@ def store_numbers(address, channel, x, inside, ELEMENT: tl.constexpr, ALIGNED: t
     """Round fp32 numbers to nearest even and write them; NaN is canonical."""
     if ELEMENT == BF16:
         bits = tl.where(x != x, 0x7FC0, x.to(tl.bfloat16).to(tl.int16, bitcast=True)).to(tl.int16)
-        tl.store(tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.int16)) + channel, bits, mask=inside)
+        tl.store(start_of(address, tl.int16, ALIGNED) + channel, bits, mask=inside)
     elif ELEMENT == FP16:
         bits = tl.where(x != x, 0x7E00, x.to(tl.float16).to(tl.int16, bitcast=True)).to(tl.int16)
-        tl.store(tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.int16)) + channel, bits, mask=inside)
+        tl.store(start_of(address, tl.int16, ALIGNED) + channel, bits, mask=inside)
     else:
         bits = tl.where(x != x, NAN, x.to(tl.int32, bitcast=True))
-        tl.store(tl.cast(start_of(address, ALIGNED), tl.pointer_type(tl.int32)) + channel, bits, mask=inside)
+        tl.store(start_of(address, tl.int32, ALIGNED) + channel, bits, mask=inside)
 
 
 @triton.jit

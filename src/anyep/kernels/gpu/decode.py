@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.codec import CHANNELS, NAN, UE8M0, decode_e4m3, start_of, store_numbers
+from anyep.kernels.gpu.codec import CHANNELS, NAN, UE8M0, decode_e4m3, store_numbers
 from anyep.kernels.gpu.jit import kernel
-from anyep.kernels.gpu.memory import bytes_at, i32_at
+from anyep.kernels.gpu.memory import bytes_at, i32_at, start_of
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def dequantise_piece(
     if ALIGNED:
         left = left // 16 * 16
     inside = channel < left
-    codes = tl.load(start_of(q_addr, ALIGNED) + channel, mask=inside, other=0)
+    codes = tl.load(start_of(q_addr, tl.uint8, ALIGNED) + channel, mask=inside, other=0)
     scale = load_scales(scales_addr, group, group < num_groups, SCALES)
     store_numbers(out_addr, channel, decode_e4m3(codes, NATIVE) * scale[:, None], inside, ELEMENT, ALIGNED)
 

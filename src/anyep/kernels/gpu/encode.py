@@ -19,10 +19,9 @@ from anyep.kernels.gpu.codec import (
     factor_of,
     load_numbers,
     scale_of,
-    start_of,
 )
 from anyep.kernels.gpu.jit import kernel
-from anyep.kernels.gpu.memory import base_of, bytes_at, i32_at
+from anyep.kernels.gpu.memory import base_of, bytes_at, i32_at, start_of
 from anyep.kernels.gpu.rows import named_bases
 
 
@@ -64,7 +63,7 @@ def quantise_piece(
         rank = tl.load(i32_at(ranks_addr) + column)
         row = tl.load(i32_at(rows_addr) + column).to(tl.int64)
         base = base_of(peer_q_addr, rank)
-        there = start_of(base + row * hidden + first, ALIGNED)
+        there = start_of(base + row * hidden + first, tl.uint8, ALIGNED)
         tl.store(there + channel, codes, mask=channel < tl.where(base != 0, left, 0))
         base = base_of(peer_scales_addr, rank)
         inside = first_group + group < tl.where(base != 0, num_scales, 0)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.codec import CHANNELS, start_of
+from anyep.kernels.gpu.codec import CHANNELS
 from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.logfmt_codec import CODES, RAW, RAW_IN_CODES, encode_log, header_bytes_of
-from anyep.kernels.gpu.memory import i32_at
+from anyep.kernels.gpu.memory import i32_at, start_of
 from anyep.kernels.gpu.rows import rows_before
 from anyep.numerics.logfmt import LEAST_AMAX_BITS, ONE_BITS
 
@@ -42,7 +42,7 @@ def encode_piece(x_addr, hidden, first_group, wire_addr, ALIGNED: tl.constexpr, 
     left = hidden - first_group * CHANNELS
     if ALIGNED:
         left = left // 8 * 8
-    start = tl.cast(start_of(x_addr + first_group * CHANNELS * 2, ALIGNED), tl.pointer_type(tl.int16))
+    start = start_of(x_addr + first_group * CHANNELS * 2, tl.int16, ALIGNED)
     numbers = tl.load(start + channel, mask=channel < left, other=0)
     bits = numbers.to(tl.int32)
     header = header_of(bits)
@@ -51,18 +51,16 @@ def encode_piece(x_addr, hidden, first_group, wire_addr, ALIGNED: tl.constexpr, 
     codes = encode_log(bits, header)
     codes_addr = wire_addr + header_bytes_of(num_groups) + first_group * CODES
     is_coded = (here & (header != 0))[:, None, None]
-    low = start_of(codes_addr, ALIGNED) + group[:, None, None] * CODES + in_group
+    low = start_of(codes_addr, tl.uint8, ALIGNED) + group[:, None, None] * CODES + in_group
     tl.store(low, (codes & 0xFF).to(tl.uint8), mask=is_coded & (in_group >= 0))
     high = tl.sum((codes >> 8) << (quarter * 2), axis=1)
     byte = group[:, None] * CODES + CHANNELS + tl.arange(0, 32)[None, :]
-    tl.store(start_of(codes_addr, ALIGNED) + byte, high.to(tl.uint8), mask=(here & (header != 0))[:, None])
+    tl.store(start_of(codes_addr, tl.uint8, ALIGNED) + byte, high.to(tl.uint8), mask=(here & (header != 0))[:, None])
     is_raw = (here & (header == 0))[:, None, None]
-    first = tl.cast(start_of(codes_addr, ALIGNED), tl.pointer_type(tl.int16)) + group[:, None, None] * (CODES // 2)
+    first = start_of(codes_addr, tl.int16, ALIGNED) + group[:, None, None] * (CODES // 2)
     tl.store(first + in_group, numbers, mask=is_raw & (in_group < RAW_IN_CODES))
     rest_addr = wire_addr + header_bytes_of(num_groups) + num_groups * CODES + first_group * (RAW - CODES)
-    rest = tl.cast(start_of(rest_addr, ALIGNED), tl.pointer_type(tl.int16)) + group[:, None, None] * (
-        (RAW - CODES) // 2
-    )
+    rest = start_of(rest_addr, tl.int16, ALIGNED) + group[:, None, None] * ((RAW - CODES) // 2)
     tl.store(rest + (in_group - RAW_IN_CODES), numbers, mask=is_raw & (in_group >= RAW_IN_CODES))
 
 

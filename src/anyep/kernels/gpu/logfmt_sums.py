@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.codec import BF16, CHANNELS, load_numbers, start_of, store_numbers
+from anyep.kernels.gpu.codec import BF16, CHANNELS, load_numbers, nothing, store_numbers
 from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.logfmt_codec import CODES, RAW, RAW_IN_CODES, decode_log, header_bytes_of
-from anyep.kernels.gpu.memory import i32_at, i64_at
+from anyep.kernels.gpu.memory import i32_at, i64_at, start_of
 from anyep.kernels.gpu.sums import entry_at, order_of
 
 
@@ -28,19 +28,20 @@ def decode_piece(wire_addr, num_groups, first_group, ALIGNED: tl.constexpr, GROU
     codes_addr = wire_addr + header_bytes_of(num_groups) + first_group * CODES
     is_coded = (here & (header != 0))[:, None, None] & (in_group >= 0)
     base = group[:, None, None] * CODES
-    low = tl.load(start_of(codes_addr, ALIGNED) + base + in_group, mask=is_coded, other=0)
-    high = tl.load(start_of(codes_addr, ALIGNED) + base + CHANNELS + lane + quarter * 0, mask=is_coded, other=0)
+    low = tl.load(start_of(codes_addr, tl.uint8, ALIGNED) + base + in_group, mask=is_coded, other=0)
+    high = tl.load(
+        start_of(codes_addr, tl.uint8, ALIGNED) + base + CHANNELS + lane + quarter * 0, mask=is_coded, other=0
+    )
     decoded = decode_log(low.to(tl.int32) | ((high.to(tl.int32) >> (quarter * 2)) & 3) << 8, header)
     is_raw = (here & (header == 0))[:, None, None]
-    in_codes = start_of(codes_addr, ALIGNED)
     first = tl.load(
-        tl.cast(in_codes, tl.pointer_type(tl.bfloat16)) + group[:, None, None] * (CODES // 2) + in_group,
+        start_of(codes_addr, tl.bfloat16, ALIGNED) + group[:, None, None] * (CODES // 2) + in_group,
         mask=is_raw & (in_group < RAW_IN_CODES),
         other=0.0,
     )
     rest_addr = wire_addr + header_bytes_of(num_groups) + num_groups * CODES + first_group * (RAW - CODES)
     rest = tl.load(
-        tl.cast(start_of(rest_addr, ALIGNED), tl.pointer_type(tl.bfloat16))
+        start_of(rest_addr, tl.bfloat16, ALIGNED)
         + group[:, None, None] * ((RAW - CODES) // 2)
         + (in_group - RAW_IN_CODES),
         mask=is_raw & (in_group >= RAW_IN_CODES),
@@ -76,7 +77,7 @@ def sum_decoded(
     if ALIGNED:
         left = left // 8 * 8
     here = (token * hidden + first_group * CHANNELS) * 2
-    total = tl.full([GROUPS, 4, 32], -0.0, tl.float32)
+    total = nothing([GROUPS, 4, 32])
     if bias0_addr != 0:
         total = total + load_numbers(bias0_addr + here, channel, channel < left, BF16, ALIGNED)
     if bias1_addr != 0:

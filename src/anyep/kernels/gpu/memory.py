@@ -19,13 +19,23 @@ def bytes_at(address):
 
 
 @triton.jit
-def words_at(address):
-    """Return a pointer to int32 for an address that is a multiple of 16.
+def start_of(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer to numbers of TYPE; ALIGNED says that the address is a multiple of 16.
 
     The compiler forgets what it knows of an integer when it becomes a pointer, and what it is told of a pointer to
-    words does not outlast an addition: told of bytes and cast last, it moves 16 bytes at a time.
+    wider numbers does not outlast an addition: told of bytes and cast last, it moves 16 bytes at a time. Triton 3.6
+    also forgets what it is told of a function's result, so the first cast stands here and is not :func:`bytes_at`.
     """
-    return tl.cast(tl.multiple_of(bytes_at(address), 16), tl.pointer_type(tl.int32))
+    start = tl.cast(tl.cast(address, tl.int64), tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return tl.cast(start, tl.pointer_type(TYPE))
+
+
+@triton.jit
+def words_at(address):
+    """Return a pointer to int32 for an address that is a multiple of 16."""
+    return start_of(address, tl.int32, True)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.codec import load_numbers, store_numbers
+from anyep.kernels.gpu.codec import load_numbers, nothing, store_numbers
 from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.memory import i32_at, i64_at
 
@@ -43,7 +43,7 @@ def order_of(ranks_addr, width, PLACES: tl.constexpr):
 def product_of(address, weight, channel, inside_to, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the rounded products of one row's numbers; -0, which changes no sum, for a row that is none."""
     x = load_numbers(address, channel, channel < tl.where(address != 0, inside_to, 0), ELEMENT, ALIGNED)
-    return tl.where(address != 0, x * weight.to(tl.float32, bitcast=True), -0.0)
+    return tl.where(address != 0, x * weight.to(tl.float32, bitcast=True), nothing(x.shape))
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def sum_piece(
         left = left // (16 // number_bytes) * (16 // number_bytes)
     one = tl.cast(0x3F800000, tl.int32)
     here = token * row_bytes + offset
-    total = tl.full([BLOCK], -0.0, tl.float32)
+    total = nothing([BLOCK])
     total = total + product_of(tl.where(bias0_addr != 0, bias0_addr + here, 0), one, channel, left, ELEMENT, ALIGNED)
     total = total + product_of(tl.where(bias1_addr != 0, bias1_addr + here, 0), one, channel, left, ELEMENT, ALIGNED)
     places = tl.arange(0, PLACES)
