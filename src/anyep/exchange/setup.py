@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from anyep.errors import Unavailable
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
@@ -115,12 +116,23 @@ def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
     def act() -> dict[str, str]:
         options.check()
         options.place_experts(rendezvous.size)
-        loaded.append(load(options.kernels))
+        loaded.append(_load_for_host(options.kernels))
         load_books()
         return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
 
     _check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
     return loaded[0]
+
+
+def _load_for_host(name: str) -> KernelSet:
+    """Load kernels that reach the memory of transports: all of them offer host memory."""
+    kernels = load(name)
+    if kernels.name == "gpu":
+        raise Unavailable(
+            "kernels='gpu' work on device memory, and no transport offers any: a buffer takes kernels='cpu'; "
+            "anyep.kernels.registry.load('gpu') gives the kernels alone"
+        )
+    return kernels
 
 
 def _check_equal(rank: int, told: list[dict[str, str]]) -> None:
