@@ -71,7 +71,7 @@ def _nvidia(ptx, cubin):
     return {
         "registers": numbers["REG"],
         "memory": numbers["STACK"] + numbers["LOCAL"],
-        "instructions": sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence|fma|div)\.[\w.:]+", ptx))),
+        "instructions": sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence|fma|div|cvt)\.[\w.:]+", ptx))),
     }
 
 

@@ -73,6 +73,15 @@ def test_no_product_is_added_unrounded(forms):
 
 
 @needs_triton
+def test_nvidia_rounds_to_nearest_even_and_saturates(forms, target):
+    bf16 = [form for form in forms if form["constants"].get("ELEMENT") == 0]
+    wanted = {"quantise_scatter": "cvt.rn.satfinite.e4m3x2.f32", "reduce": "cvt.rn.bf16x2.f32"}
+    for form in bf16 if target != "gfx942" else []:
+        kernel = form["kernel"]
+        assert kernel not in wanted or target == "sm_80" or wanted[kernel] in form["instructions"], form
+
+
+@needs_triton
 def test_divisions_are_true_ones(forms, target):
     division = "v_div_fixup_f32" if target == "gfx942" else "div.rn.f32"
     for form in forms:
