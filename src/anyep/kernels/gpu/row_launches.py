@@ -18,8 +18,8 @@ _SMALL = 64
 _ROUTE_BLOCK = 4096
 _ROUTE_THREADS = 512
 _PLACE_BLOCK = 1024
-_CUBE = 2048
-"""Pairs of columns that a program compares: those of as many tokens as fit."""
+_CUBE, _SQUARE = 2048, 1024
+"""Pairs of columns that a program compares, or columns that it only reads: those of as many tokens as fit."""
 _KEYS, _FEW_KEYS = 1024, 128
 _TILE = 32
 
@@ -74,7 +74,7 @@ class RowLaunches:
         width = num_topk if by_expert else min(num_topk, num_ranks)
         columns = power_of_two(num_topk, 8)
         constants: Constants = {"IDX_BYTES": idx_bytes, "BY_EXPERT": by_expert}
-        tokens = max(1, _CUBE // (columns if by_expert else columns**2))
+        tokens = max(1, _SQUARE // columns if by_expert else _CUBE // columns**2)
         self._launch(
             routing.find_entries,
             (triton.cdiv(num_tokens, tokens),),
