@@ -39,10 +39,10 @@ def find_entries(
     TOKENS: tl.constexpr,
 ):
     """Grid (T / TOKENS): entry_rank, -1 in the slots beside -1, and the first bad flat index in the verdict."""
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.arange(0, COLUMNS)
-    flat = tokens[:, None] * num_topk + columns[None, :]
-    inside = (tokens[:, None] < num_tokens) & (columns[None, :] < num_topk)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    last = tl.minimum(first + TOKENS, num_tokens)
+    flat = first * num_topk + tl.arange(0, TOKENS * COLUMNS)
+    inside = flat < last * num_topk
     experts = load_indices(topk_idx_addr, flat, inside, IDX_BYTES)
     bad = tl.min(tl.where((experts < -1) | (experts >= num_experts), flat, 0x7FFFFFFFFFFFFFFF))
     if bad != 0x7FFFFFFFFFFFFFFF:
@@ -52,6 +52,7 @@ def find_entries(
         tl.store(i32_at(entry_rank_addr) + flat, ranks, mask=inside)
         tl.store(i32_at(entry_slot_addr) + flat, ranks, mask=inside & (ranks < 0))
     else:
+        tokens, columns = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
         by_row = tokens[:, None, None] * num_topk + columns[None, :, None]
         by_column = tokens[:, None, None] * num_topk + columns[None, None, :]
         valid = tokens[:, None, None] < num_tokens
@@ -70,7 +71,7 @@ def find_entries(
         place = tl.sum(tl.where(counts & (other < here), 1, 0), axis=2)
         rank = tl.max(here, axis=2)
         entry = tokens[:, None] * width
-        tl.store(i32_at(entry_rank_addr) + entry + place, rank, mask=inside & (rank >= 0) & (repeats_row == 0))
+        tl.store(i32_at(entry_rank_addr) + entry + place, rank, mask=(rank >= 0) & (repeats_row == 0))
         num_named = tl.sum(tl.where((repeats_row == 0) & (rank >= 0), 1, 0), axis=1)
         empty = (columns[None, :] >= num_named[:, None]) & (columns[None, :] < width) & (tokens[:, None] < num_tokens)
         none = tl.full([TOKENS, COLUMNS], -1, tl.int32)
