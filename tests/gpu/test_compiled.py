@@ -10,10 +10,18 @@ from tests.gpu.programs import needs_triton, run_program
 
 MOVING = {"scatter", "copy", "unpack", "pack", "expand_rows", "quantise_scatter", "dequantise", "reduce"}
 """Kernels that read and write rows."""
-WRITING = {"fill_rows", *MOVING}
+WRITING = {"fill_rows", *MOVING, "gather"}
 NUMERIC = {"reduce", "quantise_scatter", "dequantise", "logfmt_encode", "reduce_logfmt"}
 """Kernels whose products are rounded before they are added."""
-OTHERS = {"find_entries", "number_entries", "place", "scatter_routing", "expand_routing", "transpose_scales"}
+OTHERS = {
+    "find_entries",
+    "number_entries",
+    "place",
+    "scatter_routing",
+    "expand_routing",
+    "transpose_scales",
+    "check_numbers",
+}
 FLAGS = {"signal", "wait"}
 MOST_REGISTERS = 144
 TARGETS = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "gfx942"))]

@@ -279,6 +279,51 @@ class RowLaunches:
             TILE=_TILE,
         )
 
+    def begin_gather(
+        self,
+        row_bytes: int,
+        num_rows: int,
+        index_addr: int,
+        idx_bytes: int,
+        rows_per_rank: int,
+        peer_addr: int,
+        out_addr: int,
+    ) -> None:
+        """Do what ``gather`` does with numbers that are right, without waiting for the device."""
+        step = triton.cdiv(row_bytes, PIECE)
+        numbers = (row_bytes, index_addr, rows_per_rank, peer_addr, out_addr, step)
+        self._launch(rows.gather, (num_rows, step), *numbers, IDX_BYTES=idx_bytes, PIECE=PIECE)
+
+    def check_numbers(self, index_addr: int, idx_bytes: int, num_rows: int, most: int, verdict_addr: int) -> None:
+        """Let int64 ``verdict`` take the minimum of itself and the first position of a number outside [0, most)."""
+        self._launch(
+            rows.check_numbers,
+            (triton.cdiv(num_rows, _PLACE_BLOCK),),
+            *(index_addr, num_rows, most, verdict_addr),
+            IDX_BYTES=idx_bytes,
+            BLOCK=_PLACE_BLOCK,
+        )
+
+    def gather(
+        self,
+        row_bytes: int,
+        num_rows: int,
+        index_addr: int,
+        idx_bytes: int,
+        rows_per_rank: int,
+        num_ranks: int,
+        peer_addr: int,
+        out_addr: int,
+    ) -> int:
+        """As the spec says; waits for the device between looking at the numbers and fetching rows."""
+        verdict = torch.full((1,), NO_FAULT, dtype=torch.int64, device=self.device)
+        self.check_numbers(index_addr, idx_bytes, num_rows, num_ranks * rows_per_rank, verdict.data_ptr())
+        first_bad = int(verdict.item())
+        if first_bad != NO_FAULT:
+            return first_bad
+        self.begin_gather(row_bytes, num_rows, index_addr, idx_bytes, rows_per_rank, peer_addr, out_addr)
+        return -1
+
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
         step = min(self.target.programs, triton.cdiv(num_bytes, PIECE))
         self._launch(rows.copy, (step,), source_addr, destination_addr, num_bytes, step, PIECE=PIECE)

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from anyep.kernels.gpu.jit import kernel
-from anyep.kernels.gpu.memory import base_of, bytes_at, copy_stretch, fill_stretch, i32_at, i64_at, words_at
+from anyep.kernels.gpu.memory import (
+    base_of,
+    bytes_at,
+    copy_stretch,
+    fill_stretch,
+    i32_at,
+    i64_at,
+    load_indices,
+    words_at,
+)
 
 
 @triton.jit
@@ -151,3 +160,43 @@ def pack(
     source = base_addr + tl.load(i32_at(start_addr) + flat).to(tl.int64) * row_bytes
     there = packed + rows_before(rows_addr + peer * num_bins * 4, bin_, num_bins, BINS) * row_bytes
     copy_stretch(source, there, tl.where(packed != 0, num_bytes, 0), tl.program_id(2).to(tl.int64), step, PIECE)
+
+
+@kernel
+def check_numbers(
+    index_addr: tl.int64,
+    num_rows: tl.int64,
+    most: tl.int64,
+    verdict_addr: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks of numbers). int64 ``verdict`` takes the first position of a number outside [0, most), if any."""
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < num_rows
+    numbers = load_indices(index_addr, positions, inside, IDX_BYTES)
+    wrong = inside & ((numbers < 0) | (numbers >= most))
+    first = tl.min(tl.where(wrong, positions, num_rows))
+    tl.atomic_min(i64_at(verdict_addr), first, mask=first < num_rows)
+
+
+@kernel
+def gather(
+    row_bytes: tl.int64,
+    index_addr: tl.int64,
+    rows_per_rank: tl.int64,
+    peer_addr: tl.int64,
+    out_addr: tl.int64,
+    step: tl.int64,
+    IDX_BYTES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Grid (rows, step). Every number is right: somebody has checked."""
+    position = tl.program_id(0).to(tl.int64)
+    if IDX_BYTES == 8:
+        number = tl.load(i64_at(index_addr) + position)
+    else:
+        number = tl.load(i32_at(index_addr) + position).to(tl.int64)
+    rank = number // rows_per_rank
+    source = tl.load(i64_at(peer_addr) + rank) + (number - rank * rows_per_rank) * row_bytes
+    copy_stretch(source, out_addr + position * row_bytes, row_bytes, tl.program_id(1).to(tl.int64), step, PIECE)

@@ -36,6 +36,9 @@ def _move(kernels: GpuKernels) -> None:
     kernels.copy(a, a, 1 << 20)
     kernels.fill_rows(a, 2 * _HIDDEN, 8, a, a, 0)
     kernels.transpose_scales(8, 1024, 56, a, a, a)
+    for idx_bytes in (4, 8):
+        kernels.check_numbers(a, idx_bytes, _TOKENS, 1 << 20, a)
+        kernels.begin_gather(2 * _HIDDEN, _TOKENS, a, idx_bytes, 1 << 17, a, a)
 
 
 def _route(kernels: GpuKernels) -> None:
