@@ -110,7 +110,7 @@ class Geometry:
         last time. Too few cost a message more, too many little: of a large batch the
         rest goes back at once, of a small one with the batch.
         """
-        if self.shape.block_rows:
+        if self.padded:
             return self.shape.num_local * self.shape.block_rows
         if self.shape.static_rows >= 0:
             return self.shape.static_rows

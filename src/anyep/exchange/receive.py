@@ -149,8 +149,8 @@ class Ahead(NamedTuple):
 
 def look_ahead(end: Endpoint, geometry: Geometry, landing: Landing) -> Ahead:
     """Make a padded batch's tensors where peers write."""
-    region = row_region(geometry.row, landing.capacity)
-    batch = _batch_on(end, geometry, landing, region, landing.capacity, geometry.idx_dtype)
+    num_rows = geometry.shape.num_local * geometry.shape.block_rows
+    batch = _batch_on(end, geometry, landing, row_region(geometry.row, num_rows), num_rows, geometry.idx_dtype)
     return Ahead(batch=batch, turned=room_for_scales(end, geometry))
 
 
