@@ -136,9 +136,10 @@ class HierarchicalTransport:
         """Wait a slice for one of ``transfers``; raise PeerLost or PeerTimeout if one cannot come, or time is up."""
         self._local.check(epoch, step)
         self.engine.wait(transfers, SLICE_S)
-        late = sorted({transfer.rank for transfer in transfers if not self.is_done(transfer)})
-        elapsed_s = (time.monotonic_ns() - began_ns) / 1e9
+        # First who has left, then what has come: what a rank sent, or took, before it left counts.
         departures = {**self.engine.departures(), **self._farewell.told()}
+        elapsed_s = (time.monotonic_ns() - began_ns) / 1e9
+        late = sorted({transfer.rank for transfer in transfers if not self.is_done(transfer)})
         if late and (elapsed_s >= self.timeout_s or not departures.keys().isdisjoint(late)):
             self._give_up(late, epoch, step, elapsed_s, departures)
 
