@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyep
+from anyep.exchange import rows_across, sums_across
+from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks
 from tests.exchange.cases import LAYOUTS, Case, cases
 from tests.exchange.programs import Player, check_program, programs
@@ -68,6 +70,57 @@ def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per
 
     diaries = anyep.local_group(program.base.num_ranks).run(rank_main)
     check_program(program, diaries, group_ranks(program.base.num_ranks, ranks_per_host))
+
+
+def cut_small(patch, num_bytes: int) -> None:
+    """Let rows cross in pieces of this size."""
+    patch.setattr(rows_across, "CHUNK_BYTES", num_bytes)
+    patch.setattr(sums_across, "CHUNK_BYTES", num_bytes)
+
+
+@settings(max_examples=40, **PATIENT)
+@given(programs(), st.integers(1, 3), st.sampled_from([64, 700, 5000]))
+def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_host, chunk_bytes):
+    played(ranks_per_host)
+
+    def rank_main(member):
+        with open_buffer(program.base, member, max_in_flight=program.max_in_flight) as ep:
+            return Player(program, ep).play()
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, chunk_bytes)
+        diaries = anyep.local_group(program.base.num_ranks).run(rank_main)
+    check_program(program, diaries, group_ranks(program.base.num_ranks, ranks_per_host))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_that_leave_right_after_a_look_are_followed_by_the_rest(played, monkeypatch, layout):
+    """Nine pieces, two under way at most: whenever there is no room for another, both leave a moment later."""
+    played(1)
+    cut_small(monkeypatch, 64)
+    room = Outbox.room
+
+    def room_a_moment_ago(box):
+        had_room = room(box)
+        deadline = time.monotonic() + 1.0
+        while not had_room and time.monotonic() < deadline:
+            if all(transfer.done() for transfer in box.pending()):
+                break
+            time.sleep(0.001)
+        return had_room
+
+    monkeypatch.setattr(Outbox, "room", room_a_moment_ago)
+
+    def rank_main(member):
+        options = {"hidden": 64, "num_experts": 2, "num_topk": 1, "max_tokens_per_rank": 9, "timeout_s": 3.0}
+        with anyep.Buffer(member, **options) as ep:
+            tokens = 9 * (member.rank == 0)
+            x = torch.arange(float(tokens))[:, None].expand(tokens, 64).bfloat16()
+            received = ep.dispatch(x, torch.ones(tokens, 1, dtype=torch.int64), layout=layout)
+            y = ep.empty_output(received.handle).copy_(received.x)
+            assert torch.equal(ep.combine(y, received.handle), x)
+
+    anyep.local_group(2).run(rank_main)
 
 
 @pytest.mark.parametrize("end", ["raises", "closes", "sleeps"])

@@ -57,7 +57,7 @@ class Outbox:
         self._spare: list[Bytes] = []
 
     def room(self) -> bool:
-        """Whether another message may be sent."""
+        """Look what has left; return whether another message may be sent."""
         for sent in [sent for sent in self._sent if self._transport.is_done(sent[0])]:
             self._sent.remove(sent)
             self._spare.append(sent[1])
@@ -76,6 +76,7 @@ class Outbox:
         self._sent.append((self._transport.engine.send(self._rank, tag, message), memory))
 
     def pending(self) -> list[Transfer]:
+        """Return what had not left when :meth:`room` looked: empty would say that no message is to follow."""
         return [transfer for transfer, _ in self._sent]
 
 

@@ -54,7 +54,7 @@ class RowsOut:
 
     def advance(self) -> bool:
         moved = False
-        while self._next < self._num_chunks and self._box.room():
+        while self._box.room() and self._next < self._num_chunks:
             if self._next < 0:
                 self._send_routing()
             else:
@@ -64,12 +64,7 @@ class RowsOut:
         return moved
 
     def pending(self) -> list[Transfer]:
-        return self._box.pending() if not self._over() else []
-
-    def _over(self) -> bool:
-        """Everything was sent and has left."""
-        self._box.room()
-        return self._next >= self._num_chunks and not self._box.pending()
+        return self._box.pending()
 
     def _table(self, address: int) -> tuple[Words, int]:
         """Return a peer table by host, with an address for this one alone."""

@@ -100,7 +100,7 @@ class SumsOut:
 
     def advance(self) -> bool:
         moved = False
-        while self._next < self._num_chunks and self._box.room():
+        while self._box.room() and self._next < self._num_chunks:
             if self._next < 0:
                 self._send_weights()
             else:
@@ -112,7 +112,6 @@ class SumsOut:
         return moved
 
     def pending(self) -> list[Transfer]:
-        self._box.room()
         return self._box.pending()
 
     def _send_weights(self) -> None:
