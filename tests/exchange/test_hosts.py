@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import anyep
 from anyep.exchange import rows_across, sums_across
 from anyep.exchange.courier import Outbox
-from anyep.layout.hosts import group_ranks
+from anyep.layout.hosts import group_ranks, map_hosts
+from anyep.transport import registry
 from tests.exchange.cases import LAYOUTS, Case, cases
 from tests.exchange.programs import Player, check_program, programs
 from tests.exchange.rounds import check, open_buffer, play
@@ -78,7 +79,7 @@ def cut_small(patch, num_bytes: int) -> None:
     patch.setattr(sums_across, "CHUNK_BYTES", num_bytes)
 
 
-@settings(max_examples=40, **PATIENT)
+@settings(max_examples=25, **PATIENT)
 @given(programs(), st.integers(1, 3), st.sampled_from([64, 700, 5000]))
 def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_host, chunk_bytes):
     played(ranks_per_host)
@@ -91,6 +92,18 @@ def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_hos
         cut_small(patch, chunk_bytes)
         diaries = anyep.local_group(program.base.num_ranks).run(rank_main)
     check_program(program, diaries, group_ranks(program.base.num_ranks, ranks_per_host))
+
+
+@settings(max_examples=30, **PATIENT)
+@given(cases(layouts=["compact", "expert"]), st.lists(st.sampled_from("abc"), min_size=9, max_size=9))
+def test_hosts_whose_ranks_take_turns_are_exact(played, case, names):
+    """A host's sum stands where its first rank would: the order of addition is one that can be written down."""
+    played(1)
+    hosts = map_hosts(names[: case.num_ranks])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "group_ranks", lambda *_: hosts)
+        outcomes = run(case)
+    check(case, outcomes, hosts)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -28,6 +28,8 @@ class Across:
     """the host of each expert, as kernels read it"""
     number_E: NDArray[np.int32]
     """each expert's own number: between hosts experts keep it"""
+    first_M: NDArray[np.int32]
+    """the first rank of each host"""
     nobody_R: Words
     """[R]: NEAR for ranks of this host, 0 for others"""
 
@@ -63,5 +65,6 @@ def look_across(transport: HierarchicalTransport, placement: Placement) -> Acros
         transport=transport,
         host_E=np.ascontiguousarray(hosts.host_R[placement.expert_rank_E]),
         number_E=np.arange(placement.num_experts, dtype=np.int32),
+        first_M=np.array([members[0] for members in hosts.members], np.int32),
         nobody_R=np.where(near_R, NEAR, 0).astype(np.int64),
     )

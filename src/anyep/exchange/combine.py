@@ -239,6 +239,7 @@ class Combine:
             plan.entry_rank_addr,
             rows_addr,
             across.hosts.host_R,
+            across.first_M,
             across.own_host if own_sums is None else -1,
             int(each),
             np.zeros(across.hosts.num_hosts, np.int32),

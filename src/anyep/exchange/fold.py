@@ -23,13 +23,14 @@ def _insert(
     store_i32(rows_addr, at, row)
 
 
-@compiled("void(int64, int64, int64, int64, int32[::1], int64, int64, int32[::1], int64, int64, int64)")
+@compiled("void(int64, int64, int64, int64, int32[::1], int32[::1], int64, int64, int32[::1], int64, int64, int64)")
 def fold(
     num_tokens: int,
     width: int,
     entry_rank_addr: int,
     entry_row_addr: int,
     host_R: Any,
+    first_M: Any,
     own_host: int,
     each: int,
     next_M: Any,
@@ -41,8 +42,8 @@ def fold(
 
     What crossed from host h counts as rank R + h, its rows in the order in which they come. ``each`` 1: a row an entry,
     and every term stays in its entry's place. ``each`` 0: a row a token, the host's sum; terms ascend by rank, a host's
-    sum where its first rank would stand. ``next`` int32 [M] must be 0; ``keys`` int32 [T, W] holds anything. Missing
-    terms are rank -1.
+    sum where its first rank (``first`` int32 [M]) would stand, whichever of its ranks have rows. ``next`` int32 [M]
+    must be 0; ``keys`` int32 [T, W] holds anything. Missing terms are rank -1.
 
     Example: ranks 0 and 1 are host 0 (own), 2 and 3 host 1; a token's entries are (0, 5), (2, 1), (3, 7). Summed by
     hosts its terms are (0, 5), (4 + 1, 0), none; each by itself (0, 5), (5, 0), (5, 1).
@@ -64,7 +65,7 @@ def fold(
                     known = known or load_i32(ranks_addr, other) == ranks + host
                 if known:
                     continue
-                _insert(first, at, rank, ranks + host, next_M[host], keys_addr, ranks_addr, rows_addr)
+                _insert(first, at, first_M[host], ranks + host, next_M[host], keys_addr, ranks_addr, rows_addr)
                 at += 1
             elif rank >= 0:
                 _insert(first, at, rank, rank, load_i32(entry_row_addr, entry), keys_addr, ranks_addr, rows_addr)

@@ -285,16 +285,20 @@ def _by_host(
 ) -> Iterator[tuple[bool, Iterable[Term]]]:
     """Yield terms in the order of addition, and whether they travel as one rounded row a token.
 
-    Hosts must be ranges of ranks. In the padded layout rows cross one by one: a neighbour's by rank, then each other
-    host's by column.
+    Another host's row stands where its first rank would. In the padded layout rows cross one by one: a neighbour's by
+    rank, then each other host's by column.
     """
     if hosts is None or hosts.num_hosts == 1 or reduce == "expert":
         yield False, terms(exchange, rank, reduce=reduce)
         return
     own = int(hosts.host_R[rank])
     if exchange.layout != "padded":
-        for host, members in enumerate(hosts.members):
-            yield host != own, (t for t in terms(exchange, rank, reduce=reduce) if t.destination in members)
+        every = list(terms(exchange, rank, reduce=reduce))
+        for destination, host in enumerate(hosts.host_R.tolist()):
+            if host == own:
+                yield False, (t for t in every if t.destination == destination)
+            elif destination == hosts.members[host][0]:
+                yield True, (t for t in every if hosts.host_R[t.destination] == host)
         return
     yield False, (t for t in terms(exchange, rank, reduce="rank") if t.destination in hosts.members[own])
     for host, members in enumerate(hosts.members):
