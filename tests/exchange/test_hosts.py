@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -163,6 +164,42 @@ def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end):
             group.run(rank_main)
     else:
         group.run(rank_main)
+
+
+def test_rows_of_a_rank_that_gave_up_do_not_cross(played):
+    """Rank 3 lends its rows, gives up and writes over them; rank 2 forwards for rank 0, which reads nothing else."""
+    played(2)
+    together, gone = threading.Barrier(4), threading.Event()
+
+    def rank_main(member):
+        options = {"hidden": 64, "num_experts": 4, "num_topk": 1, "max_tokens_per_rank": 8, "timeout_s": 5.0}
+        with anyep.Buffer(member, eager_bytes=0, **options) as ep:
+            tokens = 8 * (member.rank == 0)
+            x = torch.ones(tokens, 64).bfloat16()
+            received = ep.dispatch(x, torch.full((tokens, 1), 3), layout="padded")
+            y = ep.empty_output(received.handle).fill_(1.0)
+            pending = ep.combine(y, received.handle, wait=False)
+            while not pending.done():  # low latency: until somebody waits only the announcements have come
+                time.sleep(0.001)
+            together.wait()
+            if member.rank == 3:
+                try:
+                    raise ArithmeticError("not its day")
+                except ArithmeticError as error:
+                    ep.__exit__(ArithmeticError, error, None)
+                y.fill_(float("nan"))
+                gone.set()
+                return
+            assert gone.wait(5.0)
+            if member.rank == 2:
+                time.sleep(0.2)  # rank 0 waits by now
+            elif member.rank == 1:
+                return
+            with pytest.raises(anyep.PeerLost) as caught:
+                pending.wait()
+            assert caught.value.ranks == (3,)
+
+    anyep.local_group(4).run(rank_main)
 
 
 def test_what_was_chosen_is_told(played):

@@ -123,8 +123,7 @@ class SumsOut:
             self._copy(0, terms.num_rows, 4 * end.num_topk, table_addr, out_addr)
         else:
             end.kernels.reduce_weights(end.num_topk, 0, terms.num_rows, *terms.entries, table_addr, out_addr)
-        end.kernels.fence()
-        self._box.send(WEIGHTS, 0, memory, num_bytes)
+        self._send(WEIGHTS, 0, memory, num_bytes)
 
     def _send_chunk(self, number: int) -> None:
         end, terms, row_bytes, table_addr = self._end, self._terms, self._row_bytes, self._lent.addr[0]
@@ -137,8 +136,13 @@ class SumsOut:
             out_addr = address_of(memory) - begin * row_bytes  # the kernel counts rows from 0
             element = int(ELEMENTS[self._back.y.dtype])
             end.kernels.reduce(element, end.hidden, begin, last, *terms.entries, table_addr, 0, 0, 0, out_addr)
-        end.kernels.fence()
-        self._box.send(DATA, number, memory, (last - begin) * row_bytes)
+        self._send(DATA, number, memory, (last - begin) * row_bytes)
+
+    def _send(self, kind: int, number: int, memory: Bytes, num_bytes: int) -> None:
+        """Send what was read, unless a lender gave up and may have written over it: the origin cannot see that."""
+        self._end.kernels.fence()
+        self._across.transport.check(self._epoch, f"combine {self._epoch}")
+        self._box.send(kind, number, memory, num_bytes)
 
     def _copy(self, first: int, last: int, row_bytes: int, table_addr: int, out_addr: int) -> None:
         """Copy rows [first, last) as they are."""
