@@ -446,6 +446,10 @@ class Buffer:
         else:
             self._abandon(self._own_fault() if self._flights.unfinished else None)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
+        """Return this buffer: a module that is copied, for an average of its weights say, works with the same one."""
+        return self
+
     def __del__(self) -> None:
         if not self._closed:
             warnings.warn(f"{self!r} was never closed; use it in a with statement", ResourceWarning, stacklevel=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -330,3 +332,16 @@ def test_a_choice_with_any_strides():
 
     for rank, out in enumerate(on_ranks(2, rank_main)):
         assert_close(out, case.x[rank] * (case.idx[rank] >= 0).sum(dim=1, keepdim=True))
+
+
+def test_a_copy_of_a_layer_has_its_own_weights_and_the_same_buffers():
+    def rank_main(pair):
+        layer = nn.MoE(pair, nn.Router(hidden=H, num_experts=E, num_topk=K), local(pair))
+        other = copy.deepcopy(layer)
+        assert other.experts.ep.forward is pair.forward
+        x = torch.randn(3, H)
+        assert torch.equal(other(x), layer(x))
+        other(x).sum().backward()
+        assert layer.router.weight.grad is None
+
+    on_ranks(2, rank_main)
