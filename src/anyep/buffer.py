@@ -13,7 +13,7 @@ from typing import Literal, overload
 
 import torch
 
-from anyep.errors import PeerError, PeerTimeout, Unavailable
+from anyep.errors import Unavailable
 from anyep.exchange import outgoing as sending
 from anyep.exchange import recall as recalling
 from anyep.exchange import returning
@@ -30,6 +30,7 @@ from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS, Wire
 from anyep.transport.base import Blame
+from anyep.transport.liveness import blame_for
 
 LAYOUTS = ("compact", "expert", "padded")
 
@@ -468,10 +469,7 @@ class Buffer:
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, so that they name the culprit."""
-        if isinstance(error, PeerError):
-            self._end.transport.leave(Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)))
-        else:
-            self._end.transport.leave(self._own_fault())
+        self._end.transport.leave(blame_for(error, self.rank))
 
     def _own_fault(self) -> Blame:
         """Why a rank leaves in the middle of an operation by itself: peers may still read what it now writes over."""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyep
-from anyep.exchange import rows_across, sums_across
+from anyep.exchange import rows_across, setup, sums_across
 from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks, map_hosts
 from anyep.transport import registry
@@ -164,6 +164,26 @@ def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end):
             group.run(rank_main)
     else:
         group.run(rank_main)
+
+
+def test_a_rank_that_fails_while_buffers_are_made_is_named_everywhere(played, monkeypatch):
+    """Rank 3 of 4 fails; whoever hears of it leaves too, says why, and is not taken for the culprit."""
+    played(2)
+    measured_rule = setup.measured_rule
+
+    def fails_on_rank_3(transport, *args, **options):
+        if transport.rank == 3:
+            raise ArithmeticError("not its day")
+        return measured_rule(transport, *args, **options)
+
+    monkeypatch.setattr(setup, "measured_rule", fails_on_rank_3)
+
+    def rank_main(member):
+        with pytest.raises(ArithmeticError if member.rank == 3 else anyep.PeerLost) as caught:
+            anyep.Buffer(member, hidden=64, num_experts=8, num_topk=2, max_tokens_per_rank=8, timeout_s=2.0)
+        return getattr(caught.value, "ranks", None)
+
+    assert anyep.local_group(4).run(rank_main) == [(3,), (3,), (3,), None]
 
 
 def test_rows_of_a_rank_that_gave_up_do_not_cross(played):

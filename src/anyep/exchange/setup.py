@@ -21,6 +21,7 @@ from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Place, Transport, Words
 from anyep.transport.hierarchical import HierarchicalTransport
+from anyep.transport.liveness import blame_for
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.together import together
@@ -52,7 +53,12 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         timeout_s=options.timeout_s,
         interface=options.interface,
     )
-    endpoint = _endpoint(opened.transport, kernels, lanes, options)
+    try:
+        endpoint = _endpoint(opened.transport, kernels, lanes, options)
+    except BaseException as error:
+        opened.transport.leave(blame_for(error, rendezvous.rank))
+        opened.transport.close()
+        raise
     return Opened(endpoint=endpoint, explanation=explain(endpoint, account, opened.reason, options.num_threads is None))
 
 

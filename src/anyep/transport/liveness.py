@@ -86,6 +86,13 @@ def silent(wait: Wait) -> PeerTimeout:
     return PeerTimeout(text, ranks=list(wait.missing), step=wait.step)
 
 
+def blame_for(error: BaseException, rank: int) -> Blame:
+    """Return what ``rank`` tells its peers when ``error`` makes it leave: whom it waited for, or else itself."""
+    if isinstance(error, PeerError):
+        return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout))
+    return Blame(ranks=(rank,), timeout=False)
+
+
 def _is_lost(left: Departure) -> bool:
     return left.blame is None or not left.blame.timeout
 
