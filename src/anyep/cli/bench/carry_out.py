@@ -48,7 +48,7 @@ def run_alone(plan: Plan, alone: list[Plan], outputs: Outputs) -> int:
 
     if "mpich" in plan.peers:
         find_mpiexec()
-    console = _console()
+    console = open_console()
     launch = run_threads if plan.transport == "inprocess" else run_processes
     notes, fitted, launches = [], [], []
     for one in [plan, *alone]:
@@ -78,7 +78,7 @@ def run_as_rank(plan: Plan, ranks: int | None, outputs: Outputs) -> int:
         if ranks not in (None, dist.get_world_size()):
             raise click.UsageError(f"--ranks {ranks} in a job of {dist.get_world_size()} ranks; leave it out")
         first = dist.get_rank() == 0
-        console = _console()
+        console = open_console()
         plan, notes = _agreed(plan, dist.get_world_size())
         if first:
             _say(console, notes)
@@ -126,7 +126,8 @@ def _publish(
     return 1 if summary.mismatches else 0
 
 
-def _console() -> Console:
+def open_console() -> Console:
+    """Return where to print: the terminal, or a file of fixed width."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=_WIDTH)

@@ -10,13 +10,19 @@ from pathlib import Path
 import click
 
 from anyep.cli.bench.carry_out import Outputs, run_alone, run_as_rank
-from anyep.cli.bench.plan import DECODE_TOKENS, PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
+from anyep.cli.bench.plan import DECODE_TOKENS, HOST_TOKENS, PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
 
+_ONE_HOST = ("shm", "inprocess")
+_HOSTS_TRANSPORTS = ("auto", "nixl", "gloo")
+_LINKS = (1000.0, None)
 _DRAWN = ("balanced", "zipf")
 _DEFAULT_RANKS, _DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 8, 256
 _CASE = re.compile(r"([1-9]\d*)x(\d+)")
 """Ranks and tokens of a latency case."""
 _PICTURES = (".png", ".svg", ".pdf")
+_HOSTS = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+"""Hosts, and ranks of each."""
+_LINK = re.compile(r"(\d+(?:\.\d+)?)([mg])bit")
 _SWEEP = re.compile(r"tokens=\d+(,\d+)*")
 
 
@@ -53,6 +59,29 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> tu
     if _SWEEP.fullmatch(value) is None:
         raise click.BadParameter(f"{value!r} is not a list as tokens=1,8,32", context, parameter)
     return tuple(sorted({int(number) for number in value.removeprefix("tokens=").split(",")}))
+
+
+def _hosts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Return the ranks of each host of a number as 2x4; none where it was not given."""
+    if value is None:
+        return ()
+    match = _HOSTS.fullmatch(value)
+    if match is None or int(match[1]) < 2:
+        raise click.BadParameter(f"{value!r} is not HOSTSxRANKS with at least 2 hosts, as 2x4", context, parameter)
+    return (int(match[2]),) * int(match[1])
+
+
+def _links(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float | None, ...]:
+    """Return the Mbit/s of each link of a list as 1gbit,none; None: without a limit."""
+    links: list[float | None] = []
+    for text in filter(None, value.split(",")):
+        match = _LINK.fullmatch(text.strip().lower())
+        if match is None and text.strip() != "none":
+            raise click.BadParameter(f"{text!r} is not a speed as 1gbit or 200mbit, nor none", context, parameter)
+        links.append(float(match[1]) * (1000.0 if match[2] == "g" else 1.0) if match else None)
+    if 0.0 in links:
+        raise click.BadParameter("a link of 0 bit/s carries nothing", context, parameter)
+    return tuple(dict.fromkeys(links))
 
 
 def _picture(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -99,8 +128,25 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Draw the sweep: .png, .svg or .pdf.",
 )
+@click.option(
+    "--hosts",
+    callback=_hosts,
+    metavar="HOSTSxRANKS",
+    help="Play hosts of so many ranks each with network namespaces (needs root), as 2x4.",
+)
+@click.option(
+    "--link",
+    callback=_links,
+    default="",
+    metavar="SPEED,...",
+    help="Speeds of the hosts' links, as 1gbit,none; each is measured.  [default: 1gbit,none]",
+)
 @click.option("--rounds", type=click.IntRange(1), help="Timed rounds.  [default: by the number of tokens]")
-@click.option("--transport", type=click.Choice(["shm", "inprocess"]), default="shm", show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice([*_ONE_HOST, *_HOSTS_TRANSPORTS]),
+    help="shm or inprocess; with --hosts auto, or an engine's name.  [default: shm, auto]",
+)
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds for a silent rank."
 )
@@ -119,8 +165,10 @@ def bench(
     latency: tuple[tuple[int, int], ...],
     sweep: tuple[int, ...],
     picture: Path | None,
+    hosts: tuple[int, ...],
+    link: tuple[float | None, ...],
     rounds: int | None,
-    transport: str,
+    transport: str | None,
     timeout: float,
     json_file: Path | None,
 ) -> None:
@@ -131,17 +179,26 @@ def bench(
     """
     from anyep.cli.bench.launch import job_ranks
 
+    transport = _check_transport(transport, hosts, link)
+    if hosts:
+        given = {"--ranks": ranks, "--compare": compare, "--latency": latency, "--sweep": sweep, "--picture": picture}
+        if others := [option for option, value in given.items() if value]:
+            raise click.UsageError(f"--hosts has ranks and comparisons of its own; leave out {', '.join(others)}")
+        ranks, compare = sum(hosts), ("gloo",)
+    against = "--hosts" if hosts else "--compare"
     if transport == "inprocess" and compare:
         raise click.UsageError("--compare needs rank processes; leave out --transport inprocess")
-    job = job_ranks() if transport == "shm" else None
+    job = job_ranks() if transport != "inprocess" else None
+    if hosts and job is not None:
+        raise click.UsageError("--hosts starts ranks of its own; leave it out inside a job")
     num_ranks = ranks or job or _DEFAULT_RANKS
     topk, experts = _check_routing(routing, topk, experts)
     if compare and not set(wire) <= {"bf16", "fp8"}:
-        raise click.UsageError(f"--compare goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
+        raise click.UsageError(f"{against} goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
     if compare and experts % num_ranks:
-        raise click.UsageError(f"--compare needs --experts that --ranks divides, got {experts} and {num_ranks}")
+        raise click.UsageError(f"{against} needs --experts that the ranks divide, got {experts} and {num_ranks}")
     if compare and 0 in tokens:
-        raise click.UsageError("--compare goes with --tokens of at least 1: an empty batch is no exchange to compare")
+        raise click.UsageError(f"{against} goes with --tokens of at least 1: an empty batch is no exchange to compare")
     if latency and job is not None:
         raise click.UsageError("--latency starts ranks of its own; leave it out inside a job")
     if picture is not None and (not sweep or len(wire) > 1):
@@ -167,13 +224,18 @@ def bench(
 
     plan = Plan(
         ranks=num_ranks,
-        workloads=workloads(tokens or (() if latency or sweep else default_sizes())),
+        workloads=workloads(tokens or (() if latency or sweep else (HOST_TOKENS if hosts else default_sizes()))),
         peers=compare,
         transport=transport,
         rounds=rounds,
         timeout_s=timeout,
         sweep=workloads(sweep),
     )
+    if hosts:
+        code = _run_hosts(plan, hosts, link, json_file)
+        if code:
+            raise click.exceptions.Exit(code)
+        return
     none = replace(plan, workloads=(), peers=(), sweep=())
     alone = [
         replace(none, ranks=n, latency=workloads(size for ranks, size in latency if ranks == n))
@@ -182,6 +244,27 @@ def bench(
     code = run_as_rank(plan, ranks, outputs) if job is not None else run_alone(plan, alone, outputs)
     if code:
         raise click.exceptions.Exit(code)
+
+
+def _check_transport(transport: str | None, hosts: tuple[int, ...], link: tuple[float | None, ...]) -> str:
+    """Return the transport, ours where the user left it open. UsageError for one that is not for this."""
+    if link and not hosts:
+        raise click.UsageError("--link goes with --hosts")
+    possible = _HOSTS_TRANSPORTS if hosts else _ONE_HOST
+    if transport is not None and transport not in possible:
+        raise click.UsageError(
+            f"--transport {transport} goes {'without' if hosts else 'with'} --hosts; possible: {', '.join(possible)}"
+        )
+    return transport or possible[0]
+
+
+def _run_hosts(plan: Plan, hosts: tuple[int, ...], links: tuple[float | None, ...], json_file: Path | None) -> int:
+    from anyep.cli.bench.carry_out import open_console
+    from anyep.cli.bench.hosts.carry_out import run_hosts
+    from anyep.cli.bench.hosts.plan import HostsPlan
+
+    plans = [HostsPlan(base=plan, ranks_per_host=hosts, link_mbit=link) for link in links or _LINKS]
+    return run_hosts(plans, open_console(), json_file)
 
 
 def _check_routing(routing: str, topk: int | None, experts: int | None) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from anyep.errors import Unavailable
 from anyep.testing.oracle import Exchange
 from anyep.testing.peers.base import Batch, Peer
 
+GLOO, GLOO_RANKS = "gloo", "gloo-ranks"
+"""gloo with a copy for every (token, expert), and with one for every (token, rank)."""
+
 
 def open_peer(
     name: str, communicator: Any, side: Side, workload: Workload, exchange: Exchange
@@ -31,20 +34,24 @@ def open_peer(
         num_experts=workload.experts,
         out=side.out,
     )
-    if name == "gloo":
+    sent = sum(int((arrivals.source == rank).sum()) for arrivals in exchange.arrivals)
+    received = exchange.arrivals[rank].num_rows
+    if name in (GLOO, GLOO_RANKS):
         import torch.distributed as dist
 
+        world = dist.group.WORLD
+        assert world is not None
+        if name == GLOO_RANKS:
+            from anyep.testing.peers.gloo_ranks import GlooRanks
+
+            return GlooRanks(world, batch, max_sent=sent, max_received=received), exchange
         from anyep.testing.peers.gloo import GlooMegatron
 
         by_expert = replace(exchange, layout="expert")
         most = max(by_expert.arrivals[rank].num_rows, workload.tokens * workload.topk)
-        world = dist.group.WORLD
-        assert world is not None
         return GlooMegatron(world, batch, max_rows=most), by_expert
     from anyep.testing.peers.mpich import MpichAlltoallv
 
-    sent = sum(int((arrivals.source == rank).sum()) for arrivals in exchange.arrivals)
-    received = exchange.arrivals[rank].num_rows
     return MpichAlltoallv(communicator, batch, max_sent=sent, max_received=received), exchange
 
 

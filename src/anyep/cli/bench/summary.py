@@ -198,7 +198,8 @@ def _sizes(plan: Plan, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _spread(name: str, values: Durations, digits: int) -> dict[str, float]:
+def spread(name: str, values: Durations, digits: int) -> dict[str, float]:
+    """Return median, least and greatest as JSON has them."""
     return {
         f"{name}_median": round(float(np.median(values)), digits),
         f"{name}_min": round(float(values.min()), digits),
@@ -211,7 +212,7 @@ def _row_json(plan: Plan, row: OperationRow) -> dict[str, Any]:
         "workload": row.workload.name,
         "op": row.op,
         **_sizes(plan, row.workload),
-        **_spread("us", row.us, 1),
+        **spread("us", row.us, 1),
         "us_p99": round(float(np.percentile(row.us, 99)), 1) if row.workload.is_small else None,
         "message_rounds": row.hops,
         "gb_s": round(row.gb_s, 3),
@@ -230,7 +231,7 @@ def _pair_json(plan: Plan, pair: Pairing) -> dict[str, Any]:
         "workload": pair.workload.name,
         "op": pair.op,
         **_sizes(plan, pair.workload),
-        **_spread("ratio", pair.ratios, 3),
+        **spread("ratio", pair.ratios, 3),
         "ours_us_median": round(float(np.median(pair.ours_us)), 1),
         "theirs_us_median": round(float(np.median(pair.theirs_us)), 1),
         "verified": pair.verified,

@@ -44,7 +44,7 @@ _WAYS = {"copied_in": "copied in", "padded": "padded", "logfmt10": "padded, LogF
 def print_summary(summary: Summary, console: Console) -> None:
     """Print everything; nothing is rounded to look better."""
     console.print()
-    console.print(_machine_line(summary))
+    console.print(machine_line(summary.machine, summary.copy_gb_s))
     for workload in dict.fromkeys(row.workload for row in summary.rows):
         console.print()
         console.print(_operations(summary, workload))
@@ -66,9 +66,9 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(f"[bold red]MISMATCH[/bold red] {mismatch}", highlight=False)
 
 
-def _machine_line(summary: Summary) -> str:
-    machine = summary.machine
-    copy = "" if summary.copy_gb_s is None else f"; all ranks copy {summary.copy_gb_s:.2f} GB/s"
+def machine_line(machine: dict[str, object], copy_gb_s: float | None = None) -> str:
+    """Return where this was measured."""
+    copy = "" if copy_gb_s is None else f"; all ranks copy {copy_gb_s:.2f} GB/s"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {_memory(machine)}; torch {machine['torch']}, "
         f"numba {machine['numba']}, anyep {machine['anyep']}{copy}"
@@ -87,7 +87,7 @@ def _headline(plan: Plan, workload: Workload) -> str:
 
 
 def _operations(summary: Summary, workload: Workload) -> Table:
-    table = _table(_headline(summary.plan, workload))
+    table = new_table(_headline(summary.plan, workload))
     table.add_column("operation")
     tail = ("p99 ms", "hops") if workload.is_small else ()
     for name in ("rows", "logical MB", "moved MB", "median ms", "min - max", *tail, "GB/s", "% of copy"):
@@ -107,16 +107,16 @@ def _operation_cells(row: OperationRow) -> tuple[str, ...]:
         f"{row.logical_bytes / 1e6:,.0f}",
         f"{row.moved_bytes / 1e6:,.0f}",
         f"{np.median(row.us) / 1e3:.2f}",
-        _range(row.us / 1e3, 2),
+        span_text(row.us / 1e3, 2),
         *tail,
         f"{row.gb_s:.2f}",
         f"{100 * row.copy_fraction:.0f}",
-        _verdict(row.verified),
+        verdict(row.verified),
     )
 
 
 def _pairings(summary: Summary) -> Table:
-    table = _table("the same exchange, paired round by round in this run")
+    table = new_table("the same exchange, paired round by round in this run")
     for name in ("against", "workload", "anyep"):
         table.add_column(name)
     for name in ("anyep ms", "theirs ms", "times faster", "min - max"):
@@ -135,8 +135,8 @@ def _pairing_cells(pair: Pairing) -> tuple[str, ...]:
         f"{np.median(pair.ours_us) / 1e3:.2f}",
         f"{np.median(pair.theirs_us) / 1e3:.2f}",
         f"{np.median(pair.ratios):.2f}",
-        _range(pair.ratios, 2),
-        _verdict(pair.verified),
+        span_text(pair.ratios, 2),
+        verdict(pair.verified),
     )
 
 
@@ -145,7 +145,7 @@ def _way(op: str) -> str:
 
 
 def _overlaps(rows: list[OverlapRow]) -> Table:
-    table = _table("behind computation: half of it between dispatch's halves (wait=False), half between combine's")
+    table = new_table("behind computation: half of it between dispatch's halves (wait=False), half between combine's")
     for name in ("workload", "wire", "layout"):
         table.add_column(name)
     for name in ("computation ms", "exchange ms", "both ms", "hidden"):
@@ -158,14 +158,14 @@ def _overlaps(rows: list[OverlapRow]) -> Table:
             row.layout,
             *(f"{np.median(us) / 1e3:.2f}" for us in (row.compute_us, row.communicate_us, row.overlapped_us)),
             f"{100 * row.hidden_share:.0f} %",
-            _verdict(row.verified),
+            verdict(row.verified),
         )
     return table
 
 
 def _latency(rows: list[LatencyRow]) -> Table:
     first = rows[0].workload
-    table = _table(
+    table = new_table(
         f"latency: {first.hidden} channels, top-{first.topk} of {first.experts}, {first.wire} wire, "
         "nothing else in between"
     )
@@ -182,16 +182,16 @@ def _latency(rows: list[LatencyRow]) -> Table:
             _OPERATIONS[row.op],
             f"{row.us_median:.0f}",
             f"{row.us_p99:.0f}",
-            _range(row.us, 0),
+            span_text(row.us, 0),
             f"{row.hops}",
-            _verdict(row.verified),
+            verdict(row.verified),
         )
     return table
 
 
 def _sweep(rows: list[SweepRow]) -> Table:
     first = rows[0].workload
-    table = _table(
+    table = new_table(
         f"dispatch + combine by size: {rows[0].ranks} ranks x {first.hidden}, top-{first.topk} of {first.experts}, "
         f"routing {first.routing}"
     )
@@ -209,20 +209,20 @@ def _sweep(rows: list[SweepRow]) -> Table:
             f"{100 * chosen.dispatch_eager_share:.0f} %, {100 * chosen.combine_eager_share:.0f} %",
             row.better,
             f"{row.ratio:.2f}",
-            _verdict(all(way.verified for way in row.ways.values())),
+            verdict(all(way.verified for way in row.ways.values())),
         )
     table.caption = "came along: rows of dispatch, and of combine, that the automatic choice sent eagerly"
     table.caption_justify = "left"
     return table
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def _range(values: Durations, digits: int) -> str:
+def span_text(values: Durations, digits: int) -> str:
     return f"{values.min():.{digits}f} - {values.max():.{digits}f}"
 
 
-def _verdict(verified: bool) -> str:
+def verdict(verified: bool) -> str:
     return "[green]verified[/green]" if verified else "[bold red]WRONG[/bold red]"

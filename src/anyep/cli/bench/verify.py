@@ -6,6 +6,7 @@ import torch
 
 from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
 from anyep.exchange.handle import Received
+from anyep.layout.hosts import HostMap
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
 from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows, expected_sum, terms
 from anyep.testing.peers.base import Peer
@@ -28,12 +29,19 @@ def check_received(received: Received, exchange: Exchange, rank: int, tape: Tape
 
 
 def check_combined(
-    out: torch.Tensor, exchange: Exchange, rank: int, tape: Tape, *, weighs: bool = False, logfmt: bool = False
+    out: torch.Tensor,
+    exchange: Exchange,
+    rank: int,
+    tape: Tape,
+    *,
+    weighs: bool = False,
+    logfmt: bool = False,
+    hosts: HostMap | None = None,
 ) -> str | None:
     """Compare combine's result with the same order of additions, bit for bit.
 
     ``weighs``: one row a (token, column), multiplied with its weight and added in the order of the columns.
-    ``logfmt``: rows came back in LogFMT-10.
+    ``logfmt``: rows came back in LogFMT-10. ``hosts``: rows of another host came back as its rounded sum.
     """
 
     def outputs(destination: int, rows: torch.Tensor) -> torch.Tensor:
@@ -43,7 +51,9 @@ def check_combined(
     reduce, factors = ("expert", exchange.routing[rank].topk_weights) if weighs else ("rank", None)
     for first, last in _pieces(len(out)):
         tokens = slice(first, last)
-        expected = expected_sum(exchange, rank, outputs, dtype=out.dtype, reduce=reduce, factors=factors, tokens=tokens)
+        expected = expected_sum(
+            exchange, rank, outputs, dtype=out.dtype, reduce=reduce, factors=factors, tokens=tokens, hosts=hosts
+        )
         difference = first_difference(out[first:last], expected, first)
         if difference:
             return f"combined on rank {rank}: {difference}"
