@@ -114,6 +114,20 @@ def test_a_stopped_rank_of_another_host_is_a_timeout_that_names_it(tmp_path):
     assert outcomes[3].value[0] in ("PeerTimeout", "PeerLost"), "the sleeper learns that the others gave up"
 
 
+def outlive(group, rank):
+    """Do nothing for longer than timeout_s, then exchange."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
+    x = torch.full((8, 512), rank + 1.0).bfloat16()
+    with anyep.Buffer(group, timeout_s=1.0, **SIZES) as ep:
+        time.sleep(2.5)
+        received = ep.dispatch(x, torch.arange(16).view(8, 2) % 8)
+        return bool(torch.equal(ep.combine(received.x, received.handle), x))
+
+
+def test_hosts_that_had_nothing_to_say_for_longer_than_timeout_s_still_hear_each_other():
+    assert run_processes(2, outlive) == [True, True]
+
+
 @pytest.mark.slow
 def test_a_link_that_is_cut_is_a_timeout_that_names_ranks_of_other_hosts(tmp_path):
     """Between network namespaces, where nobody is told that packets are lost."""

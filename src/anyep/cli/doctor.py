@@ -34,11 +34,31 @@ class Finding:
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--peers", is_flag=True, help="Run by every rank of a job: who reaches whom, how soon, how fast.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "nixl", "gloo"]),
+    default="auto",
+    show_default=True,
+    help="Between hosts, with --peers.",
+)
+@click.option("--interface", help="Network interface of this rank, with --peers.  [default: as the engine chooses]")
+@click.option(
+    "--timeout", type=click.FloatRange(0.1, 3600), default=10.0, show_default=True, help="Seconds, with --peers."
+)
+def doctor(peers: bool, engine: str, interface: str | None, timeout: float) -> None:
     """Say what is possible on this machine, what is not, and why.
 
-    Exit code 0 when the basic job is possible: two ranks that exchange tokens.
+    Exit code 0 when the basic job is possible: two ranks that exchange tokens. With --peers: when all hosts of the job
+    reach each other.
     """
+    if peers:
+        from anyep.cli.doctor_peers import run_peers
+
+        code = run_peers(engine, interface, timeout)
+        if code:
+            raise click.exceptions.Exit(code)
+        return
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)

@@ -32,7 +32,11 @@ def run_hosts(plans: list[HostsPlan], console: Console, json_file: Path | None) 
     for plan in plans:
         base, said = fit(plan.base, available_memory_bytes())
         notes += said
-        console.print(f"{plan.base.ranks} ranks on {len(plan.ranks_per_host)} hosts, {plan.link} ...", highlight=False)
+        console.print(
+            f"{plan.base.ranks} ranks on {len(plan.ranks_per_host)} hosts, {plan.link} ...",
+            highlight=False,
+            markup=False,
+        )
         smaller = replace(plan, base=base)
         launches.append((smaller, _launch(smaller)))
     summary = summarise_hosts(describe_machine(), notes, launches)

@@ -33,7 +33,7 @@ def print_hosts(summary: HostsSummary, console: Console) -> None:
     console.print()
     console.print(machine_line(summary.machine))
     for link, transport in summary.between.items():
-        console.print(f"{link}: {transport}", highlight=False)
+        console.print(f"{link}: {transport}", highlight=False, markup=False)
     for plan, workload in dict.fromkeys((row.plan, row.workload) for row in summary.rows):
         console.print()
         console.print(_crossings(summary.rows, plan, workload))
