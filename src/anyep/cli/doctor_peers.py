@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any
 
-
 from anyep import config
 from anyep.cli.peer_probe import Pair, cannot_reach, listening, probe_pair
 from anyep.errors import AnyEPError, Unavailable
