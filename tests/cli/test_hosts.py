@@ -50,7 +50,7 @@ def test_the_least_that_crosses_has_scales_experts_and_weights_and_bf16_back(exc
         (["--hosts", "2x2", "--link", "0gbit"], "carries nothing"),
         (["--link", "1gbit"], "--link goes with --hosts"),
         (["--hosts", "2x2", "--transport", "shm"], "shm goes without --hosts; possible: auto, nixl, gloo"),
-        (["--transport", "gloo"], "gloo goes with --hosts; possible: shm, inprocess"),
+        (["--transport", "gloo"], "gloo goes with --hosts, or inside a job; possible: shm, inprocess"),
         (["--hosts", "2x2", "--compare", "gloo", "--ranks", "4"], "leave out --ranks, --compare"),
         (["--hosts", "3x1"], "--hosts needs --experts that the ranks divide, got 256 and 3"),
         (["--hosts", "2x2", "--wire", "fp32"], "--hosts goes with --wire bf16 or fp8"),

@@ -145,7 +145,7 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
 @click.option(
     "--transport",
     type=click.Choice([*_ONE_HOST, *_HOSTS_TRANSPORTS]),
-    help="shm or inprocess; with --hosts auto, or an engine's name.  [default: shm, auto]",
+    help="shm or inprocess; with --hosts, or in a job of several hosts, auto or an engine.  [default: shm, auto]",
 )
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds for a silent rank."
@@ -179,7 +179,8 @@ def bench(
     """
     from anyep.cli.bench.launch import job_ranks
 
-    transport = _check_transport(transport, hosts, link)
+    in_job = job_ranks() is not None
+    transport = _check_transport(transport, hosts, link, in_job=in_job)
     if hosts:
         given = {"--ranks": ranks, "--compare": compare, "--latency": latency, "--sweep": sweep, "--picture": picture}
         if others := [option for option, value in given.items() if value]:
@@ -216,7 +217,7 @@ def bench(
                 experts=experts,
                 wire=one_wire,
                 routing=routing,
-                padded=n <= DECODE_TOKENS,
+                padded=n <= DECODE_TOKENS and transport in _ONE_HOST,
             )
             for one_wire in wire
             for n in sizes
@@ -246,15 +247,19 @@ def bench(
         raise click.exceptions.Exit(code)
 
 
-def _check_transport(transport: str | None, hosts: tuple[int, ...], link: tuple[float | None, ...]) -> str:
-    """Return the transport, ours where the user left it open. UsageError for one that is not for this."""
+def _check_transport(
+    transport: str | None, hosts: tuple[int, ...], link: tuple[float | None, ...], *, in_job: bool
+) -> str:
+    """Return the transport, ours where the user left it open. UsageError for one that is not for this.
+
+    A job may span real hosts.
+    """
     if link and not hosts:
         raise click.UsageError("--link goes with --hosts")
-    possible = _HOSTS_TRANSPORTS if hosts else _ONE_HOST
+    possible = _HOSTS_TRANSPORTS if hosts else (*_ONE_HOST, *(_HOSTS_TRANSPORTS if in_job else ()))
     if transport is not None and transport not in possible:
-        raise click.UsageError(
-            f"--transport {transport} goes {'without' if hosts else 'with'} --hosts; possible: {', '.join(possible)}"
-        )
+        where = "without --hosts" if hosts else "with --hosts, or inside a job"
+        raise click.UsageError(f"--transport {transport} goes {where}; possible: {', '.join(possible)}")
     return transport or possible[0]
 
 

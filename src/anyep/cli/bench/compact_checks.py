@@ -10,7 +10,6 @@ import torch
 from anyep.cli.bench.ours import Ours, poison
 from anyep.cli.bench.verify import check_combined, check_received, check_same, check_same_batch
 from anyep.exchange.handle import Received
-from anyep.layout.hosts import HostMap
 from anyep.testing.oracle import Exchange
 
 
@@ -20,11 +19,10 @@ class CompactChecks:
     Memory is poisoned before it is written, so that what an operation forgets to write is seen.
     """
 
-    def __init__(self, ours: Ours, exchange: Exchange, wire: str, hosts: HostMap | None = None) -> None:
+    def __init__(self, ours: Ours, exchange: Exchange, wire: str) -> None:
         self._ours = ours
         self._exchange = exchange
         self._wire = wire
-        self._hosts = hosts
         self._batch: Received | None = None
         self._sum = torch.empty(0)
 
@@ -41,12 +39,12 @@ class CompactChecks:
         received = check_received(self._batch, self._exchange, rank, ours.tape, self._wire)
         ours.poison_out()
         self._sum = ours.combine(ours.in_arena).clone()
-        combined = check_combined(self._sum, self._exchange, rank, ours.tape, hosts=self._hosts)
+        combined = check_combined(self._sum, self._exchange, rank, ours.tape, hosts=ours.hosts)
         return {name: text for name, text in (("dispatch", received), ("combine", combined)) if text}
 
     def beside(self, ours: Ours) -> CompactChecks:
         """Return checks of another buffer that moves the same batch: its results must be the bits judged here."""
-        other = CompactChecks(ours, self._exchange, self._wire, self._hosts)
+        other = CompactChecks(ours, self._exchange, self._wire)
         other._batch, other._sum = self._batch, self._sum
         return other
 

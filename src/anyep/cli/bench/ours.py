@@ -16,6 +16,7 @@ from anyep.cli.bench.tape import OUTPUT, SENT, Tape
 from anyep.exchange.event import Pending
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.options import memory_account
+from anyep.layout.hosts import HostMap
 from anyep.layout.regions import MemoryAccount
 from anyep.numerics.formats import num_scale_groups
 from anyep.testing.oracle import Exchange
@@ -79,6 +80,12 @@ class Ours:
     def num_rows(self) -> int:
         """Rows that this rank receives."""
         return self.handle.num_rows
+
+    @property
+    def hosts(self) -> HostMap | None:
+        """Where ranks live on several hosts: which, as combine's bits depend on it."""
+        across = self.ep._end.across
+        return None if across is None else across.hosts
 
     def __enter__(self) -> Ours:
         return self

@@ -74,7 +74,7 @@ def _measure(group: Rendezvous, plan: HostsPlan, workload: Workload) -> HostResu
     options = {"transport": plan.base.transport, "timeout_s": plan.base.timeout_s}
     with ExitStack() as stack:
         ours = stack.enter_context(Ours(group, workload, exchange, tape, **options))  # type: ignore[arg-type]
-        checks = CompactChecks(ours, exchange, workload.wire, plan.hosts)
+        checks = CompactChecks(ours, exchange, workload.wire)
         mismatches = checks.first()
         peers = [_open(stack, name, ours, workload, exchange) for name in (GLOO, GLOO_RANKS)]
         for peer, layout in peers:
