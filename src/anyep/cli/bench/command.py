@@ -186,7 +186,7 @@ def bench(
         if others := [option for option, value in given.items() if value]:
             raise click.UsageError(f"--hosts has ranks and comparisons of its own; leave out {', '.join(others)}")
         ranks, compare = sum(hosts), ("gloo",)
-    against = "--hosts" if hosts else "--compare"
+    against, divisor = ("--hosts", "the ranks divide") if hosts else ("--compare", "--ranks divides")
     if transport == "inprocess" and compare:
         raise click.UsageError("--compare needs rank processes; leave out --transport inprocess")
     job = job_ranks() if transport != "inprocess" else None
@@ -197,7 +197,7 @@ def bench(
     if compare and not set(wire) <= {"bf16", "fp8"}:
         raise click.UsageError(f"{against} goes with --wire bf16 or fp8: the others move BF16; got {', '.join(wire)}")
     if compare and experts % num_ranks:
-        raise click.UsageError(f"{against} needs --experts that the ranks divide, got {experts} and {num_ranks}")
+        raise click.UsageError(f"{against} needs --experts that {divisor}, got {experts} and {num_ranks}")
     if compare and 0 in tokens:
         raise click.UsageError(f"{against} goes with --tokens of at least 1: an empty batch is no exchange to compare")
     if latency and job is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 PREFILL_TOKENS = 4096
 DECODE_TOKENS = 128
 HOST_TOKENS = (512, DECODE_TOKENS)
-"""Between hosts; with 4 ranks a host the larger takes 0.36 s over 1 Gbit/s, both ways together, and Megatron's way 2 s."""
+"""Between hosts; with 4 ranks a host the larger takes 0.36 s over 1 Gbit/s, there and back, and Megatron's way 2 s."""
 TRACE = "trace"
 """The routing trace that ships with the package."""
 PEERS = ("gloo", "mpich")
