@@ -43,9 +43,9 @@ def run(case: Case, kernels: str = "cpu") -> list:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_exchange_between_hosts_is_exact(played, layout):
-    """3 x 80 cases."""
+    """3 x 50 cases."""
 
-    @settings(max_examples=80, **PATIENT)
+    @settings(max_examples=50, **PATIENT)
     @given(cases(layouts=[layout]), st.integers(1, 4))
     def property_holds(case, ranks_per_host):
         played(ranks_per_host)
@@ -54,14 +54,14 @@ def test_an_exchange_between_hosts_is_exact(played, layout):
     property_holds()
 
 
-@settings(max_examples=15, **PATIENT)
+@settings(max_examples=10, **PATIENT)
 @given(cases(), st.integers(1, 3))
 def test_the_reference_kernels_cross_hosts_alike(played, case, ranks_per_host):
     played(ranks_per_host)
     check(case, run(case, kernels="reference"), group_ranks(case.num_ranks, ranks_per_host))
 
 
-@settings(max_examples=60, **PATIENT)
+@settings(max_examples=40, **PATIENT)
 @given(programs(), st.integers(1, 3))
 def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per_host):
     played(ranks_per_host)
