@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anyep.compat import deep_ep
+from anyep.compat.deep_ep.layout import loops
 from tests.compat.v1_oracle import E, make_inputs, on_ranks
 
 
@@ -83,3 +84,17 @@ def test_an_asynchronous_layout_returns_an_event_that_can_be_waited_for():
         )
 
     on_ranks(1, rank_main)
+
+
+def test_bytes_are_the_same_or_not_whatever_their_number_and_place():
+    left = torch.arange(40, dtype=torch.uint8)
+    for first in (0, 3):
+        for size in (0, 1, 7, 8, 9, 24, 29):
+            right = left.clone()
+            here, there = left.data_ptr() + first, right.data_ptr() + first
+            assert loops().same_bytes(here, there, size)
+            right[first + size] = 255
+            assert loops().same_bytes(here, there, size)
+            if size:
+                right[first + size - 1] = 255
+                assert not loops().same_bytes(here, there, size)

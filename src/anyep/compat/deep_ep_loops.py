@@ -22,6 +22,22 @@ def _increment(base: int, index: int) -> None:
     store_i32(base, index, load_i32(base, index) + 1)
 
 
+@compiled("boolean(int64, int64, int64)")
+def same_bytes(left_addr: int, right_addr: int, num_bytes: int) -> bool:
+    """Return whether so many bytes are the same in both places.
+
+    >>> # int32 [1, 2, 3] and int32 [1, 2, 4]: True for 8 bytes, False for 12
+    """
+    words = num_bytes // 8
+    for word in range(words):
+        if load_i64(left_addr, word) != load_i64(right_addr, word):
+            return False
+    for byte in range(8 * words, num_bytes):  # noqa: SIM110  # compiled: all() would be a generator
+        if load_i8(left_addr, byte) != load_i8(right_addr, byte):
+            return False
+    return True
+
+
 @compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def count_layout(
     idx_addr: int,

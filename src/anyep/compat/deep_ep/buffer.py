@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from anyep.compat.deep_ep import layout, low_latency, normal
-from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert
+from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert, refuse
 from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
@@ -23,6 +23,7 @@ from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
 _SIZE_UNIT = 128
+_deterministic = torch.are_deterministic_algorithms_enabled
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Hook = Callable[[], None]
@@ -68,7 +69,7 @@ class Buffer:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous)
-        self._domain = domain_of(self.group_size)
+        self._side = normal.side_of(self.runtime, domain_of(self.group_size))
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
         if not explicitly_destroy:
@@ -77,7 +78,7 @@ class Buffer:
     def destroy(self) -> None:
         """Leave the group; the buffer cannot be used any more. AssertionError unless made with explicitly_destroy."""
         assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
-        runtime, self.runtime = self.runtime, None
+        runtime, self.runtime, self._side = self.runtime, None, None
         if runtime is not None:
             runtime.close()
 
@@ -145,9 +146,9 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
         """Count tokens: int32 [R], int32 [hosts] or None, int32 [E], and bool [T, R] of who goes where."""
-        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
-        counted = layout.count(topk_idx, num_experts, self._side().domain)
-        return (*counted, _event(async_finish))
+        _begin(previous_event, async_finish, allocate_on_comm_stream)
+        counted = layout.count(topk_idx, num_experts, (self._side or self._no_side()).domain)
+        return (*counted, EventOverlap(EventHandle() if async_finish else None))
 
     def dispatch(
         self,
@@ -170,26 +171,24 @@ class Buffer:
 
         Rows come in the order (source rank, source token). With a ``handle``: (recv_x, None, None, None, None, event).
         """
-        check_torch_deterministic()
-        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
-        side = self._side()
-        rows, wire = normal.check_rows(x)
+        if previous_event is not None or allocate_on_comm_stream or _deterministic():
+            _begin(previous_event, async_finish, allocate_on_comm_stream)
+        side = self._side or self._no_side()
         if handle is not None:
             assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
-            return (normal.dispatch_again(side, rows, wire, handle), None, None, None, None, _event(async_finish))
-        batch = normal.check_batch(
-            rows,
-            self._domain,
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            num_tokens_per_rank=num_tokens_per_rank,
-            num_tokens_per_expert=num_tokens_per_expert,
-            is_token_in_rank=is_token_in_rank,
-            worst_tokens=num_worst_tokens,
-            alignment=expert_alignment,
+            rows = normal.dispatch_again(side, x, handle)
+            return rows, None, None, None, None, EventOverlap(EventHandle() if async_finish else None)
+        batch = normal.Batch(
+            topk_idx,
+            topk_weights,
+            num_tokens_per_rank,
+            num_tokens_per_expert,
+            is_token_in_rank,
+            num_worst_tokens,
+            expert_alignment,
         )
-        received = normal.dispatch(side, rows, wire, batch, self._channels(config))
-        return (*received, _event(async_finish))
+        channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
+        return (*normal.dispatch(side, x, batch, channels), EventOverlap(EventHandle() if async_finish else None))
 
     def combine(
         self,
@@ -203,10 +202,10 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
         """Sum each token's rows, unweighted: (combined_x [T, H], combined_topk_weights [T, K] or None, event)."""
-        check_torch_deterministic()
-        _await_previous(previous_event, async_finish, allocate_on_comm_stream)
-        summed = normal.combine(self._side(), x, handle, topk_weights, bias, go_on=async_finish)
-        return summed.x, summed.topk_weights, _event(async_finish, summed.underway)
+        if previous_event is not None or allocate_on_comm_stream or _deterministic():
+            _begin(previous_event, async_finish, allocate_on_comm_stream)
+        summed = normal.combine(self._side or self._no_side(), x, handle, topk_weights, bias, go_on=async_finish)
+        return summed.x, summed.topk_weights, _event(summed.underway)
 
     internode_dispatch = dispatch
     internode_combine = combine
@@ -224,28 +223,22 @@ class Buffer:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> tuple[Tensors, torch.Tensor, low_latency.HandleTuple, EventOverlap, Hook | None]:
+    ) -> tuple[Tensors, torch.Tensor, low_latency.LowLatencyHandle, EventOverlap, Hook | None]:
         """Send a row for each (token, expert): (recv_x, recv_count [L], handle, event, hook).
 
         ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.
         """
-        check_torch_deterministic()
         self._check_low_latency(async_finish, return_recv_hook)
-        sent = low_latency.dispatch(
-            self._natives(),
-            self._masks,
-            self.group_size,
-            x,
-            topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
-            cumulative_local_expert_recv_stats,
-            dispatch_wait_recv_cost_stats,
-            lambda hidden: low_latency.wire_for(hidden, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0),
+        statistics = None
+        if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
+            statistics = low_latency.Statistics(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        request = low_latency.Request(
+            x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0
         )
-        event, hook = _ends(sent.underway, async_finish, return_recv_hook)
-        rows = sent.x if sent.scales is None else (sent.x, sent.scales)
-        return rows, sent.count, sent.handle, event, hook
+        natives, go_on = (self._side or self._no_side()).natives, async_finish or return_recv_hook
+        sent = low_latency.dispatch(natives, self._masks, request, statistics, go_on=go_on)
+        event, hook = _ends(sent.underway, return_recv_hook)
+        return sent.rows, sent.counts, sent.handle, event, hook
 
     def low_latency_combine(
         self,
@@ -261,20 +254,13 @@ class Buffer:
         combine_wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
         """Sum each token's rows times their weights, in top-k order: (combined_x [T, H], event, hook)."""
-        check_torch_deterministic()
         self._check_low_latency(async_finish, return_recv_hook)
-        host_assert(not (zero_copy and use_logfmt), "zero_copy and use_logfmt exclude each other")
-        combined, underway = low_latency.combine(
-            self._natives(),
-            x,
-            topk_idx,
-            topk_weights,
-            handle,
-            low_latency.Manner(use_logfmt=use_logfmt, zero_copy=zero_copy),
-            out,
-            combine_wait_recv_cost_stats,
-        )
-        event, hook = _ends(underway, async_finish, return_recv_hook)
+        if zero_copy and use_logfmt:
+            refuse("zero_copy and use_logfmt exclude each other")
+        given = low_latency.Sum(x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats)
+        natives, go_on = (self._side or self._no_side()).natives, async_finish or return_recv_hook
+        combined, underway = low_latency.combine(natives, handle, given, go_on=go_on)
+        event, hook = _ends(underway, return_recv_hook)
         return combined, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: object) -> torch.Tensor:
@@ -299,44 +285,46 @@ class Buffer:
         self._natives().leave_out([])
 
     def _natives(self) -> Natives:
-        runtime: Natives | None = getattr(self, "runtime", None)
-        host_assert(runtime is not None, "this Buffer was destroyed, or its __init__ was replaced and not called")
-        assert runtime is not None
-        return runtime
+        return (self._side or self._no_side()).natives
 
-    def _side(self) -> normal.Side:
-        return normal.Side(natives=self._natives(), domain=self._domain, rank=self.rank)
+    _side: normal.Side | None = None
 
-    def _channels(self, config: Config | None) -> int:
-        return max(1, self.num_sms // 2 if config is None else config._num_sms // 2)
+    def _no_side(self) -> NoReturn:
+        refuse("this Buffer was destroyed, or its __init__ was replaced and not called")
 
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
-        self._natives()
-        host_assert(self.low_latency_mode, "make the Buffer with low_latency_mode=True for low-latency calls")
-        host_assert(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+        if _deterministic():
+            check_torch_deterministic()
+        if self._side is None:
+            self._no_side()
+        if not self.low_latency_mode:
+            refuse("make the Buffer with low_latency_mode=True for low-latency calls")
+        if async_finish and return_recv_hook:
+            refuse("async_finish and return_recv_hook exclude each other")
 
 
-def _await_previous(
+def _begin(
     previous_event: EventOverlap | EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
 ) -> None:
-    """Let what the caller orders this call behind be over."""
-    check_streams(previous_event, async_finish, allocate_on_comm_stream)
-    event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
-    if event is not None:
-        event.current_stream_wait()
+    """Check what does not depend on tensors, and let what the caller orders this call behind be over."""
+    check_torch_deterministic()
+    if allocate_on_comm_stream:
+        check_streams(previous_event, async_finish, allocate_on_comm_stream)
+    if previous_event is not None:
+        event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
+        if event is not None:
+            event.current_stream_wait()
 
 
-def _event(async_finish: bool, underway: Underway | None = None) -> EventOverlap:
-    """Return a call's event: None inside where it was synchronous."""
-    if not async_finish:
-        return EventOverlap()
-    return EventOverlap(EventHandle() if underway is None else EventHandle.of(underway.wait))
+def _event(underway: Underway | None) -> EventOverlap:
+    """Return the event of a call; None inside where it is over."""
+    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
 
 
-def _ends(underway: Underway, async_finish: bool, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:
-    """Return event and hook of a low-latency call, which is finished now if it has neither."""
+def _ends(underway: Underway | None, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:
+    """Return event and hook of a low-latency call; it is over where nothing is under way."""
+    if underway is None:
+        return EventOverlap(), None
     if return_recv_hook:
         return EventOverlap(), underway.wait
-    if not async_finish:
-        underway.wait()
-    return _event(async_finish, underway), None
+    return _event(underway), None

@@ -6,51 +6,62 @@ token goes straight to each of its ranks. Members that describe queues say what 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-import anyep
-from anyep.compat.deep_ep.checks import host_assert
+from anyep.compat.deep_ep.checks import refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.layout import loops, made
-from anyep.compat.deep_ep.native import Kept, Natives, empty_i32
+from anyep.compat.deep_ep.lazy_tuple import LazyTuple
+from anyep.compat.deep_ep.native import Kept, Natives
 
-HandleTuple = tuple[Any, ...]
-_INTRANODE, _INTERNODE = 6, 10
-_KEY = {_INTRANODE: 0, _INTERNODE: 6}
+INTRANODE, INTERNODE = 6, 10
+"""Members."""
+_KEY = {INTRANODE: 0, INTERNODE: 6}
 """The member by which a handle is known: rank_prefix_matrix, recv_gbl_rank_prefix_sum."""
-_IN_RANK = {_INTRANODE: 4, _INTERNODE: 0}
-_CHANNELS = {_INTRANODE: 1, _INTERNODE: 2}
 _META_BYTES = 8
 
 
-def make_handle(
-    natives: Natives,
-    kept: Kept,
-    received: anyep.Received,
-    inside: torch.Tensor,
-    domain: Domain,
-    rank: int,
-    channels: int,
-) -> HandleTuple:
-    """Return a dispatch's handle; ``inside``: is_token_in_rank [T, R]."""
-    assert received.source_token is not None
-    make = _internode if domain.crosses_hosts else _intranode
-    return make(natives, kept, received.source_token, inside, domain, rank, channels)
+class Origin(NamedTuple):
+    """What a handle's members are made from: the dispatch's own records, which no caller can write to."""
+
+    natives: Natives
+    kept: Kept
+    token: torch.Tensor | None
+    """source token of each row [N]"""
+    inside: torch.Tensor
+    """the caller's is_token_in_rank [T, R], handed on as a member"""
+    domain: Domain
+    channels: int
 
 
-def find_handle(natives: Natives, handle: object) -> tuple[Kept, torch.Tensor, int]:
-    """Return what a handle tuple stands for, its is_token_in_rank and its channels. RuntimeError for others."""
-    host_assert(
-        isinstance(handle, (tuple, list)) and len(handle) in _KEY,
-        f"handle must be a tuple of {_INTRANODE} or {_INTERNODE} tensors as dispatch returned it",
-    )
-    assert isinstance(handle, (tuple, list))
-    members = len(handle)
-    kept = natives.find(handle[_KEY[members]])
-    return kept, handle[_IN_RANK[members]], int(handle[_CHANNELS[members]].size(1))
+class NormalHandle(LazyTuple):
+    """A dispatch's handle."""
+
+    origin: Origin
+
+    def _make(self) -> tuple[Any, ...]:
+        return (_intranode if len(self) == INTRANODE else _internode)(self.origin)
+
+
+def find_handle(natives: Natives, handle: object) -> Kept:
+    """Return what a handle, or a tuple of a handle's members, stands for. RuntimeError for others."""
+    if type(handle) is NormalHandle and handle.origin.natives is natives:
+        return handle.origin.kept
+    if not isinstance(handle, (tuple, list)) or len(handle) not in _KEY:
+        refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
+    return natives.find(handle[_KEY[len(handle)]])
+
+
+def _sent(kept: Kept, ranks: int) -> torch.Tensor:
+    """Return bool [T, R]: which ranks each token was sent to."""
+    ranks_TW = kept.handle.send.entry_ranks()
+    sent = np.zeros((len(ranks_TW), ranks), np.bool_)
+    token, entry = np.nonzero(ranks_TW >= 0)
+    sent[token, ranks_TW[token, entry]] = True
+    return torch.from_numpy(sent)
 
 
 def _numbered(inside: torch.Tensor, group: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,32 +75,33 @@ def _numbered(inside: torch.Tensor, group: int, channels: int) -> tuple[torch.Te
 
 def _starts(kept: Kept, token: torch.Tensor, rank: int, channels: int) -> Any:
     pairs = kept.handle.pair_rows
-    starts = empty_i32(pairs.shape[0], channels)
+    starts = np.empty((pairs.shape[0], channels), np.int32)
     rows = np.ascontiguousarray(pairs[:, rank])
     loops().channel_starts(token.data_ptr(), rows, kept.handle.source_tokens, channels, starts)
     return starts
 
 
-def _intranode(
-    natives: Natives, kept: Kept, token: torch.Tensor, inside: torch.Tensor, domain: Domain, rank: int, channels: int
-) -> HandleTuple:
-    prefix, head = _numbered(inside, 1, channels)
+def _intranode(origin: Origin) -> tuple[Any, ...]:
+    natives, kept, token, inside, domain, channels = origin
+    assert token is not None, "the variants of normal calls bring source tokens"
+    prefix, head = _numbered(_sent(kept, domain.num_ranks), 1, channels)
     return (
         natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
         prefix,
-        torch.from_numpy(_starts(kept, token, rank, channels)),
+        torch.from_numpy(_starts(kept, token, kept.ep.rank, channels)),
         token,
         inside,
         head,
     )
 
 
-def _internode(
-    natives: Natives, kept: Kept, token: torch.Tensor, inside: torch.Tensor, domain: Domain, rank: int, channels: int
-) -> HandleTuple:
-    per_host, hosts = domain.per_host, domain.num_hosts
-    host_prefix, host_head = _numbered(inside, per_host, channels)
-    prefix, _ = _numbered(inside, 1, channels)
+def _internode(origin: Origin) -> tuple[Any, ...]:
+    natives, kept, token, inside, domain, channels = origin
+    assert token is not None, "the variants of normal calls bring source tokens"
+    rank, per_host, hosts = kept.ep.rank, domain.per_host, domain.num_hosts
+    sent = _sent(kept, domain.num_ranks)
+    host_prefix, host_head = _numbered(sent, per_host, channels)
+    prefix, _ = _numbered(sent, 1, channels)
     rows_R = np.ascontiguousarray(kept.handle.pair_rows[:, rank])
     ends_R = np.cumsum(rows_R, dtype=np.int32)
     starts_RC = _starts(kept, token, rank, channels)

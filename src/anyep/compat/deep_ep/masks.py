@@ -12,7 +12,8 @@ class Masks:
 
     def __init__(self, num_ranks: int, rank: int, *, enabled: bool) -> None:
         self._rank = rank
-        self._enabled = enabled
+        self.num_ranks = num_ranks
+        self.enabled = enabled
         self._masked_R = torch.zeros(num_ranks, dtype=torch.int32, device="cpu")
 
     @property
@@ -38,10 +39,10 @@ class Masks:
 
     def without(self, topk_idx: torch.Tensor, local_experts: int) -> torch.Tensor:
         """Return ``topk_idx`` with -1 for experts of masked ranks."""
-        if not self._enabled or not self.ranks:
+        if not self.enabled or not self.ranks:
             return topk_idx
         owner = topk_idx.div(local_experts, rounding_mode="floor")
         return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device="cpu")), -1)
 
     def _check(self) -> None:
-        host_assert(self._enabled, "Shrink mode must be enabled: make the Buffer with enable_shrink=True")
+        host_assert(self.enabled, "Shrink mode must be enabled: make the Buffer with enable_shrink=True")

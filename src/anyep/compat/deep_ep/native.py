@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import anyep
+from anyep.compat.deep_ep.layout import loops
 from anyep.exchange.event import Pending
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire
@@ -30,6 +31,7 @@ _IN_FLIGHT = 4
 _SLOT_HIDDEN, _SLOT_TOKENS = 1024, 128
 """A pair's small batches take up to so many bytes: 256 KiB, of which R^2 times 8 are committed on a host."""
 _MOST_VARIANTS = 64
+_MOST_KINDS = 4096
 
 
 class Underway:
@@ -66,9 +68,9 @@ class Underway:
         return self._pending is None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Kept:
-    """What belongs to the tensors of a handle tuple."""
+    """What belongs to a handle tuple, and to its tensors."""
 
     ep: anyep.Buffer
     num_experts: int
@@ -76,9 +78,27 @@ class Kept:
     static_rows: int | None = None
     landed: Handle | None = None
     """None until the dispatch is over"""
+
+    @property
+    def handle(self) -> Handle:
+        """The dispatch."""
+        assert self.landed is not None, "a dispatch that ended without an error has a handle"
+        return self.landed
+
+
+@dataclass(eq=False, slots=True)
+class LowLatencyKept(Kept):
+    """The same for low latency, whose dispatch may still be under way."""
+
+    hidden: int = 0
+    """low latency: H of the dispatch"""
     underway: Underway | None = None
     combine_buffer: torch.Tensor | None = None
     """low latency: where the next combine reads without a copy, if that was asked for"""
+    sources: tuple[torch.Tensor, torch.Tensor] | None = None
+    """low latency: int32 [L, R], where each source's rows begin in each block, and how many; None until it is over"""
+    ranges: weakref.ref[NDArray[np.int64]] | None = None
+    """low latency: what wants to be filled from ``sources``, if it was looked at before"""
 
     @property
     def handle(self) -> Handle:
@@ -97,8 +117,12 @@ class Natives:
         self._buffers: dict[int, anyep.Buffer] = {}
         self._variants: OrderedDict[Hashable, anyep.Buffer] = OrderedDict()
         self._underway: deque[Underway] = deque()
+        self.checked: dict[Hashable, anyep.Buffer] = {}
+        """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self._kept: dict[int, Kept] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
+        self.loops: Any = None
+        """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
 
     def buffer(self, num_experts: int) -> anyep.Buffer:
@@ -107,6 +131,7 @@ class Natives:
             raise anyep.ClosedError("this deep_ep.Buffer was destroyed; make a new one")
         known = self._buffers.get(num_experts)
         if known is None:
+            self.loops = loops()
             known = self._buffers[num_experts] = anyep.Buffer(
                 self._group,
                 num_experts=num_experts,
@@ -142,6 +167,13 @@ class Natives:
             if len(self._variants) > _MOST_VARIANTS:
                 self._variants.popitem(last=False)
         return known
+
+    def remember(self, kind: Hashable, ep: anyep.Buffer) -> anyep.Buffer:
+        """Note which buffer serves calls of a kind that was checked."""
+        if len(self.checked) >= _MOST_KINDS:
+            self.checked.clear()
+        self.checked[kind] = ep
+        return ep
 
     def make_room(self) -> None:
         """Finish the oldest call under way where no more fit: DeepEP's callers may hold as many events as they like."""
@@ -185,11 +217,7 @@ class Natives:
         """Close every buffer. Idempotent."""
         self.closed = True
         self._underway.clear()
+        self.checked.clear()
         buffers, self._buffers = list(self._buffers.values()), {}
         for buffer in buffers:
             buffer.close()
-
-
-def empty_i32(*shape: int) -> NDArray[np.int32]:
-    """Return an int32 array with any content."""
-    return np.empty(shape, np.int32)
