@@ -136,6 +136,7 @@ def test_hosts_that_had_nothing_to_say_for_longer_than_timeout_s_still_hear_each
 
 
 @pytest.mark.slow
+@impatient
 def test_a_link_that_is_cut_is_a_timeout_that_names_ranks_of_other_hosts(tmp_path):
     """Between network namespaces, where nobody is told that packets are lost."""
     try:
