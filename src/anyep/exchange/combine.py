@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.across import Across
-from anyep.exchange.courier import carry
-from anyep.exchange.crossing import Crossing, address_of
-from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
+from anyep.exchange.combine_across import CombineAcross, Entries
+from anyep.exchange.crossing import address_of
+from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.groups import sum_by_groups
 from anyep.exchange.handle import Combined
@@ -37,10 +36,8 @@ from anyep.exchange.opening import (
     Kind,
     check_agreement,
 )
-from anyep.exchange.proxy import Proxy
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
-from anyep.exchange.sums_across import SumsIn, SumsOut, each_by_itself, rows_from, terms_of
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Words
 
@@ -137,7 +134,9 @@ class Combine:
         if end.across is None:
             weights = self._sum(_own_entries(back, rows_addr), desk.lent.addr)
         else:
-            weights = self._sum_across(end.across, desk, opened_RW, rows_addr)
+            crossing = CombineAcross(end, end.across, back, self._epoch, self._step)
+            terms = crossing.bring_together(opened_RW, desk.lent, rows_addr, self._moved_rows)
+            weights = self._sum(terms.entries, terms.tables.addr)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
@@ -213,102 +212,7 @@ class Combine:
         place_at(end, plan, desk.starts_addr, rows_addr)
         return rows_addr
 
-    def _sum_across(self, across: Across, desk: Desk, opened_RW: Words, rows_addr: int) -> torch.Tensor | None:
-        """Send back what is forwarded, and sum neighbours' rows with what comes back from other hosts."""
-        end, back, plan = self._end, self._back, self._back.handle.send
-        each, crossing = each_by_itself(back), plan.crossing
-        assert crossing is not None, "plans of several hosts have one"
-        outgoing = [self._forward(across, proxy, opened_RW, each=each) for proxy in back.handle.proxies]
-        counts = {host: rows_from(crossing, host, each=each) for host in across.hosts.far_hosts(end.rank)}
-        incoming = {
-            host: SumsIn(end, across, back, host, count, self._epoch) for host, count in counts.items() if count
-        }
-        carry([*outgoing, *incoming.values()], across.transport, self._epoch, self._step)
-        folded = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
-        folded.values[:, : end.num_ranks] = desk.lent.values
-        own_sums = self._sum_neighbours(across, crossing, desk) if back.group else None
-        if own_sums is not None:
-            folded.values[:, end.num_ranks + across.own_host] = [address_of(one) for one in own_sums]
-        for host, part in incoming.items():
-            folded.values[:, end.num_ranks + host] = address_of(part.rows), address_of(part.weights)
-        terms = np.empty((3, max(1, plan.num_tokens * plan.width)), np.int32)
-        keys, ranks, rows = (address_of(one) for one in terms)
-        end.books.fold(
-            plan.num_tokens,
-            plan.width,
-            plan.entry_rank_addr,
-            rows_addr,
-            across.hosts.host_R,
-            across.first_M,
-            across.own_host if own_sums is None else -1,
-            int(each),
-            np.zeros(across.hosts.num_hosts, np.int32),
-            keys,
-            ranks,
-            rows,
-        )
-        by_rank = int(each and back.reduce == "rank")
-        return self._sum(_Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), folded.addr)
-
-    def _sum_neighbours(
-        self, across: Across, crossing: Crossing, desk: Desk
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return this host's sums of the tokens that it serves, rows [n, H] and weights [n, K], as if they crossed."""
-        end, back, plan = self._end, self._back, self._back.handle.send
-        tokens = crossing.tokens_for(across.own_host)
-        ranks_TW = plan.entry_ranks()
-        ranks = ranks_TW[tokens]
-        ranks = np.where(across.hosts.host_R[ranks] == across.own_host, ranks, np.int32(-1))
-        all_rows = plan.words(plan.entry_row_addr, ranks_TW.size) if self._moved_rows is None else self._moved_rows
-        rows = all_rows.reshape(ranks_TW.shape)[tokens]
-        sums = np.empty(len(tokens) * back.row_bytes, np.uint8)
-        weights = np.empty(0 if back.topk_weights is None else len(tokens) * 4 * end.num_topk, np.uint8)
-        entries = (plan.width, 1, address_of(ranks), address_of(rows))
-        rows_table, weights_table = desk.lent.addr
-        element = int(ELEMENTS[back.y.dtype])
-        end.kernels.reduce(element, end.hidden, 0, len(tokens), *entries, rows_table, 0, 0, 0, address_of(sums))
-        if weights.size:
-            end.kernels.reduce_weights(end.num_topk, 0, len(tokens), *entries, weights_table, address_of(weights))
-        end.kernels.fence()
-        return sums, weights
-
-    def _forward(self, across: Across, proxy: Proxy, opened_RW: Words, *, each: bool) -> SumsOut:
-        """Find the rows of a rank of another host at this host's ranks."""
-        end, plan = self._end, proxy.plan
-        lent, moved_rows = AddressTable(2, end.num_ranks), None
-        starts, ranks_R = (
-            np.zeros(end.num_ranks + end.placement.num_experts, np.int32),
-            np.zeros(end.num_ranks, np.int64),
-        )
-        tally = np.zeros(6, np.int64)
-        while True:
-            unknown = end.books.connect_back(
-                opened_RW,
-                BODY,
-                end.bases.base_RS,
-                plan.geometry.shape.dims,
-                plan.geometry.shape.offsets,
-                plan.first_addr,
-                end.tables.rank_addr,
-                -1,
-                ranks_R,
-                0,
-                lent.values,
-                address_of(starts),
-                ranks_R,
-                ranks_R.copy(),
-                end.far_R,
-                tally,
-            )
-            if unknown < 0:
-                break
-            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
-        if tally[ledger.EAGER_ROWS]:
-            moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
-            place_at(end, plan, address_of(starts), address_of(moved_rows))
-        return SumsOut(end, across, self._back, proxy, terms_of(proxy, moved_rows, each=each), lent, self._epoch)
-
-    def _sum(self, entries: _Entries, tables: Sequence[int]) -> torch.Tensor | None:
+    def _sum(self, entries: Entries, tables: Sequence[int]) -> torch.Tensor | None:
         """Sum the rows that ``entries`` name, in the peer tables of rows and of weights."""
         end, back, plan = self._end, self._back, self._back.handle.send
         weights = back.weights_out
@@ -348,16 +252,8 @@ class Combine:
             self._end.kernels.reduce_weights(num_topk, first, last, *sums.entries, table, out_addr)
 
 
-class _Entries(NamedTuple):
-    """Which rows a token's sum takes: int32 [T, W] ranks and rows."""
-
-    by_rank: int
-    rank_addr: int
-    row_addr: int
-
-
-def _own_entries(back: Returning, rows_addr: int) -> _Entries:
-    return _Entries(by_rank=int(back.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr)
+def _own_entries(back: Returning, rows_addr: int) -> Entries:
+    return Entries(by_rank=int(back.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr)
 
 
 class _Sums(NamedTuple):
