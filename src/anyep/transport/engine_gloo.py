@@ -25,7 +25,7 @@ from anyep.errors import ClosedError
 from anyep.transport.engine import NUM_TAGS, Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
-from anyep.transport.gloo_group import GlooGroup, open_gloo
+from anyep.transport.gloo_group import FOR_EVER, GlooGroup, open_gloo
 from anyep.transport.liveness import Departure
 from anyep.transport.rendezvous import Rendezvous
 
@@ -212,7 +212,7 @@ class _Line:
         slot = 0
         try:
             while True:
-                self._works[slot].wait()
+                self._works[slot].wait(FOR_EVER)
                 self._take(self._notes[slot].numpy())
                 self._works[slot] = self._group.recv([self._notes[slot]], self._rank, _NOTES)
                 slot = (slot + 1) % _RING

@@ -13,7 +13,7 @@ from anyep.transport.interfaces import Interface, choose_interface
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.together import together
 
-_FOR_EVER = timedelta(days=3650)
+FOR_EVER = timedelta(days=3650)
 """A wait that times out closes the connections to all ranks: it happens only when that is wanted."""
 
 
@@ -106,5 +106,5 @@ def _connect(
             f"gloo could not connect all ranks within {timeout_s:g} s: {error}. They listen on ports that the system "
             f"chooses: {where}. Check that every rank's address can be reached from every other, at any TCP port"
         ) from error
-    group.set_timeout(_FOR_EVER)
+    group.set_timeout(FOR_EVER)
     return group
