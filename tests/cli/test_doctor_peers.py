@@ -63,6 +63,7 @@ def test_outside_of_a_job_it_says_how_to_start_one(capsys):
     assert "torchrun --nnodes=2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_runs_under_torchrun():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": python_path(), "ANYEP_RANKS_PER_HOST": "1"}

@@ -191,6 +191,7 @@ def test_what_ranks_refuse_is_told_in_a_sentence(example, tmp_path, what):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_under_torchrun_with_picture_and_record(tmp_path):
     pytest.importorskip("matplotlib")
     picture, record = tmp_path / "curve.png", tmp_path / "curve.json"

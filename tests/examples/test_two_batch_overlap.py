@@ -88,6 +88,7 @@ def test_a_picture_without_its_package_names_the_extra(example, monkeypatch, tmp
     assert "anyep[pictures]" in result.output
 
 
+@pytest.mark.slow
 def test_as_a_program_with_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "timeline.png"

@@ -82,7 +82,7 @@ def check_decode(num_rounds, eager_bytes, timeout_s):
     assert max(grown for grown, _ in outcomes) < 1 << 20
 
 
-@pytest.mark.parametrize("eager_bytes", [None, 0], ids=["measured", "never"])
+@pytest.mark.parametrize("eager_bytes", [None, pytest.param(0, marks=pytest.mark.slow)], ids=["measured", "never"])
 def test_3000_rounds(eager_bytes):
     check_decode(3_000, eager_bytes, timeout_s=240.0)
 

@@ -30,7 +30,7 @@ def run(program: Program) -> None:
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=250, **PATIENT)
+@settings(max_examples=200, **PATIENT)
 @given(programs())
 def test_operations_in_flight_are_exact_in_every_order(program):
     run(program)

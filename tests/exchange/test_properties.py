@@ -25,9 +25,9 @@ def run(case: Case, kernels: str = "cpu") -> None:
 @pytest.mark.parametrize("wires", [WIRES[:3], WIRES[3:]], ids=["plain", "fp8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exchange_is_exact(layout, wires):
-    """6 x 340 cases."""
+    """6 x 310 cases; with those between hosts and of other kernels more than 2,000."""
 
-    @settings(max_examples=340, **PATIENT)
+    @settings(max_examples=310, **PATIENT)
     @given(cases(layouts=[layout], wires=wires))
     def property_holds(case):
         run(case)
