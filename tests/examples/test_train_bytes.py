@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ from anyep.testing.processes import run_processes
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-TEXT = ROOT / "src" / "anyep"
+TEXT = Path(email.__file__).parent  # not this project's own text: curves would change with every line of it
 SIZES = {"hidden": 32, "layers": 2, "experts": 8, "width": 16, "context": 32, "batch": 8}
 OPTIONS = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
 
@@ -82,14 +83,14 @@ def test_checkpoints_are_whole(checkpoints):
 
 @pytest.mark.parametrize("ranks", [2, 1])
 def test_a_resumed_training_is_the_uninterrupted_one(example, plan, curves, checkpoints, ranks):
-    """Bit for bit on as many ranks; to rounding on others."""
+    """Bit for bit on as many ranks. On others to rounding, until it grows: a token may choose another expert for it."""
     history = example.train_here(ranks, replace(plan, checkpoint=checkpoints, resume=True))
     assert history.steps == 100
     if ranks == 2:
         assert history.bits == curves[2].bits
         assert history.held_out == curves[2].held_out
     else:
-        assert difference(history.bits, curves[4].bits) < 1e-3
+        assert difference(history.bits[:75], curves[2].bits[:75]) < 1e-5
     for path in checkpoints.glob("step-000100*/*"):
         path.unlink()
     (checkpoints / "step-000100").rmdir()
