@@ -178,7 +178,10 @@ def test_processes_meet_gloo_and_mpich(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     data = json.loads(file.read_text())
-    assert [(pair["peer"], pair["op"]) for pair in data["paired"]] == [
+    alone = [pair for pair in data["paired"] if pair["in_a_row"] == 1]
+    in_a_row = [pair for pair in data["paired"] if pair["in_a_row"] > 1]
+    assert [(pair["peer"], pair["op"]) for pair in in_a_row] == [(pair["peer"], pair["op"]) for pair in alone]
+    assert [(pair["peer"], pair["op"]) for pair in alone] == [
         ("gloo", "dispatch_combine"),
         ("gloo", "dispatch_combine_copied_in"),
         ("mpich", "dispatch_combine"),
@@ -214,6 +217,7 @@ def test_latency_has_ranks_of_its_own(tmp_path):
     assert [(row["ranks"], row["tokens"]) for row in rows] == [(2, 1), (2, 0), (3, 0)]
     assert {row["op"] for row in data["latency"]} >= {"dispatch_combine_padded", "combine_padded_logfmt10"}
     assert all(row["verified"] and row["us_min"] <= row["us_median"] <= row["us_p99"] for row in data["latency"])
+    assert all(row["in_a_row"] > 1 and row["in_a_row_us_median"] > 0 for row in data["latency"])
     assert [row["message_rounds"] for row in rows if row["tokens"] == 0] == [2, 2]
 
 
@@ -286,7 +290,7 @@ def test_it_works_inside_a_torchrun_job(tmp_path):
     data = json.loads(file.read_text())
     assert {row["ranks"] for row in data["rows"]} == {2}
     assert done.stdout.count("7-tokens: 2 ranks") == 1
-    assert len(data["paired"]) == 4
+    assert len(data["paired"]) == 8  # four operations, each alone and in a row
 
 
 def test_mpich_without_its_packages_names_the_extra(capsys, monkeypatch):

@@ -36,6 +36,20 @@ def test_every_operation_runs_once_a_round_behind_a_barrier():
     assert (spans[..., 1] >= spans[..., 0]).all()
 
 
+def test_calls_in_a_row_follow_each_other_behind_one_barrier():
+    calls = []
+    operations = [Operation(name=name, run=lambda name=name: calls.append(name)) for name in "ab"]
+    contest(
+        operations,
+        rounds=4,
+        warm_up=0,
+        barrier=lambda: calls.append("|"),
+        after_round=lambda: calls.append("."),
+        in_a_row=3,
+    )
+    assert set("".join(calls).split(".")[:-1]) == {"|aaa|bbb", "|bbb|aaa"}
+
+
 def test_the_progress_bar_reaches_its_end():
     small = replace(WORKLOAD, tokens=3, wire="fp32", padded=True)
     plan = replace(PLAN, transport="inprocess", peers=(), workloads=(small,), latency=(small,), sweep=(small,))
@@ -48,6 +62,7 @@ def test_a_round_lasts_from_the_first_begin_to_the_last_end():
     first = np.array([[[1_000, 5_000]], [[0, 10_000]]])
     second = np.array([[[2_000, 9_000]], [[3_000, 4_000]]])
     assert durations_us([first, second]).tolist() == [[8.0], [10.0]]
+    assert durations_us([first, second], in_a_row=4).tolist() == [[2.0], [2.5]]
 
 
 def result(contest_name, names, us, rows, mismatches=()):
@@ -92,6 +107,16 @@ def test_pairs_are_ratios_of_the_same_round():
     assert copied.ratios.tolist() == [3.0, 3.0]
 
 
+def test_small_workloads_are_paired_once_more_in_a_row():
+    small = replace(WORKLOAD, tokens=128)
+    names = ["dispatch_combine", "mpich"]
+    turns = result("mpich", names, [800, 4000], 16).spans
+    one = replace(result("mpich", names, [300, 1200], 16), workload=small, in_a_row=8, row_spans=turns)
+    alone, in_a_row = summarise(PLAN, {}, [], [[one], [one]]).pairs
+    assert (alone.in_a_row, alone.ratios.tolist()) == (1, [4.0, 4.0])
+    assert (in_a_row.in_a_row, in_a_row.ratios.tolist(), in_a_row.ours_us.tolist()) == (8, [5.0, 5.0], [100.0, 200.0])
+
+
 def test_one_wrong_byte_on_one_rank_marks_the_row():
     summary = summarise(PLAN, {}, [], results({"dispatch": "row 3, byte 4"}.items()))
     assert [row.verified for row in summary.rows] == [False, True, True]
@@ -104,7 +129,12 @@ def padded_and_latency():
     return [
         [
             replace(result("padded", ["copy", *names], [1000, 100, 300], 16), hops={names[0]: rank, names[1]: 2}),
-            replace(result("latency", names, [100, 300], 16), hops={names[0]: 1, names[1]: 1 + rank}),
+            replace(
+                result("latency", names, [100, 300], 16),
+                hops={names[0]: 1, names[1]: 1 + rank},
+                in_a_row=4,
+                row_spans=result("latency", names, [200, 400], 16).spans,
+            ),
         ]
         for rank in (1, 2)
     ]
@@ -123,6 +153,7 @@ def test_latency_rows_name_their_ranks_and_their_tail():
     assert (first.ranks, first.op, first.hops, second.hops) == (2, "dispatch_padded", 1, 3)
     assert first.us_median == 150
     assert first.us_p99 == pytest.approx(199)
+    assert (first.in_a_row, first.row_us.tolist()) == (4, [50, 100])
     assert second.verified
 
 

@@ -21,7 +21,10 @@ class LatencyRow:
     workload: Workload
     op: str
     us: NDArray[np.float64]
-    """[rounds]"""
+    """[rounds]: one call behind a barrier"""
+    row_us: NDArray[np.float64]
+    """[rounds]: the mean of ``in_a_row`` calls"""
+    in_a_row: int
     hops: int
     """rounds of messages, one behind the other, that the rank with the most of them awaited"""
     verified: bool
@@ -37,17 +40,21 @@ class LatencyRow:
 
 def latency_rows(ranks: tuple[RankResult, ...]) -> list[LatencyRow]:
     """Return a row an operation from what every rank saw of a contest."""
+    first = ranks[0]
     us = durations_us([rank.spans for rank in ranks])
+    row_us = durations_us([rank.row_spans for rank in ranks if rank.row_spans is not None], first.in_a_row)
     return [
         LatencyRow(
             ranks=len(ranks),
-            workload=ranks[0].workload,
+            workload=first.workload,
             op=op,
             us=us[:, position],
+            row_us=row_us[:, position],
+            in_a_row=first.in_a_row,
             hops=max(rank.hops.get(op, 0) for rank in ranks),
             verified=all(op not in rank.mismatches for rank in ranks),
         )
-        for position, op in enumerate(ranks[0].names)
+        for position, op in enumerate(first.names)
     ]
 
 
@@ -66,6 +73,10 @@ def latency_json(row: LatencyRow) -> dict[str, Any]:
         "us_p99": round(row.us_p99, 1),
         "us_min": round(float(row.us.min()), 1),
         "us_max": round(float(row.us.max()), 1),
+        "in_a_row": row.in_a_row,
+        "in_a_row_us_median": round(float(np.median(row.row_us)), 1),
+        "in_a_row_us_min": round(float(row.row_us.min()), 1),
+        "in_a_row_us_max": round(float(row.row_us.max()), 1),
         "message_rounds": row.hops,
         "verified": row.verified,
         "rounds": len(row.us),

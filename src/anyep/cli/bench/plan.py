@@ -19,6 +19,9 @@ _TINY_TOKENS = 8
 _LARGE_ROUNDS, _SMALL_ROUNDS = 11, 41
 _TAIL_ROUNDS, _TINY_ROUNDS = 201, 401
 """Of small workloads by themselves: a 99th percentile needs them."""
+_SMALL_IN_A_ROW, _TINY_IN_A_ROW = 8, 32
+"""Calls, one behind the other, of a turn of small workloads."""
+_TURNS_IN_A_ROW = 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,16 @@ class Plan:
         if alone and workload.is_small:
             return _TINY_ROUNDS if workload.tokens <= _TINY_TOKENS else _TAIL_ROUNDS
         return _LARGE_ROUNDS if workload.tokens >= _LARGE_TOKENS else _SMALL_ROUNDS
+
+    def in_a_row_of(self, workload: Workload) -> int:
+        """Return how many calls a turn of a small workload has where they follow each other; 0 for larger ones."""
+        if not workload.is_small:
+            return 0
+        return _TINY_IN_A_ROW if workload.tokens <= _TINY_TOKENS else _SMALL_IN_A_ROW
+
+    def turns_in_a_row_of(self, workload: Workload) -> int:
+        """Return the timed rounds of such turns."""
+        return 0 if not workload.is_small else self.rounds or _TURNS_IN_A_ROW
 
 
 _NAMES = {PREFILL_TOKENS: "prefill", DECODE_TOKENS: "decode-size"}

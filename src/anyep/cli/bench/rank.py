@@ -25,17 +25,24 @@ from anyep.cli.bench.verify import check_peer
 
 def num_steps(plan: Plan) -> int:
     """Return how many steps a rank reports."""
-    latency = sum(2 * (2 + WARM_UP + plan.rounds_of(workload, alone=True)) for workload in plan.latency)
+    latency = sum(
+        2 * (2 + WARM_UP + plan.rounds_of(workload, alone=True) + _steps_in_a_row(plan, workload))
+        for workload in plan.latency
+    )
     sweep = sum(2 + WARM_UP + plan.sweep_rounds_of(workload) for workload in plan.sweep)
     return sum(_steps(plan, workload) for workload in plan.workloads) + latency + sweep
 
 
 def _steps(plan: Plan, workload: Workload) -> int:
     own = 2 + WARM_UP + plan.rounds_of(workload, alone=True)
-    against = 1 + WARM_UP + plan.rounds_of(workload)
+    against = 1 + WARM_UP + plan.rounds_of(workload) + _steps_in_a_row(plan, workload)
     both = TRIAL_ROUNDS + 2 * WARM_UP + plan.rounds_of(workload, alone=True)
     overlaps = workload.is_small + workload.padded
     return (1 + workload.padded) * (own + len(plan.peers) * against) + overlaps * both + 1
+
+
+def _steps_in_a_row(plan: Plan, workload: Workload) -> int:
+    return WARM_UP + plan.turns_in_a_row_of(workload) if workload.is_small else 0
 
 
 def run_rank(group: object, plan: Plan, report: Report, communicator: Any = None) -> list[RankResult]:
@@ -76,19 +83,23 @@ def _latency(stage: Stage) -> list[RankResult]:
     results = []
     for opened in (_compact, _padded):
         with opened(stage) as (side, checks):
-            results.append(_own(stage, side, checks, LATENCY, before=[]))
+            results.append(_own(stage, side, checks, LATENCY, before=[], in_a_row=True))
     return results
 
 
-def _own(stage: Stage, side: Side, checks: Checks, name: str, before: list[Operation]) -> RankResult:
+def _own(
+    stage: Stage, side: Side, checks: Checks, name: str, before: list[Operation], in_a_row: bool = False
+) -> RankResult:
     """Time all of a side's operations; ``before``: others of the same rounds."""
     stage.say("checking every byte")
     mismatches = checks.first()
     operations = [*before, *side.operations()]
     spans = stage.contest(side, operations, "timing", rounds=stage.plan.rounds_of(stage.workload, alone=True))
+    row_spans = stage.contest_in_a_row(side, operations, "timing") if in_a_row else None
     stage.say("checking every byte again")
     mismatches = {**checks.again(), **mismatches}
-    return stage.result(side, name, operations, spans, mismatches=mismatches, hops=count_hops(side))
+    hops = count_hops(side)
+    return stage.result(side, name, operations, spans, mismatches=mismatches, hops=hops, row_spans=row_spans)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,8 @@ class _Contests:
             spans = self.stage.contest(
                 side, operations, f"against {name}", rounds=self.stage.plan.rounds_of(self.stage.workload)
             )
+            row_spans = self.stage.contest_in_a_row(side, operations, f"against {name}")
         finally:
             peer.close()
         mismatches = {name: difference} if difference else {}
-        return self.stage.result(side, name, operations, spans, mismatches=mismatches)
+        return self.stage.result(side, name, operations, spans, mismatches=mismatches, row_spans=row_spans)

@@ -62,6 +62,10 @@ class RankResult:
     """operation -> rounds of messages that this rank awaited in it"""
     ways: dict[str, Ways] = field(default_factory=dict)
     """operation -> how this rank's rows went"""
+    in_a_row: int = 0
+    """calls of a turn of ``row_spans``"""
+    row_spans: Spans | None = None
+    """[rounds, names, 2]: the same operations, several calls in a row; None where that was not measured"""
 
 
 class Side(Protocol):
@@ -110,7 +114,9 @@ class Stage:
         """Report one step."""
         self.report(Step(text=f"{self.workload.name} {self.workload.wire}: {text}"))
 
-    def contest(self, side: Side, operations: Sequence[Operation], text: str, *, rounds: int) -> Spans:
+    def contest(
+        self, side: Side, operations: Sequence[Operation], text: str, *, rounds: int, in_a_row: int = 1
+    ) -> Spans:
         """Time ``operations`` round by round."""
         return contest(
             operations,
@@ -118,7 +124,16 @@ class Stage:
             warm_up=WARM_UP,
             barrier=side.ep.barrier,
             after_round=lambda: self.say(text),
+            in_a_row=in_a_row,
         )
+
+    def contest_in_a_row(self, side: Side, operations: Sequence[Operation], text: str) -> Spans | None:
+        """Time calls of ``operations`` that follow each other; None for a workload that is large."""
+        in_a_row = self.plan.in_a_row_of(self.workload)
+        if not in_a_row:
+            return None
+        rounds = self.plan.turns_in_a_row_of(self.workload)
+        return self.contest(side, operations, f"{text}, {in_a_row} in a row", rounds=rounds, in_a_row=in_a_row)
 
     def result(
         self,
@@ -130,6 +145,7 @@ class Stage:
         mismatches: dict[str, str],
         hops: dict[str, int] | None = None,
         ways: dict[str, Ways] | None = None,
+        row_spans: Spans | None = None,
     ) -> RankResult:
         return RankResult(
             workload=self.workload,
@@ -140,6 +156,8 @@ class Stage:
             mismatches=mismatches,
             hops=hops or {},
             ways=ways or {},
+            in_a_row=self.plan.in_a_row_of(self.workload),
+            row_spans=row_spans,
         )
 
 

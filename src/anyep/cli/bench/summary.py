@@ -16,7 +16,7 @@ from anyep.cli.bench.ours import DTYPES
 from anyep.cli.bench.overlap import OverlapRow, overlap_json, overlap_row
 from anyep.cli.bench.padded import LOGFMT
 from anyep.cli.bench.plan import PEERS, WIRE_BYTES, Plan, Workload
-from anyep.cli.bench.rounds import durations_us
+from anyep.cli.bench.rounds import Spans, durations_us
 from anyep.cli.bench.stage import LATENCY, OURS, OVERLAP, PADDED, SWEEP, RankResult
 from anyep.numerics.formats import num_scale_groups
 from anyep.numerics.logfmt import logfmt_coded_bytes
@@ -58,6 +58,8 @@ class Pairing:
     """A comparison, round by round, with one of our operations."""
 
     peer: str
+    in_a_row: int
+    """calls of each side's turn"""
     workload: Workload
     op: str
     ours_us: Durations
@@ -98,7 +100,7 @@ def summarise(plan: Plan, machine: dict[str, object], notes: list[str], *launche
         notes=[*notes, *overflow_notes(sweep)],
         copy_gb_s=median(speed for speeds in copies for speed in speeds) if copies else None,
         rows=[row for ranks, speeds in zip(own, copies, strict=True) for row in _rows(plan, ranks, median(speeds))],
-        pairs=[pair for ranks in contests if ranks[0].contest in PEERS for pair in _pairs(ranks)],
+        pairs=[pair for ranks in contests if ranks[0].contest in PEERS for pair in _pairs_of(ranks)],
         latency=[row for ranks in contests if ranks[0].contest == LATENCY for row in latency_rows(ranks)],
         sweep=sweep,
         overlaps=[overlap_row(ranks) for ranks in contests if ranks[0].contest.startswith(OVERLAP)],
@@ -137,13 +139,20 @@ def _rows(plan: Plan, ranks: tuple[RankResult, ...], copy_gb_s: float) -> list[O
     ]
 
 
-def _pairs(ranks: tuple[RankResult, ...]) -> list[Pairing]:
+def _pairs_of(ranks: tuple[RankResult, ...]) -> list[Pairing]:
+    alone = _pairs(ranks, [rank.spans for rank in ranks], 1)
+    rows = [rank.row_spans for rank in ranks if rank.row_spans is not None]
+    return alone + (_pairs(ranks, rows, ranks[0].in_a_row) if rows else [])
+
+
+def _pairs(ranks: tuple[RankResult, ...], spans: list[Spans], in_a_row: int) -> list[Pairing]:
     peer, names = ranks[0].contest, ranks[0].names
-    us = durations_us([rank.spans for rank in ranks])
+    us = durations_us(spans, in_a_row)
     theirs = us[:, names.index(peer)]
     return [
         Pairing(
             peer=peer,
+            in_a_row=in_a_row,
             workload=ranks[0].workload,
             op=op,
             ours_us=us[:, position],
@@ -230,6 +239,7 @@ def _pair_json(plan: Plan, pair: Pairing) -> dict[str, Any]:
         "peer": pair.peer,
         "workload": pair.workload.name,
         "op": pair.op,
+        "in_a_row": pair.in_a_row,
         **_sizes(plan, pair.workload),
         **spread("ratio", pair.ratios, 3),
         "ours_us_median": round(float(np.median(pair.ours_us)), 1),

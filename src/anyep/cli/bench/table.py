@@ -27,7 +27,7 @@ _OPERATIONS = {
     "dispatch_combine_padded": "dispatch + combine, padded",
     "dispatch_combine_padded_logfmt10": "dispatch + combine, padded, LogFMT-10",
 }
-_PEERS = {"gloo": "gloo all_to_all_single, as Megatron", "mpich": "MPICH Alltoallv"}
+_PEERS = {"gloo": "gloo, as Megatron", "mpich": "MPICH Alltoallv"}
 _NOTES = (
     "moved: bytes written into, or read from, the ranks' arenas (rows, scales, routing), the own rank's included. "
     "logical: one row for every (token, expert) pair.",
@@ -36,7 +36,8 @@ _NOTES = (
     "A copy reads as much as it writes; dispatch reads a row once for several writes, combine writes one for several "
     "reads: both may exceed it.",
     "copied in: the experts' output lay outside the arena and was copied first. padded: one row for every "
-    "(token, expert), weights applied at the origin. hops: rounds of messages, one behind the other.",
+    "(token, expert), weights applied at the origin. hops: rounds of messages, one behind the other. "
+    "in a row: so many calls of each side follow each other behind one barrier; times are of one call.",
 )
 _WAYS = {"copied_in": "copied in", "padded": "padded", "logfmt10": "padded, LogFMT-10"}
 
@@ -119,7 +120,7 @@ def _pairings(summary: Summary) -> Table:
     table = new_table("the same exchange, paired round by round in this run")
     for name in ("against", "workload", "anyep"):
         table.add_column(name)
-    for name in ("anyep ms", "theirs ms", "times faster", "min - max"):
+    for name in ("in a row", "anyep ms", "theirs ms", "times faster", "min - max"):
         table.add_column(name, justify="right")
     table.add_column("theirs checked")
     for pair in summary.pairs:
@@ -132,6 +133,7 @@ def _pairing_cells(pair: Pairing) -> tuple[str, ...]:
         _PEERS[pair.peer],
         pair.workload.name,
         f"{pair.workload.wire}, {_way(pair.op)}",
+        f"{pair.in_a_row}",
         f"{np.median(pair.ours_us) / 1e3:.2f}",
         f"{np.median(pair.theirs_us) / 1e3:.2f}",
         f"{np.median(pair.ratios):.2f}",
@@ -172,7 +174,7 @@ def _latency(rows: list[LatencyRow]) -> Table:
     for name in ("ranks", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("operation")
-    for name in ("median us", "p99 us", "min - max", "hops"):
+    for name in ("median us", "p99 us", "min - max", "in a row us", "hops"):
         table.add_column(name, justify="right")
     table.add_column("every byte")
     for row in rows:
@@ -183,6 +185,7 @@ def _latency(rows: list[LatencyRow]) -> Table:
             f"{row.us_median:.0f}",
             f"{row.us_p99:.0f}",
             span_text(row.us, 0),
+            f"{np.median(row.row_us):.0f}",
             f"{row.hops}",
             verdict(row.verified),
         )
