@@ -120,19 +120,33 @@ class Batch:
     bias: tuple[torch.Tensor, ...]
 
 
+NUMBERS = 1 << 22
+"""That an exchange moves in all, or its blocks could hold: a few MiB are as instructive as the most, 1.4 GiB a rank."""
+
+
 @st.composite
-def cases(draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str] = WIRES) -> Case:
-    """Draw a case; R 1 to 9, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128."""
+def cases(
+    draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str] = WIRES, numbers: int | None = NUMBERS
+) -> Case:
+    """Draw a case; R 1 to 9, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128.
+
+    There are fewer tokens where more than ``numbers`` numbers would move.
+    """
     num_ranks = draw(st.integers(1, 9))
     num_experts = draw(st.integers(1, 128))
     layout = draw(st.sampled_from(layouts))
     wire = draw(st.sampled_from(wires))
     mapped = st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts).map(tuple)
     largest = draw(st.sampled_from([0, 3, 20, 300]))
+    num_topk = draw(st.integers(1, 17))
+    hidden = draw(st.one_of(st.integers(1, 1030), st.sampled_from([1, 64, 127, 128, 129, 256, 1024])))
+    if numbers is not None:
+        copies = num_experts if layout == "padded" else num_topk
+        largest = min(largest, numbers // (num_ranks * copies * hidden))
     return Case(
         num_tokens=tuple(draw(st.lists(st.integers(0, largest), min_size=num_ranks, max_size=num_ranks))),
-        hidden=draw(st.one_of(st.integers(1, 1030), st.sampled_from([1, 64, 127, 128, 129, 256, 1024]))),
-        num_topk=draw(st.integers(1, 17)),
+        hidden=hidden,
+        num_topk=num_topk,
         num_experts=num_experts,
         wire=wire,
         scales=draw(st.sampled_from(["fp32", "pow2", "ue8m0"])) if wire == "fp8" else "fp32",

@@ -44,7 +44,7 @@ def test_the_reference_kernels_run_the_same_protocol(case):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @settings(max_examples=10_000, **{**PATIENT, "derandomize": False})
-@given(cases())
+@given(cases(numbers=None))
 def test_exchange_is_exact_at_length(case):
     run(case)
 
