@@ -70,7 +70,7 @@ def test_a_raw_buffer_with_side_words_refuses_rows_without_them():
 def test_a_recalled_handle_combines_and_dispatches_like_the_first_one():
     def rank_main(ep, batch):
         received = raw_dispatch(ep, batch)
-        again = ep.recall(batch.idx.clone(), torch.from_numpy(received.handle.announced.copy()))
+        again = ep.handles.recall(batch.idx.clone(), torch.from_numpy(received.handle.announced.copy()))
         y = received.x.view(torch.bfloat16)
         assert torch.equal(ep.combine(y, again), ep.combine(y, received.handle))
         cached = ep.dispatch((batch.x.view(torch.int16), batch.side), handle=again)
@@ -82,9 +82,9 @@ def test_a_recalled_handle_combines_and_dispatches_like_the_first_one():
 def test_ranks_may_mix_recalled_and_adopted_handles():
     def rank_main(ep, batch):
         received = raw_dispatch(ep, batch)
-        recalled = ep.recall(batch.idx, torch.from_numpy(received.handle.announced))
+        recalled = ep.handles.recall(batch.idx, torch.from_numpy(received.handle.announced))
         y = received.x.view(torch.bfloat16)
-        mixed = ep.combine(y, recalled if ep.rank == 1 else ep.adopt(received.handle))
+        mixed = ep.combine(y, recalled if ep.rank == 1 else ep.handles.adopt(received.handle))
         return torch.equal(mixed, ep.combine(y, received.handle))
 
     assert all(on_ranks(rank_main, wire="raw16", side_words=P))
@@ -94,7 +94,9 @@ def test_a_compact_dispatch_can_be_recalled_in_the_expert_layout():
     def rank_main(ep, batch):
         compact = ep.dispatch(batch.x.view(torch.int16), batch.idx)
         expert = ep.dispatch(batch.x.view(torch.int16), batch.idx, layout="expert")
-        again = ep.recall(batch.idx, torch.from_numpy(compact.handle.announced), layout="expert", expert_alignment=4)
+        again = ep.handles.recall(
+            batch.idx, torch.from_numpy(compact.handle.announced), layout="expert", expert_alignment=4
+        )
         y = expert.x.view(torch.bfloat16)
         assert torch.equal(ep.combine(y, again, reduce="expert"), ep.combine(y, expert.handle, reduce="expert"))
 
@@ -105,7 +107,7 @@ def test_recall_refuses_indices_that_do_not_belong_to_the_counts():
     def rank_main(ep, batch):
         received = ep.dispatch(batch.x.view(torch.int16), batch.idx)
         with pytest.raises(ValueError, match="does not belong to these counts"):
-            ep.recall(torch.full((8, K), E - 1), torch.from_numpy(received.handle.announced))
+            ep.handles.recall(torch.full((8, K), E - 1), torch.from_numpy(received.handle.announced))
 
     on_ranks(rank_main, wire="raw16")
 
@@ -130,7 +132,7 @@ def test_groups_of_ranks_have_sums_of_their_own():
     def rank_main(ep, batch):
         received = raw_dispatch(ep, batch)
         y = received.x.view(torch.bfloat16)
-        grouped = ep.by_group(received.handle, 2)
+        grouped = ep.handles.by_group(received.handle, 2)
         sums = ep.combine(y, grouped.handle, reduce="column").view(-1, 2, H)
         return sums, grouped.group_order
 

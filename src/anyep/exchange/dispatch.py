@@ -18,8 +18,7 @@ from dataclasses import replace
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.across import Across
-from anyep.exchange.courier import carry
+from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
@@ -30,16 +29,15 @@ from anyep.exchange.recall import announced_counts
 from anyep.exchange.receive import (
     NO_PLACES,
     Ahead,
-    Batch,
     Landing,
     cut_landing,
     fill_gaps,
     look_ahead,
     prepare_landing,
     settle_down,
+    unpack,
     wrap,
 )
-from anyep.exchange.rows_across import RowsIn, RowsOut
 from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
@@ -69,8 +67,7 @@ class Dispatch:
         self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
-        self._crossing_out: list[RowsOut] = []
-        self._proxies: tuple[Proxy, ...] = ()
+        self._crossing: DispatchAcross | None = None
         self._early = early and out.geometry.padded
         self._ahead: Ahead | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
@@ -137,7 +134,8 @@ class Dispatch:
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW)
         if end.across is not None:
-            self._begin_to_cross(end.across)
+            self._crossing = DispatchAcross(end, end.across, self._out, epoch, self._step)
+            self._crossing.begin()
 
     def finish(self) -> Received:
         """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -167,16 +165,18 @@ class Dispatch:
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if came_rows:
-            self._unpack(desk, batch)
-        if end.across is not None:
-            self._cross(end.across, desk, opened_RW, offered_RW, offer)
+            unpack(end, self._geometry, plan, desk, batch)
+        proxies: tuple[Proxy, ...] = ()
+        if self._crossing is not None:
+            self._connect(desk, opened_RW, offered_RW, offer, forward=True)
+            proxies = self._crossing.cross(opened_RW, desk.forwarded)
         fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
-        handle = self._handle(num_rows, opened_RW) if out.cached is None else self._known(out.cached)
+        handle = self._handle(num_rows, opened_RW, proxies) if out.cached is None else self._known(out.cached)
         return wrap(end, batch, handle, self._geometry, turned)
 
     def _known(self, handle: Handle) -> Handle:
@@ -185,7 +185,7 @@ class Dispatch:
             return handle
         return replace(handle, topk_weights=self._out.topk_weights.clone())
 
-    def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
+    def _handle(self, num_rows: int, opened_RW: Words, proxies: tuple[Proxy, ...]) -> Handle:
         end, plan, out = self._end, self._out.plan, self._out
         shape = self._geometry.shape
         padded = self._geometry.padded
@@ -198,45 +198,9 @@ class Dispatch:
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
-            proxies=self._proxies,
+            proxies=proxies,
             announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
         )
-
-    def _begin_to_cross(self, across: Across) -> None:
-        """Send other hosts what needs no answer: the routing, and as many rows as may be on their way."""
-        end, crossing = self._end, self._out.plan.crossing
-        assert crossing is not None, "plans of several hosts have one"
-        self._crossing_out = [
-            RowsOut(end, across, self._out, crossing, host, self._epoch)
-            for host in across.hosts.far_hosts(end.rank)
-            if crossing.tokens_M[host]
-        ]
-        for part in self._crossing_out:
-            part.advance()
-
-    def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
-        """Send the rest of what goes to other hosts, and pass on what comes from them."""
-        end, out, epoch = self._end, self._out, self._epoch
-        known = {} if out.cached is None else {proxy.source: proxy for proxy in out.cached.proxies}
-        self._connect(desk, opened_RW, offered_RW, offer, forward=True)
-        incoming = [
-            RowsIn(
-                end,
-                across,
-                end.geometry_of(self._geometry.key, source),
-                source,
-                int(opened_RW[source, BODY + ledger.WAY]),
-                epoch,
-                opened_RW=opened_RW,
-                places=desk.forwarded,
-                known=known.get(source),
-            )
-            for source in across.hosts.sources_of(end.rank)
-            if opened_RW[source, BODY + ledger.WAY]
-        ]
-        carry([*self._crossing_out, *incoming], across.transport, epoch, self._step)
-        self._crossing_out = []
-        self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
 
     def _settle(self, opened_RW: Words) -> bool:
         """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
@@ -325,31 +289,3 @@ class Dispatch:
             if unknown < 0:
                 return
             end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
-
-    def _unpack(self, desk: Desk, batch: Batch) -> None:
-        """Bring rows that came along to their final places."""
-        end, plan, arrived = self._end, self._out.plan, desk.arrived.addr
-        rows, starts = plan.field("source_rows"), plan.field("recv_start")
-        if not self._geometry.by_expert:
-            for part_bytes, packed, base in zip(self._geometry.part_sizes, arrived, batch.part_addr, strict=True):
-                if base:
-                    end.kernels.unpack(part_bytes, end.num_ranks, rows, starts, packed, base)
-            return
-        eager = self._geometry.eager_row
-        end.kernels.expand(
-            eager.x,
-            eager.scales,
-            end.num_topk,
-            plan.idx_bytes,
-            end.num_ranks,
-            self._geometry.shape.num_local,
-            rows,
-            starts,
-            desk.starts_addr,
-            arrived[0],
-            arrived[1] if eager.scales else 0,
-            arrived[2],
-            arrived[3] if eager.topk_weights else 0,
-            arrived[4] if eager.token else 0,
-            *batch.part_addr,
-        )

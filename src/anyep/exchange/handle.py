@@ -137,7 +137,7 @@ class Handle:
     proxies: tuple[Proxy, ...] = ()
     """ranks of other hosts for which this rank forwards"""
     announced: NDArray[np.int32] | None = None
-    """raw wires: all ranks' counts, int32 [R, R + E], from which ``Buffer.recall`` makes the handle again"""
+    """raw wires: all ranks' counts, int32 [R, R + E], from which ``Buffer.handles.recall`` makes the handle again"""
 
     @property
     def num_tokens(self) -> int:

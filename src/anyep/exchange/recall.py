@@ -7,6 +7,7 @@ order in which a combine adds a token's rows can be chosen after the dispatch. N
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anyep.errors import Unavailable
 from anyep.exchange import ledger
 from anyep.exchange.arguments import check_choice, check_tensor
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry, GeometryKey
-from anyep.exchange.handle import Handle, SendPlan
+from anyep.exchange.handle import Handle, SendPlan, check_handle
 from anyep.exchange.opening import BODY
 from anyep.exchange.outgoing import make_plan
 from anyep.transport.base import Words
@@ -36,46 +38,88 @@ def announced_counts(opened_RW: Words, num_counts: int) -> Counts:
     return counts_RC
 
 
+class Grouped(NamedTuple):
+    """A handle whose combine (``reduce="column"``) has one sum for each (token, group of ranks)."""
+
+    handle: Handle
+    """T * G sums: token by token, group by group"""
+    group_order: torch.Tensor
+    """int32 [T, min(K, G)]: each token's groups in the order of their last columns, -1 behind the last"""
+
+
+class Handles:
+    """What can be done with the handles of a buffer by one rank alone. On one host: no handle says who forwards."""
+
+    def __init__(self, end: Endpoint, identity: object, check_open: Callable[[], None]) -> None:
+        self._end = end
+        self._identity = identity
+        self._check_open = check_open
+
+    def recall(
+        self, topk_idx: torch.Tensor, announced: torch.Tensor, *, layout: str = "compact", expert_alignment: int = 1
+    ) -> Handle:
+        """Return the handle that a dispatch of ``topk_idx`` [T, K] left, on this buffer or one with the same experts.
+
+        ``announced`` int32 [R, R + E]: ``Handle.announced`` of that dispatch, or of one with the same ``topk_idx`` on
+        every rank. Raises TypeError and ValueError.
+        """
+        end = self._here("recall")
+        check_choice("layout", layout, _LAYOUTS)
+        dtypes, shape = (torch.int64, torch.int32), [None, end.num_topk]
+        idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]")
+        counts_RC = _check_counts(end, announced)
+        plan = make_plan(end, idx, _geometry(end, layout, idx.itemsize, expert_alignment))
+        own = np.concatenate([plan.numbers("rank_rows"), plan.numbers("expert_rows")])
+        if not plan.geometry.by_expert and not (own == counts_RC[end.rank]).all():
+            raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
+        _settle(end, plan, counts_RC)
+        num_rows = int(plan.numbers("batch_rows")[end.rank])
+        return Handle(
+            buffer=self._identity,
+            epoch=_number_of(counts_RC),
+            layout=layout,
+            send=plan,
+            num_rows=num_rows,
+            shape=(num_rows,),
+            counts=plan.numbers("counts").tolist(),
+            topk_weights=None,
+            announced=counts_RC,
+        )
+
+    def adopt(self, handle: Handle) -> Handle:
+        """Return a compact handle of another buffer with the same experts and a raw wire as one that recall made.
+
+        Either may be used on any rank: both go under the same number.
+        """
+        self._here("adopt")
+        assert handle.announced is not None, "only buffers with a raw wire keep what was announced"
+        return replace(handle, buffer=self._identity, epoch=_number_of(handle.announced))
+
+    def by_group(self, handle: Handle, ranks_per_group: int) -> Grouped:
+        """Return a compact handle of a raw wire whose combine sums per (token, group of so many consecutive ranks).
+
+        ``combine(..., reduce="column")`` then returns [T * G, H].
+        """
+        return _summed_by_group(self._here("by_group"), check_handle(handle, self._identity), ranks_per_group)
+
+    def _here(self, what: str) -> Endpoint:
+        """Return the endpoint. Raises ClosedError, and Unavailable where ranks live on several hosts."""
+        self._check_open()
+        if self._end.across is not None:
+            raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
+        return self._end
+
+
+def _check_counts(end: Endpoint, announced: object) -> Counts:
+    shape = [end.num_ranks, end.num_ranks + end.placement.num_experts]
+    legend = "[R, R + num_experts]"
+    counts_RC: Counts = check_tensor("announced", announced, dtypes=(torch.int32,), shape=shape, legend=legend).numpy()
+    return counts_RC
+
+
 def _number_of(counts_RC: Counts) -> int:
     """Return the number under which a handle goes that may have been made again: the same on all ranks."""
     return zlib.crc32(counts_RC.tobytes()) & _ANY_ROWS
-
-
-def adopted(handle: Handle, buffer: object) -> Handle:
-    """Return a handle of any buffer under the number that :func:`recall` gives it: either may be used on any rank."""
-    assert handle.announced is not None, "only buffers with a raw wire keep what was announced"
-    return replace(handle, buffer=buffer, epoch=_number_of(handle.announced))
-
-
-def recall(
-    end: Endpoint, buffer: object, topk_idx: object, announced: object, *, layout: object, alignment: int
-) -> Handle:
-    """Return the handle that a dispatch of ``topk_idx`` left, given all ranks' counts. TypeError and ValueError."""
-    check_choice("layout", layout, _LAYOUTS)
-    idx = check_tensor(
-        "topk_idx", topk_idx, dtypes=(torch.int64, torch.int32), shape=[None, end.num_topk], legend="[T, num_topk]"
-    )
-    width = end.num_ranks + end.placement.num_experts
-    legend = "[R, R + num_experts]"
-    counts = check_tensor("announced", announced, dtypes=(torch.int32,), shape=[end.num_ranks, width], legend=legend)
-    counts_RC = counts.numpy()
-    plan = make_plan(end, idx, _geometry(end, str(layout), idx.itemsize, alignment))
-    own = np.concatenate([plan.numbers("rank_rows"), plan.numbers("expert_rows")])
-    if not plan.geometry.by_expert and not (own == counts_RC[end.rank]).all():
-        raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
-    _settle(end, plan, counts_RC)
-    num_rows = int(plan.numbers("batch_rows")[end.rank])
-    return Handle(
-        buffer=buffer,
-        epoch=_number_of(counts_RC),
-        layout=str(layout),
-        send=plan,
-        num_rows=num_rows,
-        shape=(num_rows,),
-        counts=plan.numbers("counts").tolist(),
-        topk_weights=None,
-        announced=counts_RC,
-    )
 
 
 def _geometry(end: Endpoint, layout: str, idx_bytes: int, alignment: int) -> Geometry:
@@ -116,16 +160,7 @@ def _settle(end: Endpoint, plan: SendPlan, counts_RC: Counts) -> None:
     assert found == ledger.SETTLED, "nothing limits the rows of a recalled dispatch"
 
 
-class Grouped(NamedTuple):
-    """A handle whose combine (``reduce="column"``) has one sum for each (token, group of ranks)."""
-
-    handle: Handle
-    """T * G sums: token by token, group by group"""
-    group_order: torch.Tensor
-    """int32 [T, min(K, G)]: each token's groups in the order of their last columns, -1 behind the last"""
-
-
-def summed_by_group(end: Endpoint, handle: Handle, ranks_per_group: int) -> Grouped:
+def _summed_by_group(end: Endpoint, handle: Handle, ranks_per_group: int) -> Grouped:
     """Return a compact handle with one sum for each (token, group of consecutive ranks), in the order of columns."""
     plan, topk = handle.send, end.num_topk
     assert plan.by_column, "only raw wires sum in the order of columns"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from anyep.errors import CapacityError
-from anyep.exchange.endpoint import Endpoint
+from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.layout.regions import RowRegion, aligned, row_region
@@ -160,6 +160,34 @@ def room_for_scales(end: Endpoint, geometry: Geometry) -> torch.Tensor | None:
         return None
     shape = geometry.shape
     return fresh((shape.num_local, end.wire.scale_columns, shape.block_rows), end.wire.scale_dtype)
+
+
+def unpack(end: Endpoint, geometry: Geometry, plan: SendPlan, desk: Desk, batch: Batch) -> None:
+    """Bring rows that came along to their final places."""
+    arrived, eager = desk.arrived.addr, geometry.eager_row
+    rows, starts = plan.field("source_rows"), plan.field("recv_start")
+    if not geometry.by_expert:
+        for part_bytes, packed, base in zip(geometry.part_sizes, arrived, batch.part_addr, strict=True):
+            if base:
+                end.kernels.unpack(part_bytes, end.num_ranks, rows, starts, packed, base)
+        return
+    end.kernels.expand(
+        eager.x,
+        eager.scales,
+        end.num_topk,
+        plan.idx_bytes,
+        end.num_ranks,
+        geometry.shape.num_local,
+        rows,
+        starts,
+        desk.starts_addr,
+        arrived[0],
+        arrived[1] if eager.scales else 0,
+        arrived[2],
+        arrived[3] if eager.topk_weights else 0,
+        arrived[4] if eager.token else 0,
+        *batch.part_addr,
+    )
 
 
 def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch) -> None:

@@ -76,7 +76,7 @@ def _sum_columns(natives: Natives, native: Buffer, outputs: Outputs, handle: EPH
         _, kind = natives.for_sums(outputs.x.shape[1], handle)
         natives.recall(native, kind, handle)
     assert handle.announced_counts is not None
-    known = native.recall(
+    known = native.handles.recall(
         handle.topk_idx, handle.announced_counts, layout="expert", expert_alignment=handle.expert_alignment
     )
     return Sums(native.combine(outputs.x[: known.num_rows], known, bias=outputs.bias, reduce="expert"), None)
@@ -134,7 +134,7 @@ def _sum_by_host(
     ranks_per_host: int,
 ) -> Sums:
     """Stage B, a sum for each (token, host), and then the last one."""
-    grouped, host_order = native.by_group(known, ranks_per_host)
+    grouped, host_order = native.handles.by_group(known, ranks_per_host)
     partial = _unpacked(native, returned, grouped, weights, ())
     num_hosts = native.num_ranks // ranks_per_host
     first_T1 = torch.arange(0, partial.x.shape[0], num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)

@@ -50,7 +50,7 @@ def dispatch_first(natives: Natives, rank: Rank, tokens: Tokens, terms: Terms) -
     native = natives.for_rows(kind)
     received = native.dispatch(_wired(natives, rank, tokens, kind, terms.num_max_tokens), tokens.topk_idx)
     handle, places = _describe(natives, rank, tokens, terms, received)
-    natives.remember(handle, native, native.adopt(received.handle))
+    natives.remember(handle, native, native.handles.adopt(received.handle))
     return _batch(natives, tokens, terms, received, handle, places)
 
 

@@ -101,10 +101,10 @@ class Natives:
         """
         known = self._known.get(handle)
         if known is not None and known.fits(handle):
-            return known.native if known.owner is native else native.adopt(known.native)
+            return known.native if known.owner is native else native.handles.adopt(known.native)
         if handle.announced_counts is None:
             handle.announced_counts = _ask_for_counts(native, kind, handle.topk_idx)
-        recalled = native.recall(handle.topk_idx, handle.announced_counts)
+        recalled = native.handles.recall(handle.topk_idx, handle.announced_counts)
         self.remember(handle, native, recalled)
         return recalled
 

@@ -17,6 +17,7 @@ from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import LowLatencyKept, Natives, Underway
+from anyep.exchange.calls import Calls
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire
 
@@ -131,15 +132,13 @@ def dispatch(
         raise
 
 
-def _checked(natives: Natives, num_ranks: int, request: Request, kind: tuple[Any, ...] | None) -> anyep.Buffer:
+def _checked(natives: Natives, num_ranks: int, request: Request, kind: tuple[Any, ...] | None) -> Calls:
     wire, topk = request.check(num_ranks), request.topk_idx.size(1)
     ep = natives.variant(request.num_experts, wire, topk, max_tokens=request.most_tokens)
     return ep if kind is None else natives.remember(kind, ep)
 
 
-def _run(
-    natives: Natives, ep: anyep.Buffer, request: Request, idx: torch.Tensor, statistics: Statistics | None
-) -> Dispatched:
+def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, statistics: Statistics | None) -> Dispatched:
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
     received = ep.dispatch(request.x, idx, layout="padded")
     kept = LowLatencyKept(ep, request.num_experts, idx.shape[1], None, received.handle, request.x.shape[1])
@@ -158,7 +157,7 @@ def _run(
 
 
 def _start(
-    natives: Natives, ep: anyep.Buffer, request: Request, idx: torch.Tensor, statistics: Statistics | None
+    natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, statistics: Statistics | None
 ) -> Dispatched:
     natives.make_room()
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
@@ -312,7 +311,7 @@ def _check_same_routing(topk_idx: torch.Tensor, kept: LowLatencyKept) -> None:
 class WaitClock:
     """Adds how long each rank was waited for, in nanoseconds, to a caller's int64 [R]."""
 
-    def __init__(self, ep: anyep.Buffer, waits: torch.Tensor | None) -> None:
+    def __init__(self, ep: Calls, waits: torch.Tensor | None) -> None:
         self._ep = ep
         self._waits = waits
         self._before = None if waits is None else ep.stats().waiting_s_by_source

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import anyep
 from anyep.compat.deep_ep.layout import loops
+from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire
@@ -72,7 +73,7 @@ class Underway:
 class Kept:
     """What belongs to a handle tuple, and to its tensors."""
 
-    ep: anyep.Buffer
+    ep: Calls
     num_experts: int
     num_topk: int
     static_rows: int | None = None
@@ -115,9 +116,9 @@ class Natives:
     def __init__(self, group: object) -> None:
         self._group = group
         self._buffers: dict[int, anyep.Buffer] = {}
-        self._variants: OrderedDict[Hashable, anyep.Buffer] = OrderedDict()
+        self._variants: OrderedDict[Hashable, Calls] = OrderedDict()
         self._underway: deque[Underway] = deque()
-        self.checked: dict[Hashable, anyep.Buffer] = {}
+        self.checked: dict[Hashable, Calls] = {}
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self._kept: dict[int, Kept] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
@@ -152,7 +153,7 @@ class Natives:
         *,
         max_tokens: int = ANY_NUMBER_OF_TOKENS,
         static_rows: int | None = None,
-    ) -> anyep.Buffer:
+    ) -> Calls:
         """Return the buffer for rows of a kind. (The oldest are forgotten: they only keep spare memory.)"""
         key = (num_experts, wire, num_topk, max_tokens, static_rows)
         known = self._variants.get(key)
@@ -168,7 +169,7 @@ class Natives:
                 self._variants.popitem(last=False)
         return known
 
-    def remember(self, kind: Hashable, ep: anyep.Buffer) -> anyep.Buffer:
+    def remember(self, kind: Hashable, ep: Calls) -> Calls:
         """Note which buffer serves calls of a kind that was checked."""
         if len(self.checked) >= _MOST_KINDS:
             self.checked.clear()

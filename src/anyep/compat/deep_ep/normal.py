@@ -12,6 +12,7 @@ from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, ref
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.handles import INTERNODE, INTRANODE, NormalHandle, Origin, find_handle
 from anyep.compat.deep_ep.native import Kept, Natives, Underway
+from anyep.exchange.calls import Calls
 from anyep.exchange.wire import Wire, carrying_wire
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -118,7 +119,7 @@ def check_batch(x: Rows, domain: Domain, batch: Batch) -> None:
     host_assert(batch.worst_tokens == 0 or has_idx, "num_worst_tokens needs topk_idx: it marks the rows of the tail")
 
 
-def _checked(side: Side, x: Any, batch: Batch) -> anyep.Buffer:
+def _checked(side: Side, x: Any, batch: Batch) -> Calls:
     """Check a batch and return the buffer that sends it."""
     rows, wire = check_rows(x)
     check_batch(rows, side.domain, batch)
@@ -185,7 +186,7 @@ def dispatch_again(side: Side, x: Any, handle: object) -> Rows:
     return received.x if received.scales is None else (received.x, received.scales)
 
 
-def _checked_again(side: Side, x: object, kept: Kept) -> anyep.Buffer:
+def _checked_again(side: Side, x: object, kept: Kept) -> Calls:
     rows, wire = check_rows(x)
     tokens = (rows[0] if isinstance(rows, tuple) else rows).size(0)
     if tokens != kept.handle.num_tokens:
@@ -258,7 +259,7 @@ def _kind_of_sum(kept: Kept, x: Any, topk_weights: Any) -> tuple[Any, ...] | Non
         return None
 
 
-def _checked_sum(natives: Natives, x: object, kept: Kept, topk_weights: object) -> anyep.Buffer:
+def _checked_sum(natives: Natives, x: object, kept: Kept, topk_weights: object) -> Calls:
     """Check a combine's tensors and return the buffer that sums them. RuntimeError."""
     y = check_dense("x", x, None, [kept.handle.num_rows, None], "[N, H]")
     if y.dtype != torch.bfloat16:
