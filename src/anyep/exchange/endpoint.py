@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
 from anyep.exchange.opening import BODY, HANDLE_EPOCH, make_header
 from anyep.exchange.stats import Counters
 from anyep.exchange.wire import Wire
+from anyep.exchange.workers import Workers
 from anyep.kernels.spec import KernelSet
 from anyep.layout.placement import Placement
 from anyep.layout.regions import aligned
@@ -27,10 +26,6 @@ from anyep.transport.base import Lane, Place, Transport, Words
 
 OFFER_WORDS = ROUTING_OFFSET + 1
 """A status, rows that fit, segment and offset of the rows, segment and offset of their routing."""
-
-_COPY_UNIT_BYTES = 1 << 16
-_GRAIN_BYTES = 1 << 16
-"""Handing work to a thread takes as long as moving this much."""
 
 Addresses = NDArray[np.int64]
 
@@ -60,39 +55,6 @@ def lanes_for(placement: Placement) -> Lanes:
         offer=Lane(index=1, name="offer", words=OFFER_WORDS),
         done=Lane(index=2, name="rows", words=1),
     )
-
-
-class Workers:
-    """Splits a loop over tokens between threads; each token's result is the same whatever the split."""
-
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="anyep-rows") if num_threads > 1 else None
-
-    def over(self, num_tokens: int, token_bytes: int, loop: Callable[[int, int], None]) -> None:
-        """Call ``loop(first, last)`` over ranges that cover [0, num_tokens), none much smaller than a grain."""
-        num_parts = min(self.num_threads, num_tokens, num_tokens * token_bytes // _GRAIN_BYTES)
-        if self._pool is None or num_parts < 2:
-            loop(0, num_tokens)
-            return
-        edges = [num_tokens * i // num_parts for i in range(num_parts + 1)]
-        for future in [self._pool.submit(loop, a, b) for a, b in pairwise(edges)]:
-            future.result()
-
-    def copy(self, kernels: KernelSet, source_addr: int, destination_addr: int, num_bytes: int) -> None:
-        """Copy bytes into the arena, in parallel where there are threads for it."""
-        num_pages = -(-num_bytes // _COPY_UNIT_BYTES)
-
-        def pages(first: int, last: int) -> None:
-            begin, end = first * _COPY_UNIT_BYTES, min(last * _COPY_UNIT_BYTES, num_bytes)
-            kernels.copy(source_addr + begin, destination_addr + begin, end - begin)
-            kernels.fence()
-
-        self.over(num_pages, _COPY_UNIT_BYTES, pages)
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

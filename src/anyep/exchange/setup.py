@@ -12,11 +12,12 @@ from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
 from anyep.exchange.eager import EagerSlots
-from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, Workers, scale_code
+from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, scale_code
 from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.stats import Counters
+from anyep.exchange.workers import Workers
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Place, Transport, Words
