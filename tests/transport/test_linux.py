@@ -54,12 +54,52 @@ def test_peer_memory_is_the_same_memory():
     memory.close_fd()
 
 
+def pmd_mapped_bytes(memory):
+    """Bytes of the mapping that begins at ``memory`` which huge pages serve, as the kernel tells."""
+    maps = Path("/proc/self/smaps").read_text().partition(f"{memory.address:08x}-")[2]
+    return 1024 * int(maps.partition("ShmemPmdMapped:")[2].split()[0])
+
+
+def test_shared_memory_is_of_huge_pages_where_it_says_so_also_for_peers():
+    memory = linux.shared_memory(4 * MIB)
+    other = linux.map_peer_memory(os.getpid(), memory.fd, memory.inode, memory.size)
+    assert memory.address % linux.HUGE_PAGE_BYTES == other.address % linux.HUGE_PAGE_BYTES == 0
+    for mapped in (memory, other):
+        assert pmd_mapped_bytes(mapped) == (memory.size if memory.huge_pages else 0)
+    memory.close_fd()
+
+
+def test_memory_that_cannot_be_collapsed_is_committed_all_the_same(monkeypatch):
+    advise = linux._advise
+
+    def no_collapse(memory, advice, *where):
+        return errno.EINVAL if advice == linux._MADV_COLLAPSE else advise(memory, advice, *where)
+
+    monkeypatch.setattr(linux, "_advise", no_collapse)
+    memory = linux.shared_memory(4 * MIB)
+    assert not memory.huge_pages
+    assert os.fstat(memory.fd).st_blocks * 512 == 4 * MIB
+    assert int(np.frombuffer(memory.bytes, np.uint8).max()) == 0
+    memory.close_fd()
+
+
+def test_bytes_stay_mapped_while_anybody_looks_at_them_and_no_longer():
+    memory = linux.shared_memory(4 * MIB)
+    mapping, view = f"{memory.address:08x}-", np.frombuffer(memory.bytes, np.uint8)[5:9]
+    memory.close_fd()
+    del memory
+    assert mapping in Path("/proc/self/maps").read_text()
+    view[:] = 1
+    del view
+    assert mapping not in Path("/proc/self/maps").read_text()
+
+
 def test_mapping_does_not_wipe_what_the_owner_wrote(monkeypatch):
     memory = linux.shared_memory(2 * MIB)
     np.frombuffer(memory.bytes, np.uint8)[:] = 7
     for code in (0, errno.EINVAL):  # as advised, and by touching where the kernel cannot
         if code:
-            monkeypatch.setattr(linux, "_advise", lambda memory, advice: errno.EINVAL)
+            monkeypatch.setattr(linux, "_advise", lambda memory, advice, *where: errno.EINVAL)
         other = linux.map_peer_memory(os.getpid(), memory.fd, memory.inode, memory.size)
         assert int(np.frombuffer(other.bytes, np.uint8).min()) == 7
     memory.close_fd()

@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +26,10 @@ import numpy as np
 from anyep.errors import Unavailable
 
 IS_LINUX = sys.platform == "linux"
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 23, 25
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86-64, and of aarch64 with pages of 4 KiB; elsewhere a call that asks for such pages is refused, which is all."""
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,11 +50,12 @@ class Memory:
     descriptor goes with this object: views of the bytes do not keep it.
     """
 
-    bytes: mmap.mmap
+    bytes: memoryview
     address: int
     size: int
     inode: int = -1
     descriptor: Descriptor | None = None
+    huge_pages: bool = False
 
     @property
     def fd(self) -> int:
@@ -63,9 +67,31 @@ class Memory:
             self.descriptor.close()
 
 
-def _mapped(bytes_: mmap.mmap, size: int, *, inode: int = -1, descriptor: Descriptor | None = None) -> Memory:
+def _mapped(bytes_: memoryview, *, inode: int = -1, descriptor: Descriptor | None = None) -> Memory:
     address = np.frombuffer(bytes_, np.uint8).ctypes.data
-    return Memory(bytes=bytes_, address=address, size=size, inode=inode, descriptor=descriptor)
+    return Memory(bytes=bytes_, address=address, size=bytes_.nbytes, inode=inode, descriptor=descriptor)
+
+
+def _map_file(fd: int, num_bytes: int) -> memoryview:
+    """Map a file where huge pages can be: at an address that is a multiple of their size.
+
+    The kernel chooses such addresses for files in memory only where all of them are to have huge pages. So addresses
+    are reserved first, a huge page more than needed, and the file is mapped over a part of them; they are given back
+    together.
+    """
+    if not IS_LINUX:
+        return memoryview(mmap.mmap(fd, num_bytes))
+    reserved = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | _MAP_NORESERVE)
+    first = np.frombuffer(reserved, np.uint8).ctypes.data
+    begin = -first % HUGE_PAGE_BYTES
+    call = _libc().mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if call(first + begin, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != first + begin:
+        code = ctypes.get_errno()
+        raise OSError(code, f"could not map {num_bytes} bytes: {os.strerror(code)}")
+    return memoryview(reserved)[begin : begin + num_bytes]
 
 
 def private_memory(num_bytes: int) -> Memory:
@@ -74,8 +100,8 @@ def private_memory(num_bytes: int) -> Memory:
     Raises OSError (ENOMEM) when the machine has none left.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
-        return _mapped(mmap.mmap(-1, num_bytes), num_bytes)
-    memory = _mapped(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON), num_bytes)
+        return _mapped(memoryview(mmap.mmap(-1, num_bytes)))
+    memory = _mapped(memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)))
     prefault(memory, fresh=True)
     return memory
 
@@ -96,13 +122,14 @@ def shared_memory(num_bytes: int) -> Memory:
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, num_bytes)
+        memory = _mapped(_map_file(fd, num_bytes), inode=os.fstat(fd).st_ino, descriptor=descriptor)
+        collapsed = _collapse(memory)
         os.posix_fallocate(fd, 0, num_bytes)
-        memory = _mapped(mmap.mmap(fd, num_bytes), num_bytes, inode=os.fstat(fd).st_ino, descriptor=descriptor)
         prefault(memory, fresh=True)
     except BaseException:
         descriptor.close()  # an error holds this frame
         raise
-    return memory
+    return replace(memory, huge_pages=collapsed)
 
 
 def map_peer_memory(pid: int, fd: int, inode: int, num_bytes: int) -> Memory:
@@ -119,7 +146,7 @@ def map_peer_memory(pid: int, fd: int, inode: int, num_bytes: int) -> Memory:
         found = os.fstat(own)
         if found.st_ino != inode or found.st_size != num_bytes:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} has closed its memory")
-        memory = _mapped(mmap.mmap(own, num_bytes), num_bytes)
+        memory = _mapped(_map_file(own, num_bytes))
     finally:
         os.close(own)
     prefault(memory, fresh=False)
@@ -143,9 +170,22 @@ def prefault(memory: Memory, *, fresh: bool) -> None:
         pages.max()
 
 
-def _advise(memory: Memory, advice: int) -> int:
+def _collapse(memory: Memory) -> bool:
+    """Make fresh shared memory of huge pages, whatever the machine's setting for files in memory; True if it is.
+
+    Rows that are scattered over hundreds of MiB need a page's address each, and in a virtual machine finding one takes
+    up to two dozen loads. Linux 6.1 and later collapse pages on demand, but only where one is there already.
+    """
+    for first in range(0, memory.size, HUGE_PAGE_BYTES):
+        if _advise(memory, _MADV_POPULATE_WRITE, first, mmap.PAGESIZE):
+            return False
+    return _advise(memory, _MADV_COLLAPSE) == 0
+
+
+def _advise(memory: Memory, advice: int, first: int = 0, num_bytes: int | None = None) -> int:
     """madvise through libc, which unlike ``mmap.madvise`` does not hold the GIL; return 0 or the errno."""
-    if _libc().madvise(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.size), advice) == 0:
+    size = memory.size if num_bytes is None else num_bytes
+    if _libc().madvise(ctypes.c_void_p(memory.address + first), ctypes.c_size_t(size), advice) == 0:
         return 0
     return ctypes.get_errno()
 

@@ -209,9 +209,11 @@ class SharedTransport:
 
     def describe(self) -> dict[str, str]:
         arena = self._opened().arena
+        pages = ", of huge pages" if all(memory.huge_pages for memory in arena.segments) else ""
         how = "then sleep on a futex" if self._sleeps else f"then naps of {_NAP_S * 1e3:g} ms (no futex here)"
         return {
-            "arena": f"{arena.committed_bytes / (1 << 20):.0f} MiB in {len(arena.segments)} segments, grows when full",
+            "arena": f"{arena.committed_bytes / (1 << 20):.0f} MiB in {len(arena.segments)} segments{pages}, "
+            "grows when full",
             "waits": f"{SPINS} looks, {YIELDS} yields, {how}; peers checked every "
             f"{SLICE_NS // 1_000_000} to {LONGEST_SLICE_NS // 1_000_000} ms",
         }
