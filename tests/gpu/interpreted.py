@@ -15,13 +15,26 @@ import pytest
 
 from anyep.testing.interpreter import interpreted_kernels
 from anyep.testing.kernel_exam import FUNCTIONS, check_kernels
+from anyep.testing.kernel_exam_device import DEVICE_FUNCTIONS, check_device_kernels
 
 
 def _examine(kernels, rounds, seed, function):
     if function == "examples":
-        arguments = ["tests/kernels/test_examples.py", "-k", "gpu", "-p", "no:cacheprovider", "-W", "ignore"]
+        arguments = [
+            "tests/kernels/test_examples.py",
+            "tests/kernels/test_device_examples.py",
+            "-k",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+        ]
         return "" if pytest.main(arguments) == 0 else "the examples fail: see above"
     try:
+        if function in DEVICE_FUNCTIONS:
+            check_device_kernels(kernels, seed=seed, rounds=rounds, only=[function])
+            return ""
         every = function == "all"
         check_kernels(kernels, seed=seed, rounds=rounds, only=FUNCTIONS if every else [function], all_inputs=every)
     except Exception:

@@ -21,6 +21,9 @@ OTHERS = {
     "expand_routing",
     "transpose_scales",
     "check_numbers",
+    "announce",
+    "settle",
+    "connect",
 }
 FLAGS = {"signal", "wait"}
 MOST_REGISTERS = 144

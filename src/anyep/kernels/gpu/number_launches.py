@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 
 from anyep.kernels.gpu import decode, encode, logfmt_rows, logfmt_sums, sums
-from anyep.kernels.gpu.row_launches import RowLaunches, power_of_two
+from anyep.kernels.gpu.grids import power_of_two
+from anyep.kernels.gpu.row_launches import RowLaunches
 from anyep.kernels.gpu.target import Fp8
 from anyep.kernels.spec import Element
 from anyep.numerics.formats import CHANNELS_PER_SCALE
