@@ -14,18 +14,14 @@ from typing import Literal, overload
 import torch
 
 from anyep.errors import Unavailable
-from anyep.exchange import outgoing as sending
 from anyep.exchange import recall as recalling
-from anyep.exchange import returning
-from anyep.exchange.arguments import check_choice, check_integer
-from anyep.exchange.barrier import Barrier
-from anyep.exchange.combine import Combine
-from anyep.exchange.dispatch import Dispatch
+from anyep.exchange.arguments import CPU, check_choice, check_integer
+from anyep.exchange.calls import calls_on
 from anyep.exchange.event import Pending
 from anyep.exchange.explain import Explanation
 from anyep.exchange.flights import Flights
 from anyep.exchange.handle import Combined, Handle, Received, check_handle
-from anyep.exchange.options import BufferOptions, placement_tuple
+from anyep.exchange.options import BufferOptions, device_name, kernels_for, placement_tuple
 from anyep.exchange.setup import open_endpoint
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS, Wire
@@ -59,6 +55,9 @@ class Buffer:
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
     hosts, ``"nixl"`` or ``"gloo"``; ``interface``: the network interface it uses on this rank.
+    ``device``: ``"cuda"`` or one of several, for CUDA tensors (docs/gpu.md); None: CPU tensors. ``num_sms``: on how
+    many of its multiprocessors rows are moved at a time. ``kernels``: ``"cpu"``, ``"gpu"`` or ``"reference"``, by
+    default the device's.
     ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
 
     Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
@@ -87,7 +86,7 @@ class Buffer:
         static_rows: int | None = None,
         placement: Sequence[int] | None = None,
         transport: str = "auto",
-        kernels: str = "cpu",
+        kernels: str | None = None,
         num_threads: int | None = None,
         arena_bytes: int | None = None,
         timeout_s: float = 30.0,
@@ -96,6 +95,8 @@ class Buffer:
         eager_bytes: int | None = None,
         interface: str | None = None,
         side_words: int = 0,
+        device: torch.device | str | None = None,
+        num_sms: int | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -109,7 +110,7 @@ class Buffer:
             static_rows=static_rows,
             placement=placement_tuple(placement),
             transport=transport,
-            kernels=kernels,
+            kernels=kernels_for(kernels, device),
             num_threads=num_threads,
             arena_bytes=arena_bytes,
             timeout_s=timeout_s,
@@ -118,10 +119,13 @@ class Buffer:
             eager_bytes=eager_bytes,
             interface=interface,
             side_words=side_words,
+            device=device_name(kernels, device),
+            num_sms=num_sms,
         )
         opened = open_endpoint(group, options)
         self._options = options
         self._end = opened.endpoint
+        self._calls = calls_on(self._end)
         self._recorder = options.recorder(self._end.rank)
         self._explanation = opened.explanation
         self._identity = object()
@@ -213,13 +217,17 @@ class Buffer:
         too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
         """
         self._flights.check_open()
-        if handle is not None:
-            known = check_handle(handle, self._identity)
-            outgoing = sending.prepare_cached(self._end, x, topk_idx, topk_weights, known)
-        else:
-            check_choice("layout", layout, LAYOUTS)
-            outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, expert_rows=expert_rows)
-        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder, early=not wait)
+        operation = self._calls.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            handle=None if handle is None else check_handle(handle, self._identity),
+            layout=layout if handle is not None else check_choice("layout", layout, LAYOUTS),
+            expert_rows=expert_rows,
+            buffer=self._identity,
+            recorder=self._recorder,
+            early=not wait,
+        )
         return self._flights.run(operation) if wait else self._flights.start(operation)
 
     @overload
@@ -299,8 +307,7 @@ class Buffer:
         :meth:`dispatch`.
         """
         self._flights.check_open()
-        back = returning.prepare(
-            self._end,
+        operation = self._calls.combine(
             y,
             check_handle(handle, self._identity),
             topk_weights=topk_weights,
@@ -310,7 +317,6 @@ class Buffer:
             wire=wire,
             group=group,
         )
-        operation = Combine(self._end, back)
         return self._flights.run(operation) if wait else self._flights.start(operation)
 
     def variant(
@@ -327,7 +333,7 @@ class Buffer:
         Calls of both are one sequence on all ranks; handles of one serve the other; it ends with this one, and need
         not be closed. ``source_tokens``: :attr:`Received.source_token` comes with every layout.
         """
-        self._flights.check_open()
+        self._check_host_memory("variant")
         end = self._end.variant(
             wire=wire,
             num_topk=check_integer("num_topk", num_topk, at_least=1),
@@ -337,6 +343,7 @@ class Buffer:
         )
         other = copy.copy(self)
         other._end, other._closed, other._recorder = end, True, None  # closed: it owns nothing
+        other._calls = calls_on(end)
         return other
 
     def leave_out(self, ranks: Collection[int]) -> None:
@@ -363,7 +370,7 @@ class Buffer:
         chosen = self._end.wire.output_dtype if dtype is None else dtype
         if chosen not in ELEMENTS:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
-        return returning.empty_output(self._end, check_handle(handle, self._identity), chosen)
+        return self._calls.empty_output(check_handle(handle, self._identity), chosen)
 
     def recall(
         self,
@@ -399,7 +406,7 @@ class Buffer:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self._flights.check_open()
-        self._flights.run(Barrier(self._end))
+        self._flights.run(self._calls.barrier())
 
     def explain(self) -> Explanation:
         """Say which mode, transport, kernels and memory were chosen, and why. ``print`` it."""
@@ -463,9 +470,15 @@ class Buffer:
 
     def _check_one_host(self, what: str) -> None:
         """Raise ClosedError, or Unavailable where ranks forward for each other, and handles say for whom."""
-        self._flights.check_open()
+        self._check_host_memory(what)
         if self._end.across is not None:
             raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
+
+    def _check_host_memory(self, what: str) -> None:
+        """Raise ClosedError, or Unavailable where tensors lie on a device."""
+        self._flights.check_open()
+        if self._end.where is not CPU:
+            raise Unavailable(f"{what} works on CPU tensors, and this buffer's lie on {self._end.where}")
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, so that they name the culprit."""

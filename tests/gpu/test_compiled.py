@@ -24,6 +24,7 @@ OTHERS = {
     "announce",
     "settle",
     "connect",
+    "withdraw",
 }
 FLAGS = {"signal", "wait"}
 MOST_REGISTERS = 144

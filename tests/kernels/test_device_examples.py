@@ -87,13 +87,20 @@ def test_connect(kernels, capacity, verdict, code):
     gaps = poisoned(2, dtype=torch.int32)
     kernels.connect(
         *(told.data_ptr(), message_bytes(2, 1), 0, 2, base.data_ptr(), filled.data_ptr(), -1, total.data_ptr(), 1, 0),
-        *(tables.data_ptr(), summary.data_ptr(), fault.data_ptr(), gaps.data_ptr(), gaps.data_ptr() + 4),
+        *(tables.data_ptr(), summary.data_ptr(), fault.data_ptr(), 0, gaps.data_ptr(), gaps.data_ptr() + 4),
     )
     good = code == SETTLED
     assert tables.tolist() == [[1064, 2000] if good else [0, 0], *[[0, 0]] * 4]
     assert summary.tolist() == [code, 3, 1 if verdict == 7 else 2, verdict]
     assert fault.tolist() == ([5] * 4 if good else summary.tolist())
     assert gaps.tolist() == [POISON, POISON]
+
+
+def test_withdraw(kernels):
+    for code, entry_ranks, counts in ((SETTLED, [0, 1], [3]), (LANDING_TOO_SMALL, [-1, -1], [0])):
+        summary, entries, told = torch.tensor([code, 0, 0, 0]), i32([0, 1]), i32([3])
+        kernels.withdraw(summary.data_ptr(), entries.data_ptr(), 2, told.data_ptr(), 1)
+        assert (entries.tolist(), told.tolist()) == (entry_ranks, counts)
 
 
 def test_the_reference_passes_its_own_exam():

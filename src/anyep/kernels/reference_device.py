@@ -143,6 +143,7 @@ class ReferenceDeviceKernels(ReferenceKernels):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        num_gaps: int,
         gap_begin_addr: int,
         gap_end_addr: int,
     ) -> None:
@@ -170,9 +171,19 @@ class ReferenceDeviceKernels(ReferenceKernels):
             write(fault_addr, summary)
         base = read(base_addr, torch.int64, num_ranks).tolist()
         write(tables_addr, torch.tensor(_tables(heads, base, settled=code == SETTLED)))
+        if code != SETTLED:
+            _put(gap_begin_addr, [0] * num_gaps)
+            _put(gap_end_addr, [0] * num_gaps)
         if static_rows >= 0 and filled:
-            _put(gap_begin_addr, [filled[rank] if code == SETTLED else batch[rank]])
-            _put(gap_end_addr, [batch[rank]])
+            _put(gap_begin_addr + 4 * num_gaps, [filled[rank] if code == SETTLED else 0])
+            _put(gap_end_addr + 4 * num_gaps, [batch[rank]])
+
+    def withdraw(
+        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
+    ) -> None:
+        if int(read(summary_addr, torch.int64, 1)) != SETTLED:
+            _put(entry_rank_addr, [-1] * num_entries)
+            _put(counts_addr, [0] * num_local)
 
 
 def _tables(heads: Lists, base: list[int], *, settled: bool) -> Lists:

@@ -147,6 +147,7 @@ class DeviceKernels(KernelSet, Protocol):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        num_gaps: int,
         gap_begin_addr: int,
         gap_end_addr: int,
     ) -> None:
@@ -159,13 +160,26 @@ class DeviceKernels(KernelSet, Protocol):
 
         Refused, in this order: a rank's verdict (BAD_EXPERT); an expert with more than ``block_rows`` rows, unless that
         is 0 (BLOCK_TOO_SMALL); a batch of more than ``static_rows`` rows, unless that is -1 (STATIC_TOO_SMALL), or of
-        more than its rank has room for (LANDING_TOO_SMALL). With ``static_rows`` every batch has so many rows, and
-        int32 ``gap_begin`` and ``gap_end`` [1] take what is not filled here; nothing, where it is refused.
+        more than its rank has room for (LANDING_TOO_SMALL). Where it is refused, the first ``num_gaps`` of int32
+        ``gap_begin`` and ``gap_end`` become empty (0, 0): they may lie behind the batch. With ``static_rows`` every
+        batch has so many rows, and the gap behind those takes what is not filled here; all of a refused batch.
         ``filled_rows_addr`` 0: nothing is counted, so only a verdict is looked at; the batch is then said to have
         ``static_rows`` rows.
 
         >>> # R=2, rank=0, base=[1000, 2000], filled_rows=[3, 1], static_rows=-1, block_rows=0, capacity=[8, 8],
         >>> # places=[[64, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
         >>> # tables=[[1064, 2000], [0, 0], ...] summary=[SETTLED, 3, 2, NO_FAULT] (2: of R ranks none is at fault)
+        """
+        ...
+
+    def withdraw(
+        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
+    ) -> None:
+        """Where ``summary`` says that a batch was refused, take back what was told of it.
+
+        All of ``entry_rank`` int32 [num_entries] becomes -1, all of ``counts`` int32 [num_local] 0: for callers that do
+        not look at the summary themselves, so that what follows neither reads nor writes rows that nobody sent.
+
+        >>> # summary=[STATIC_TOO_SMALL, ., ., .], entry_rank=[0, 1], counts=[3]: entry_rank=[-1, -1], counts=[0]
         """
         ...

@@ -113,12 +113,21 @@ def exam_connect(case: Case) -> None:
     tables = stretch.cut("tables", 8 * NUM_PLACES * world.R, 8)
     summary = stretch.cut("summary", 8 * SUMMARY_WORDS, 8)
     fault = stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0
-    gaps = [stretch.cut(name, 4, 4) for name in ("gap_begin", "gap_end")]
+    num_gaps = int(rng.choice([0, 3, 300]))
+    gaps = [stretch.cut(name, 4 * (num_gaps + 1), 4) for name in ("gap_begin", "gap_end")]
     case.run(
         "connect",
         *(world.board, world.bytes, world.rank, world.R, base, filled, max(static_rows, -1)),
-        *(totals, world.E, block_rows, tables, summary, fault, *gaps),
+        *(totals, world.E, block_rows, tables, summary, fault, num_gaps, *gaps),
     )
+
+
+def exam_withdraw(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    entries, local = (int(n) for n in rng.choice([0, 1, 700, 3000], 2))
+    summary = stretch.put("summary", np.array([rng.integers(0, 3), 0, 0, 0], np.int64))
+    where = stretch.cut("entry_rank", 4 * entries, 4), stretch.cut("counts", 4 * local, 4)
+    case.run("withdraw", summary, where[0], entries, where[1], local)
 
 
 _EXAMS: dict[str, Callable[[Case], None]] = {
@@ -126,6 +135,7 @@ _EXAMS: dict[str, Callable[[Case], None]] = {
     "announce": exam_announce,
     "settle": exam_settle,
     "connect": exam_connect,
+    "withdraw": exam_withdraw,
 }
 DEVICE_FUNCTIONS = tuple(_EXAMS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyep.kernels.gpu import settling
-from anyep.kernels.gpu.grids import SMALL, Launches, power_of_two
+from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, power_of_two
 
 _COUNTS = 256
 _EXPERTS = 256
@@ -86,6 +86,7 @@ class SettleLaunches(Launches):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        num_gaps: int,
         gap_begin_addr: int,
         gap_end_addr: int,
     ) -> None:
@@ -94,8 +95,18 @@ class SettleLaunches(Launches):
             (1,),
             *(board_addr, message_bytes, rank, num_ranks, base_addr, filled_rows_addr, static_rows),
             *(expert_total_addr, num_experts, block_rows, tables_addr, summary_addr, fault_addr),
-            *(gap_begin_addr, gap_end_addr),
+            *(num_gaps, gap_begin_addr, gap_end_addr),
             threads=SMALL,
             RANKS=power_of_two(num_ranks, 8),
             EXPERTS=_EXPERTS,
+        )
+
+    def withdraw(
+        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
+    ) -> None:
+        self._launch(
+            settling.withdraw,
+            (-(-max(num_entries, num_local) // NUMBER_BLOCK),),
+            *(summary_addr, entry_rank_addr, num_entries, counts_addr, num_local),
+            BLOCK=NUMBER_BLOCK,
         )

@@ -252,6 +252,7 @@ def connect(
     tables_addr: tl.int64,
     summary_addr: tl.int64,
     fault_addr: tl.int64,
+    num_gaps: tl.int64,
     gap_begin_addr: tl.int64,
     gap_end_addr: tl.int64,
     RANKS: tl.constexpr,
@@ -291,7 +292,29 @@ def connect(
     tl.store(i64_at(fault_addr) + 1, own, mask=tell)
     tl.store(i64_at(fault_addr) + 2, guilty.to(tl.int64), mask=tell)
     tl.store(i64_at(fault_addr) + 3, accusation, mask=tell)
+    empty = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, tl.where(code == SETTLED, 0, num_gaps), EXPERTS):
+        gap = tl.cast(first, tl.int64) + tl.arange(0, EXPERTS)
+        tl.store(i32_at(gap_begin_addr) + gap, empty, mask=gap < num_gaps)
+        tl.store(i32_at(gap_end_addr) + gap, empty, mask=gap < num_gaps)
     if (static_rows >= 0) & counted:
-        begin = tl.where(code == SETTLED, tl.sum(tl.where(ranks == rank, filled, 0)), own)
-        tl.store(i32_at(gap_begin_addr), begin.to(tl.int32))
-        tl.store(i32_at(gap_end_addr), own.to(tl.int32))
+        begin = tl.where(code == SETTLED, tl.sum(tl.where(ranks == rank, filled, 0)), 0)
+        tl.store(i32_at(gap_begin_addr) + num_gaps, begin.to(tl.int32))
+        tl.store(i32_at(gap_end_addr) + num_gaps, own.to(tl.int32))
+
+
+@kernel
+def withdraw(
+    summary_addr: tl.int64,
+    entry_rank_addr: tl.int64,
+    num_entries: tl.int64,
+    counts_addr: tl.int64,
+    num_local: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks of whichever is more)."""
+    refused = tl.load(i64_at(summary_addr)) != SETTLED
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    none = tl.full([BLOCK], -1, tl.int32)
+    tl.store(i32_at(entry_rank_addr) + number, none, mask=number < tl.where(refused, num_entries, 0))
+    tl.store(i32_at(counts_addr) + number, none + 1, mask=number < tl.where(refused, num_local, 0))

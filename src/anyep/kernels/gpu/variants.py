@@ -57,7 +57,8 @@ def _settle(kernels: GpuKernels) -> None:
     kernels.announce(8, a, 1, a, a, a, a, a, a, a, 264)
     for by_expert in (0, 1):
         kernels.settle(a, 1120, 0, 8, 256, 32, a, a, by_expert, 1, 0, a, a, a, a, a, a, a, a, a, a)
-    kernels.connect(a, 1120, 0, 8, a, a, -1, a, 256, 0, a, a, a, a, a)
+    kernels.connect(a, 1120, 0, 8, a, a, -1, a, 256, 0, a, a, a, 32, a, a)
+    kernels.withdraw(a, a, 1024, a, 32)
 
 
 def _sum(kernels: GpuKernels) -> None:

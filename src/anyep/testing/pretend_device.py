@@ -1,0 +1,97 @@
+"""A device without a device: host memory, and any kernel set that knows it. For tests of what runs on devices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from anyep.exchange.device import devices
+from anyep.exchange.device.devices import Event, Fetch, Stream
+from anyep.kernels.reference_device import ReferenceDeviceKernels
+from anyep.kernels.spec_device import DeviceKernels
+from anyep.transport.base import Words
+
+
+class _Here:
+    """Words that are on the host already."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self._words: Words = words.numpy().copy()
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> Words:
+        return self._words
+
+
+class PretendDevice:
+    """Runs every launch at once, in the order of the calls, as one stream would."""
+
+    def __init__(self, kernels: DeviceKernels | None = None, *, free_bytes: int = 1 << 40) -> None:
+        self.where = torch.device("cpu")
+        self.kernels = _OneByOne(ReferenceDeviceKernels() if kernels is None else kernels)
+        self.captures = False
+        """whether the current stream is said to record a graph"""
+        self._free_bytes = free_bytes
+
+    def new_stream(self) -> Stream:
+        return object()
+
+    def current_stream(self) -> Stream:
+        return None
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def mark(self, stream: Stream) -> Event:
+        return None
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Nothing to do: what was launched is done."""
+
+    def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Nothing to do."""
+
+    def fetch(self, words: torch.Tensor) -> Fetch:
+        return _Here(words)
+
+    def capturing(self) -> bool:
+        return self.captures
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+
+class _OneByOne:
+    """Kernels that one thread at a time launches: interpreters are not made for several."""
+
+    def __init__(self, kernels: DeviceKernels) -> None:
+        self._kernels = kernels
+        self._launching = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        what = getattr(self._kernels, name)
+        if not callable(what):
+            return what
+
+        def launch(*numbers: int) -> Any:
+            with self._launching:
+                return what(*numbers)
+
+        return launch
+
+
+@contextmanager
+def pretended(device: devices.Device) -> Iterator[devices.Device]:
+    """Let buffers that are made with ``device="cuda"`` meanwhile find ``device``."""
+    original = devices.find_device
+    devices.find_device = lambda name: device
+    try:
+        yield device
+    finally:
+        devices.find_device = original
