@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyep.errors import Unavailable
+from anyep.errors import CapacityError, Unavailable
 from anyep.exchange import outgoing as sending
 from anyep.exchange import returning
 from anyep.exchange.barrier import Barrier
@@ -15,6 +15,7 @@ from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.plan import make_plan
 from anyep.exchange.flights import Operation
 from anyep.exchange.handle import Combined, Handle, Received
+from anyep.exchange.opening import RefusedError
 from anyep.layout.trace_file import TraceRecorder
 
 
@@ -37,6 +38,7 @@ class DeviceCalls:
         recorder: TraceRecorder | None,
         early: bool,
     ) -> Operation[Received]:
+        self._end.faults.look()
         if expert_rows is not None:
             raise Unavailable("expert_rows goes with CPU tensors; on a device topk_idx is counted")
         if handle is not None:
@@ -66,6 +68,7 @@ class DeviceCalls:
         wire: object,
         group: object,
     ) -> Operation[torch.Tensor | Combined]:
+        self._end.faults.look()
         if group:
             raise Unavailable("group sums ranks of hosts, and a device's ranks are on one; leave group out")
         back = returning.prepare(
@@ -98,4 +101,7 @@ class DeviceBarrier(Barrier):
     def finish(self) -> None:
         """Wait for every rank and for the device. Raises what an earlier call could not."""
         super().finish()
-        self._device_end.faults.settle()
+        try:
+            self._device_end.faults.settle()
+        except (CapacityError, ValueError) as error:
+            raise RefusedError(error) from None

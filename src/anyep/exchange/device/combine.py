@@ -92,7 +92,6 @@ class DeviceCombine:
     def post(self, epoch: int) -> None:
         """Launch what says where this rank's rows lie; then tell the others."""
         end, back = self._end, self._back
-        end.faults.look()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         self._visit = Visit.begin(end.device, end.stream)
         weights = back.topk_weights

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from anyep.errors import CapacityError, Unavailable
+from anyep.kernels.gpu.target import target_of
 from anyep.kernels.spec_device import DeviceKernels
 from anyep.transport.base import Words
 
@@ -69,6 +70,10 @@ class Device(Protocol):
         """Return how much memory is not taken."""
         ...
 
+    def check_fp8(self) -> None:
+        """Raise Unavailable where kernels cannot convert to FP8."""
+        ...
+
 
 class _PinnedFetch:
     def __init__(self, words: torch.Tensor) -> None:
@@ -82,7 +87,7 @@ class _PinnedFetch:
 
     def wait(self) -> Words:
         self._here.synchronize()
-        words: Words = self._words.numpy()
+        words: Words = self._words.numpy().copy()  # what keeps them need not keep pinned memory
         return words
 
 
@@ -121,6 +126,9 @@ class CudaDevice:
         free, _ = torch.cuda.mem_get_info(self.where)
         held = torch.cuda.memory_reserved(self.where) - torch.cuda.memory_allocated(self.where)
         return int(free) + int(held)
+
+    def check_fp8(self) -> None:
+        target_of(self.where).check_fp8()
 
 
 def find_device(name: str) -> Device:

@@ -85,7 +85,6 @@ class DeviceDispatch:
     def post(self, epoch: int) -> None:
         """Allocate the batch and launch the announcement; then tell the others."""
         end = self._end
-        end.faults.look()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header

@@ -35,12 +35,14 @@ class Faults:
 
     def ask(self) -> None:
         """Begin to bring the words over, behind what was launched on this thread's stream. Not in a graph."""
-        if not self._device.capturing():
+        if not self._device.capturing() and (self._coming is None or self._coming.done()):
             self._coming = self._device.fetch(self._words)
 
     def look(self) -> None:
         """Raise what an earlier call met, if that is known by now; waits for nothing. Once for each."""
-        if self._coming is not None and self._coming.done():
+        if self._coming is None or self._device.capturing():  # an event must not be asked while a graph is recorded
+            return
+        if self._coming.done():
             self._raise(self._coming.wait())
 
     def settle(self) -> None:

@@ -77,9 +77,7 @@ def _find(options: BufferOptions) -> Device:
     assert options.device is not None
     device = devices.find_device(options.device)
     if options.wire == "fp8":
-        target = getattr(device.kernels, "target", None)
-        if target is not None:
-            target.check_fp8()
+        device.check_fp8()
     return device
 
 
