@@ -1,4 +1,4 @@
-"""A process that runs the kernels in Triton's interpreter: ``rounds seed native|arithmetic function...``.
+"""A process that runs the kernels in Triton's interpreter: ``rounds seed native|arithmetic|bounded function...``.
 
 Prints one JSON object: for each function what went wrong, "" for nothing. The function "examples" is the worked
 examples of the spec's docstrings; "all" stands for all of the exam, with every number of 16 bits.
@@ -44,7 +44,7 @@ def _examine(kernels, rounds, seed, function):
 
 def main(rounds, seed, fp8, *functions):
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's about Inf and NaN, which the kernels mean
-    kernels = interpreted_kernels(native_fp8=fp8 == "native")
+    kernels = interpreted_kernels(native_fp8=fp8 != "arithmetic", num_sms=1 if fp8 == "bounded" else None)
     print(json.dumps({function: _examine(kernels, int(rounds), int(seed), function) for function in functions}))
 
 

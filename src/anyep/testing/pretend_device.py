@@ -207,7 +207,7 @@ class _Launches:
 def pretended(device: devices.Device) -> Iterator[devices.Device]:
     """Let buffers that are made with ``device="cuda"`` meanwhile find ``device``."""
     original = devices.find_device
-    devices.find_device = lambda name: device
+    devices.find_device = lambda name, num_sms=None: device
     try:
         yield device
     finally:

@@ -131,7 +131,7 @@ class CudaDevice:
         target_of(self.where).check_fp8()
 
 
-def find_device(name: str) -> Device:
+def find_device(name: str, num_sms: int | None = None) -> Device:
     """Return the CUDA device of that name, ready. ValueError for another kind, Unavailable where there is none."""
     try:
         where = torch.device(name)
@@ -146,7 +146,7 @@ def find_device(name: str) -> Device:
         if number >= torch.cuda.device_count():
             raise Unavailable(f"device {name!r} does not exist: this process sees {torch.cuda.device_count()} devices")
         where = torch.device("cuda", number)
-    return CudaDevice(where, cast("DeviceKernels", load_gpu(where)))
+    return CudaDevice(where, load_gpu(where, num_sms))
 
 
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:

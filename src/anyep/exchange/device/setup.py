@@ -75,7 +75,7 @@ def _check_what_devices_do(options: BufferOptions) -> None:
 def _find(options: BufferOptions) -> Device:
     """Load the device and its kernels; Unavailable where it lacks what the wire needs."""
     assert options.device is not None
-    device = devices.find_device(options.device)
+    device = devices.find_device(options.device, options.num_sms)
     if options.wire == "fp8":
         device.check_fp8()
     return device

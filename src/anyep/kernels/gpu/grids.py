@@ -6,7 +6,7 @@ import torch
 import triton
 
 from anyep.kernels.gpu.launch import Launch
-from anyep.kernels.gpu.target import Target
+from anyep.kernels.gpu.target import PROGRAMS_A_UNIT, Target
 
 PIECE = 2048
 """Bytes of a row that a program moves: 16 for each of its 128 threads."""
@@ -23,12 +23,17 @@ def power_of_two(n: int, least: int) -> int:
 
 
 class Launches:
-    """One device, and how kernels come onto it."""
+    """One device, and how kernels come onto it.
 
-    def __init__(self, device: torch.device, target: Target, launch: Launch) -> None:
+    ``num_sms``: on how many multiprocessors a kernel that moves rows may be at a time; None: on all of them, with a
+    program a token.
+    """
+
+    def __init__(self, device: torch.device, target: Target, launch: Launch, num_sms: int | None = None) -> None:
         self.device = device
         self.target = target
         self._launch_one = launch
+        self._most = None if num_sms is None else num_sms * PROGRAMS_A_UNIT
 
     def _launch(
         self,
@@ -41,6 +46,14 @@ class Launches:
         if 0 not in grid:
             self._launch_one(kernel, grid, numbers, constants, threads)
 
+    @property
+    def _is_bounded(self) -> bool:
+        return self._most is not None
+
+    def _step(self, num_tokens: int, pieces: int) -> int:
+        """Return how many programs share the tokens of each piece."""
+        return num_tokens if self._most is None else min(num_tokens, max(1, self._most // pieces))
+
     def _share(self, num_stretches: int) -> int:
         """Return how many programs share a stretch whose length only the device knows."""
-        return max(1, self.target.programs // max(1, num_stretches))
+        return max(1, (self._most or self.target.programs) // max(1, num_stretches))

@@ -125,10 +125,21 @@ class RoutingLaunches(Launches):
         peer_weights_addr: int,
         peer_token_addr: int,
     ) -> None:
+        step = self._step(last_token - first_token, 1)
         self._launch(
             routing.scatter_routing,
-            (last_token - first_token,),
-            *(topk_idx_addr, topk_weights_addr, first_token, num_topk, width, expert_rank_addr, expert_local_addr),
+            (step,),
+            *(
+                topk_idx_addr,
+                topk_weights_addr,
+                first_token,
+                last_token,
+                step,
+                num_topk,
+                width,
+                expert_rank_addr,
+                expert_local_addr,
+            ),
             *(entry_rank_addr, entry_row_addr, peer_idx_addr, peer_weights_addr, peer_token_addr),
             threads=SMALL,
             IDX_BYTES=idx_bytes,

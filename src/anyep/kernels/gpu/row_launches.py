@@ -28,10 +28,12 @@ class RowLaunches(RoutingLaunches):
         entry_row_addr: int,
         peer_addr: int,
     ) -> None:
+        pieces = triton.cdiv(row_bytes, PIECE)
+        step = self._step(last_token - first_token, pieces)
         self._launch(
             rows.scatter,
-            (last_token - first_token, triton.cdiv(row_bytes, PIECE)),
-            *(x_addr, row_bytes, first_token, width, entry_rank_addr, entry_row_addr, peer_addr),
+            (step, pieces),
+            *(x_addr, row_bytes, first_token, last_token, step, width, entry_rank_addr, entry_row_addr, peer_addr),
             PLACES=power_of_two(width, 8),
             PIECE=PIECE,
         )
@@ -172,7 +174,7 @@ class RowLaunches(RoutingLaunches):
         return -1
 
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
-        step = min(self.target.programs, triton.cdiv(num_bytes, PIECE))
+        step = min(self._share(1), triton.cdiv(num_bytes, PIECE))
         self._launch(rows.copy, (step,), source_addr, destination_addr, num_bytes, step, PIECE=PIECE)
 
     def fill_rows(
