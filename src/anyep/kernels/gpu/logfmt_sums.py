@@ -159,35 +159,15 @@ def reduce_logfmt(
     if BOUNDED:
         for number in tl.range(token, last_token, step, disable_licm=True):
             sum_token(
-                tl.cast(number, tl.int64),
-                first_group,
-                hidden,
-                width,
-                by_rank,
-                entry_rank_addr,
-                entry_row_addr,
-                peer_addr,
-                weights_addr,
-                bias0_addr,
-                bias1_addr,
-                out_addr,
-                PLACES,
-                GROUPS,
+                *(tl.cast(number, tl.int64), first_group, hidden, width, by_rank),
+                *(entry_rank_addr, entry_row_addr, peer_addr, weights_addr),
+                *(bias0_addr, bias1_addr, out_addr),
+                *(PLACES, GROUPS),
             )
     else:
         sum_token(
-            token,
-            first_group,
-            hidden,
-            width,
-            by_rank,
-            entry_rank_addr,
-            entry_row_addr,
-            peer_addr,
-            weights_addr,
-            bias0_addr,
-            bias1_addr,
-            out_addr,
-            PLACES,
-            GROUPS,
+            *(token, first_group, hidden, width, by_rank),
+            *(entry_rank_addr, entry_row_addr, peer_addr, weights_addr),
+            *(bias0_addr, bias1_addr, out_addr),
+            *(PLACES, GROUPS),
         )
