@@ -2,6 +2,7 @@
 #
 #   make bench      the main job: 8 rank processes move a real routing, every byte checked, with comparisons
 #   make sweep      the ways that rows can go, by size: a table and a picture
+#   make bench-gpu  CUDA tensors between virtual ranks of this machine's GPU, right first, then timed; installs nothing
 #   make test       quick tests          make test-all   all tests
 #   make check      format, lint, strict types, layers, inert import
 #   make clean      forget everything that these targets made
@@ -18,7 +19,7 @@ STAMP := $(VENV)/installed
 RESULTS := benchmarks/results
 SOURCES := src tests benchmarks examples
 
-.PHONY: bench sweep test test-all check install clean
+.PHONY: bench bench-gpu sweep test test-all check install clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -40,6 +41,9 @@ bench: $(STAMP)
 	$(BIN)/anyep bench --compare gloo,mpich --tokens 4096 --tokens 128 --latency 2x1,2x0,8x0 \
 		--json $(RESULTS)/bench.json $(BENCH)
 	$(BIN)/python benchmarks/import_time.py --json $(RESULTS)/import.json
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --json $(RESULTS)/gpu.json $(BENCH)
 
 sweep: $(STAMP)
 	mkdir -p $(RESULTS)

@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
+import torch
+
 from anyep.errors import Unavailable
-from anyep.exchange.arguments import check_integer
+from anyep.exchange.arguments import CPU, check_integer
 from anyep.exchange.calls import Calls
 from anyep.exchange.explain import Explanation
 from anyep.exchange.flights import Flights
-from anyep.exchange.options import BufferOptions, placement_tuple
+from anyep.exchange.options import BufferOptions, device_name, kernels_for, placement_tuple
 from anyep.exchange.setup import open_endpoint
 from anyep.transport.base import Blame
 from anyep.transport.liveness import blame_for
@@ -44,6 +46,9 @@ class Buffer(Calls):
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
     hosts, ``"nixl"`` or ``"gloo"``; ``interface``: the network interface it uses on this rank.
+    ``device``: ``"cuda"`` or one of several, for CUDA tensors (docs/gpu.md); None: CPU tensors. ``num_sms``: on how
+    many of its multiprocessors rows are moved at a time. ``kernels``: ``"cpu"``, ``"gpu"`` or ``"reference"``, by
+    default the device's.
     ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
 
     Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
@@ -53,7 +58,6 @@ class Buffer(Calls):
     ...     with Buffer(member, hidden=8, num_experts=4, num_topk=2, max_tokens_per_rank=3, wire="fp32") as ep:
     ...         received = ep.dispatch(torch.ones(3, 8), torch.tensor([[0, 3], [1, 0], [-1, 2]]), torch.ones(3, 2))
     ...         return ep.combine(received.x, received.handle)[:, 0].tolist()
-    >>> import torch
     >>> from anyep import local_group
     >>> local_group(2).run(rank_main)
     [[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]]
@@ -73,7 +77,7 @@ class Buffer(Calls):
         static_rows: int | None = None,
         placement: Sequence[int] | None = None,
         transport: str = "auto",
-        kernels: str = "cpu",
+        kernels: str | None = None,
         num_threads: int | None = None,
         arena_bytes: int | None = None,
         timeout_s: float = 30.0,
@@ -82,6 +86,8 @@ class Buffer(Calls):
         eager_bytes: int | None = None,
         interface: str | None = None,
         side_words: int = 0,
+        device: torch.device | str | None = None,
+        num_sms: int | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -95,7 +101,7 @@ class Buffer(Calls):
             static_rows=static_rows,
             placement=placement_tuple(placement),
             transport=transport,
-            kernels=kernels,
+            kernels=kernels_for(kernels, device),
             num_threads=num_threads,
             arena_bytes=arena_bytes,
             timeout_s=timeout_s,
@@ -104,6 +110,8 @@ class Buffer(Calls):
             eager_bytes=eager_bytes,
             interface=interface,
             side_words=side_words,
+            device=device_name(kernels, device),
+            num_sms=num_sms,
         )
         opened = open_endpoint(group, options)
         self._options = options
@@ -130,6 +138,8 @@ class Buffer(Calls):
         for each other.
         """
         self._flights.check_open()
+        if self._end.where is not CPU:
+            raise Unavailable(f"leave_out works on CPU tensors, and this buffer's lie on {self._end.where}")
         if self._end.across is not None:
             raise Unavailable("leave_out needs all ranks on one host: where they live on several they forward rows")
         for rank in ranks:

@@ -61,9 +61,9 @@ def poison_arenas() -> None:
     receive.fresh = poisoned
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """Stands for private memory with any content."""
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.reshape(-1).view(torch.uint8).fill_(0xFF)
     return tensor
 

@@ -21,6 +21,10 @@ OTHERS = {
     "expand_routing",
     "transpose_scales",
     "check_numbers",
+    "announce",
+    "settle",
+    "connect",
+    "withdraw",
 }
 FLAGS = {"signal", "wait"}
 MOST_REGISTERS = 144

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def shape_text(shape: Sequence[object]) -> str:
     """Write a shape as ``[4096, 7168]``."""
@@ -19,9 +21,15 @@ def dtype_text(*dtypes: torch.dtype) -> str:
 
 
 def check_tensor(
-    name: str, value: object, *, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], legend: str
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    legend: str,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
-    """Return ``value`` if it is a dense CPU tensor of one of ``dtypes`` and of ``shape`` (None: any size).
+    """Return ``value`` if it is a dense tensor on ``device``, of one of ``dtypes`` and of ``shape`` (None: any size).
 
     ``legend`` names the expected shape for the message, for example ``"[T, hidden]"``. Raises TypeError for another
     type or dtype, ValueError for another shape, device or memory order.
@@ -29,14 +37,14 @@ def check_tensor(
     if (
         type(value) is torch.Tensor
         and value.dtype in dtypes
-        and value.is_cpu
+        and (value.is_cpu if device is CPU else value.device == device)
         and value.layout is torch.strided
         and value.is_contiguous()
         and (value.data_ptr() != 0 or value.numel() == 0)
         and _fits(value.shape, shape)
     ):
         return value
-    _refuse(name, value, dtypes=dtypes, shape=shape, legend=legend)
+    _refuse(name, value, dtypes=dtypes, shape=shape, legend=legend, device=device)
     return value  # type: ignore[return-value]  # a subclass that is as good
 
 
@@ -50,13 +58,20 @@ def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
 
 
 def _refuse(
-    name: str, value: object, *, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], legend: str
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    legend: str,
+    device: torch.device,
 ) -> None:
     """Say what is wrong with a tensor; nothing may be, where it is of a subclass."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {legend}, got {type(value).__name__}")
-    if value.device.type != "cpu":
-        raise ValueError(f"{name} is on {value.device}; this buffer works on cpu tensors: pass {name}.cpu()")
+    if value.device != device:
+        way = ".cpu()" if device.type == "cpu" else f".to({str(device)!r})"
+        raise ValueError(f"{name} is on {value.device}; this buffer works on {device} tensors: pass {name}{way}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {dtype_text(*dtypes)}, got {dtype_text(value.dtype)}")
     if not _fits(value.shape, shape):

@@ -10,16 +10,13 @@ from typing import Literal, overload
 
 import torch
 
-from anyep.exchange import outgoing as sending
-from anyep.exchange import returning
-from anyep.exchange.arguments import check_choice, check_integer
-from anyep.exchange.barrier import Barrier
-from anyep.exchange.combine import Combine
-from anyep.exchange.dispatch import Dispatch
+from anyep.errors import Unavailable
+from anyep.exchange.arguments import CPU, check_choice, check_integer
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Pending
 from anyep.exchange.flights import Flights
 from anyep.exchange.handle import Combined, Handle, Received, check_handle
+from anyep.exchange.operations import operations_on
 from anyep.exchange.recall import Handles
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS, Wire
@@ -33,6 +30,7 @@ class Calls:
 
     def __init__(self, end: Endpoint, flights: Flights, identity: object, recorder: TraceRecorder | None) -> None:
         self._end = end
+        self._operations = operations_on(end)
         self._flights = flights
         self._identity = identity
         """what handles are known by: that of all variants of a buffer"""
@@ -119,13 +117,17 @@ class Calls:
         too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
         """
         self._flights.check_open()
-        if handle is not None:
-            known = check_handle(handle, self._identity)
-            outgoing = sending.prepare_cached(self._end, x, topk_idx, topk_weights, known)
-        else:
-            check_choice("layout", layout, LAYOUTS)
-            outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, expert_rows=expert_rows)
-        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder, early=not wait)
+        operation = self._operations.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            handle=None if handle is None else check_handle(handle, self._identity),
+            layout=layout if handle is not None else check_choice("layout", layout, LAYOUTS),
+            expert_rows=expert_rows,
+            buffer=self._identity,
+            recorder=self._recorder,
+            early=not wait,
+        )
         return self._flights.run(operation) if wait else self._flights.start(operation)
 
     @overload
@@ -205,8 +207,7 @@ class Calls:
         :meth:`dispatch`.
         """
         self._flights.check_open()
-        back = returning.prepare(
-            self._end,
+        operation = self._operations.combine(
             y,
             check_handle(handle, self._identity),
             topk_weights=topk_weights,
@@ -216,7 +217,6 @@ class Calls:
             wire=wire,
             group=group,
         )
-        operation = Combine(self._end, back)
         return self._flights.run(operation) if wait else self._flights.start(operation)
 
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -228,12 +228,12 @@ class Calls:
         chosen = self._end.wire.output_dtype if dtype is None else dtype
         if chosen not in ELEMENTS:
             raise TypeError(f"dtype must be bfloat16, float16 or float32, got {chosen}")
-        return returning.empty_output(self._end, check_handle(handle, self._identity), chosen)
+        return self._operations.empty_output(check_handle(handle, self._identity), chosen)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self._flights.check_open()
-        self._flights.run(Barrier(self._end))
+        self._flights.run(self._operations.barrier())
 
     def stats(self) -> Stats:
         """Return this rank's counters since the buffer was made."""
@@ -255,6 +255,8 @@ class Calls:
         :attr:`Received.source_token` comes with every layout.
         """
         self._flights.check_open()
+        if self._end.where is not CPU:
+            raise Unavailable(f"variant works on CPU tensors, and this buffer's lie on {self._end.where}")
         end = self._end.variant(
             wire=wire,
             num_topk=check_integer("num_topk", num_topk, at_least=1),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from anyep.exchange.across import Across
+from anyep.exchange.arguments import CPU
 from anyep.exchange.crowd import Crowd
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.geometry import Geometry, GeometryKey
@@ -195,6 +197,11 @@ class Endpoint:
     @property
     def rank(self) -> int:
         return self.transport.rank
+
+    @property
+    def where(self) -> torch.device:
+        """Where a caller's tensors must lie."""
+        return CPU
 
     @property
     def num_ranks(self) -> int:

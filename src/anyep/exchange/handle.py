@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ class Handle:
     num_rows: int
     shape: tuple[int, ...]
     """of the batch without its channels: (N,), or (L, R * Tmax) in the padded layout"""
-    counts: list[int]
+    counts: Sequence[int]
     topk_weights: torch.Tensor | None
     """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
     proxies: tuple[Proxy, ...] = ()
@@ -184,8 +185,9 @@ class Received:
     """[N, K] local expert index, or -1 in a column that this row does not serve; dtype of the input; padded: None"""
     topk_weights: torch.Tensor | None
     """[N, K] fp32, 0 where topk_idx is -1; None if none were sent, or padded"""
-    counts: list[int]
-    """rows for each local expert, without padding"""
+    counts: Sequence[int]
+    """rows for each local expert, without padding: a list, or on a device where the host did not wait for them, what
+    waits when it is looked at, and has them as an int32 [L] tensor in ``counts.tensor``"""
     handle: Handle
     source_begin: torch.Tensor | None = None
     """padded only: int32 [L, R], the first row of each source in each expert's block"""

@@ -45,6 +45,9 @@ class BufferOptions:
     eager_bytes: int | None = None
     interface: str | None = None
     side_words: int = 0
+    device: str | None = None
+    """None: the host's memory"""
+    num_sms: int | None = None
 
     @property
     def ring(self) -> int:
@@ -65,6 +68,7 @@ class BufferOptions:
             ("num_threads", self.num_threads, 1),
             ("eager_bytes", self.eager_bytes, 0),
             ("arena_bytes", self.arena_bytes, 0),
+            ("num_sms", self.num_sms, 1),
         ):
             if value is not None:
                 check_integer(name, value, at_least=least, at_most=None if name == "arena_bytes" else _MOST)
@@ -74,6 +78,7 @@ class BufferOptions:
             raise TypeError(f"interface must be the name of a network interface, got {self.interface!r}")
         self.make_wire()
         check_name(self.transport)
+        self._check_device()
         self.recorder(0)
 
     def _check_placement(self) -> None:
@@ -88,6 +93,13 @@ class BufferOptions:
                 f"placement must name a rank for each of num_experts={self.num_experts} experts, "
                 f"got {len(self.placement)}"
             )
+
+    def _check_device(self) -> None:
+        if (self.device is None) == (self.kernels == "gpu"):
+            place = "device memory" if self.kernels == "gpu" else "host memory"
+            raise ValueError(f"kernels={self.kernels!r} work on {place}, got device={self.device!r}; leave kernels out")
+        if self.device is None and self.num_sms is not None:
+            raise ValueError("num_sms goes with device='cuda'; num_threads is what CPU tensors are moved by")
 
     def _check_timeout(self) -> None:
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)):
@@ -160,6 +172,20 @@ def placement_tuple(placement: object) -> tuple[int, ...] | None:
     if hasattr(placement, "tolist"):
         placement = placement.tolist()
     return tuple(placement) if isinstance(placement, list) else placement  # type: ignore[return-value]
+
+
+def device_name(kernels: str | None, device: object) -> str | None:
+    """Return the device's name as given; ``"cuda"`` for the GPU's kernels without one, and None for the CPU."""
+    if device is None:
+        return "cuda" if kernels == "gpu" else None
+    return None if str(device) == "cpu" else str(device)
+
+
+def kernels_for(kernels: str | None, device: object) -> str:
+    """Return the kernels of a device, unless others were asked for."""
+    if kernels is not None:
+        return kernels
+    return "cpu" if device_name(None, device) is None else "gpu"
 
 
 PRIVATE = ("num_threads", "arena_bytes", "timeout_s", "record", "interface")

@@ -5,6 +5,7 @@ An error here is this rank's own; it costs the others nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,10 +36,20 @@ class Outgoing(NamedTuple):
 
 
 def prepare(
-    end: Endpoint, x: object, topk_idx: object, topk_weights: object, *, layout: str, expert_rows: object = None
+    end: Endpoint,
+    x: object,
+    topk_idx: object,
+    topk_weights: object,
+    *,
+    layout: str,
+    expert_rows: object = None,
+    make: Callable[[Endpoint, torch.Tensor, Geometry], SendPlan] | None = None,
 ) -> Outgoing:
-    """Check the caller's tensors and decide who gets what. Raises TypeError and ValueError; exchanges nothing."""
-    rows = check_rows(end.wire, x)
+    """Check the caller's tensors and decide who gets what (``make``; None: :func:`make_plan`).
+
+    Raises TypeError and ValueError; exchanges nothing.
+    """
+    rows = check_rows(end.wire, x, end.where)
     num_tokens = rows.num_tokens
     if num_tokens > end.max_tokens:
         raise ValueError(
@@ -46,10 +57,10 @@ def prepare(
             "split the batch or make a larger buffer"
         )
     shape = [num_tokens, end.num_topk]
-    idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]")
-    weights = _check_weights(topk_weights, shape)
+    idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]", device=end.where)
+    weights = _check_weights(end, topk_weights, shape)
     geometry = end.geometry(layout, idx.itemsize, weights is not None)
-    plan = make_plan(end, idx, geometry)
+    plan = (make or make_plan)(end, idx, geometry)
     if expert_rows is not None:
         plan.numbers("expert_rows")[:] = _check_expert_rows(end, expert_rows, geometry)
     return Outgoing(
@@ -66,10 +77,10 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     """Check tensors that take the way of an earlier dispatch."""
     if topk_idx is not None:
         raise ValueError("topk_idx must be None when a handle is given: the handle knows where the tokens go")
-    rows = check_rows(end.wire, x)
+    rows = check_rows(end.wire, x, end.where)
     if rows.num_tokens != handle.num_tokens:
         raise ValueError(f"x has {rows.num_tokens} tokens, but the handle's dispatch sent {handle.num_tokens}")
-    weights = _check_weights(topk_weights, [handle.num_tokens, end.num_topk])
+    weights = _check_weights(end, topk_weights, [handle.num_tokens, end.num_topk])
     return Outgoing(
         rows=rows,
         topk_weights=weights,
@@ -90,10 +101,13 @@ def _check_expert_rows(end: Endpoint, expert_rows: object, geometry: Geometry) -
     return counts
 
 
-def _check_weights(topk_weights: object, shape: list[int]) -> torch.Tensor | None:
+def _check_weights(end: Endpoint, topk_weights: object, shape: list[int]) -> torch.Tensor | None:
     if topk_weights is None:
         return None
-    return check_tensor("topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend="[T, num_topk]")
+    legend = "[T, num_topk]"
+    return check_tensor(
+        "topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend=legend, device=end.where
+    )
 
 
 def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anyep.errors import Unavailable
 from anyep.exchange import ledger
-from anyep.exchange.arguments import check_choice, check_tensor
+from anyep.exchange.arguments import CPU, check_choice, check_tensor
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.handle import Handle, SendPlan, check_handle
@@ -48,7 +48,7 @@ class Grouped(NamedTuple):
 
 
 class Handles:
-    """What can be done with the handles of a buffer by one rank alone. On one host: no handle says who forwards."""
+    """What can be done with the handles of a buffer by one rank alone. On one host, on CPU tensors."""
 
     def __init__(self, end: Endpoint, identity: object, check_open: Callable[[], None]) -> None:
         self._end = end
@@ -105,6 +105,8 @@ class Handles:
     def _here(self, what: str) -> Endpoint:
         """Return the endpoint. Raises ClosedError, and Unavailable where ranks live on several hosts."""
         self._check_open()
+        if self._end.where is not CPU:
+            raise Unavailable(f"{what} works on CPU tensors, and this buffer's lie on {self._end.where}")
         if self._end.across is not None:
             raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
         return self._end

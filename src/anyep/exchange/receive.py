@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from anyep.errors import CapacityError
+from anyep.exchange.arguments import CPU
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, Received, SendPlan
@@ -103,9 +104,9 @@ def _fresh_batch(end: Endpoint, geometry: Geometry, num_rows: int, idx_dtype: to
     return Batch(x=x, scales=scales, topk_idx=idx, topk_weights=weights, source_token=token, part_addr=addr)  # type: ignore[arg-type]
 
 
-def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
     """Return a private tensor with any content."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _batch_on(
@@ -159,7 +160,7 @@ def room_for_scales(end: Endpoint, geometry: Geometry) -> torch.Tensor | None:
     if not geometry.row.scales:
         return None
     shape = geometry.shape
-    return fresh((shape.num_local, end.wire.scale_columns, shape.block_rows), end.wire.scale_dtype)
+    return fresh((shape.num_local, end.wire.scale_columns, shape.block_rows), end.wire.scale_dtype, end.where)
 
 
 def unpack(end: Endpoint, geometry: Geometry, plan: SendPlan, desk: Desk, batch: Batch) -> None:
@@ -211,7 +212,7 @@ def wrap(end: Endpoint, batch: Batch, handle: Handle, geometry: Geometry, turned
         scales=batch.scales,
         topk_idx=batch.topk_idx,
         topk_weights=batch.topk_weights,
-        counts=handle.counts.copy(),
+        counts=list(handle.counts),
         handle=handle,
         source_token=batch.source_token,
     )
@@ -235,7 +236,7 @@ def _wrap_padded(end: Endpoint, batch: Batch, handle: Handle, turned: torch.Tens
         scales=scales,
         topk_idx=None,
         topk_weights=None,
-        counts=handle.counts.copy(),
+        counts=list(handle.counts),
         handle=handle,
         source_begin=torch.from_numpy(begin.T.copy()),
         source_count=torch.from_numpy(plan.numbers("recv_rows").reshape(sources).T.copy()),

@@ -84,7 +84,9 @@ def prepare(
     if how == "column" and end.across is not None:
         raise Unavailable("reduce='column' needs all ranks on one host; between hosts use reduce='rank' or 'expert'")
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
-    checked = check_tensor("y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend)
+    checked = check_tensor(
+        "y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend, device=end.where
+    )
     target = _check_out(end, out, handle, checked)
     biases = _check_bias(end, bias, handle, checked.dtype)
     if biases and any(_overlap(target, one) and target.data_ptr() != one.data_ptr() for one in biases):
@@ -102,7 +104,9 @@ def prepare(
         wire=_check_wire(wire, handle, checked),
         handle=handle,
         row_bytes=checked.itemsize * end.hidden,
-        weights_out=None if padded or weights is None else fresh((handle.num_tokens, end.num_topk), torch.float32),
+        weights_out=None
+        if padded or weights is None
+        else fresh((handle.num_tokens, end.num_topk), torch.float32, end.where),
         group=rounded_group,
     )
 
@@ -113,7 +117,10 @@ def _check_weights(end: Endpoint, topk_weights: object, handle: Handle) -> torch
         return None
     padded = handle.send.geometry.padded
     rows, legend = (handle.num_tokens, "[T, num_topk]") if padded else (handle.num_rows, "[N, num_topk]")
-    return check_tensor("topk_weights", topk_weights, dtypes=[torch.float32], shape=[rows, end.num_topk], legend=legend)
+    shape = [rows, end.num_topk]
+    return check_tensor(
+        "topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend=legend, device=end.where
+    )
 
 
 def _check_wire(wire: object, handle: Handle, y: torch.Tensor) -> str:
@@ -135,7 +142,14 @@ def _check_bias(end: Endpoint, bias: object, handle: Handle, dtype: torch.dtype)
     if len(given) > 2:
         raise ValueError(f"bias takes at most 2 tensors, got {len(given)}")
     return tuple(
-        check_tensor("bias", one, dtypes=[dtype], shape=[handle.num_tokens, end.hidden], legend="[T, hidden]")
+        check_tensor(
+            "bias",
+            one,
+            dtypes=[dtype],
+            shape=[handle.num_tokens, end.hidden],
+            legend="[T, hidden]",
+            device=end.where,
+        )
         for one in given
     )
 
@@ -143,8 +157,8 @@ def _check_bias(end: Endpoint, bias: object, handle: Handle, dtype: torch.dtype)
 def _check_out(end: Endpoint, out: object, handle: Handle, y: torch.Tensor) -> torch.Tensor:
     shape = [handle.num_tokens, end.hidden]
     if out is None:
-        return torch.empty(shape, dtype=y.dtype, device="cpu")
-    target = check_tensor("out", out, dtypes=[y.dtype], shape=shape, legend="[T, hidden]")
+        return torch.empty(shape, dtype=y.dtype, device=end.where)
+    target = check_tensor("out", out, dtypes=[y.dtype], shape=shape, legend="[T, hidden]", device=end.where)
     if _overlap(target, y):
         raise ValueError("out overlaps y, which other ranks are still reading; pass another tensor")
     return target

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from anyep.errors import Unavailable
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
@@ -42,6 +41,10 @@ class Opened:
 def open_endpoint(group: object, options: BufferOptions) -> Opened:
     """Collective. A rank that cannot take part makes every rank raise, and is named."""
     rendezvous = find_rendezvous(group)
+    if options.device is not None:
+        from anyep.exchange.device.setup import open_device_endpoint
+
+        return open_device_endpoint(rendezvous, options)
     kernels = _agree(rendezvous, options)
     lanes = options.lanes(rendezvous.size)
     account = options.account(rendezvous.size, rendezvous.rank)
@@ -55,7 +58,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         interface=options.interface,
     )
     try:
-        endpoint = _endpoint(opened.transport, kernels, lanes, options)
+        endpoint = endpoint_on(opened.transport, kernels, lanes, options)
     except BaseException as error:
         opened.transport.leave(blame_for(error, rendezvous.rank))
         opened.transport.close()
@@ -63,7 +66,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
     return Opened(endpoint=endpoint, explanation=explain(endpoint, account, opened.reason, options.num_threads is None))
 
 
-def _endpoint(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
+def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
     """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
     placement, wire = options.place_experts(transport.size), options.make_wire()
     across = look_across(transport, placement) if isinstance(transport, HierarchicalTransport) else None
@@ -123,26 +126,15 @@ def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
     def act() -> dict[str, str]:
         options.check()
         options.place_experts(rendezvous.size)
-        loaded.append(_load_for_host(options.kernels))
+        loaded.append(load(options.kernels))
         load_books()
         return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
 
-    _check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
+    check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
     return loaded[0]
 
 
-def _load_for_host(name: str) -> KernelSet:
-    """Load kernels that reach the memory of transports: all of them offer host memory."""
-    kernels = load(name)
-    if kernels.name == "gpu":
-        raise Unavailable(
-            "kernels='gpu' work on device memory, and no transport offers any: a buffer takes kernels='cpu'; "
-            "anyep.kernels.registry.load('gpu') gives the kernels alone"
-        )
-    return kernels
-
-
-def _check_equal(rank: int, told: list[dict[str, str]]) -> None:
+def check_equal(rank: int, told: list[dict[str, str]]) -> None:
     for name, mine in told[rank].items():
         for other, options in enumerate(told):
             theirs = options[name]

@@ -108,6 +108,13 @@ class Counters:
             self.rows_received += received
             self.bytes_sent += sent * out.geometry.sent_bytes
 
+    def dispatched_on_device(self, *, cached: bool, rows: int) -> None:
+        """Count one dispatch; ``rows`` that were received, 0 where the host does not know."""
+        with self._adding:
+            self.cached_dispatches += cached
+            self.dispatches += not cached
+            self.rows_received += rows
+
     def sent_back(self, eager_rows: int, direct_rows: int, far_rows: int) -> None:
         """Count the first half of a combine."""
         with self._adding:

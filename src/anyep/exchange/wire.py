@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.exchange.arguments import check_choice, check_tensor, dtype_text
+from anyep.exchange.arguments import CPU, check_choice, check_tensor, dtype_text
 from anyep.numerics.formats import Element, ScaleFormat
 
 ELEMENTS = {element.dtype: element for element in Element}
@@ -102,44 +102,53 @@ class Rows(NamedTuple):
         return self.x.shape[0]
 
 
-def check_rows(wire: Wire, x: object) -> Rows:
-    """Check ``x``: a tensor [T, H], or for fp8 also a pair (fp8 [T, H], scales). TypeError or ValueError otherwise.
+def check_rows(wire: Wire, x: object, device: torch.device = CPU) -> Rows:
+    """Check ``x``: a tensor [T, H] on ``device``, or for fp8 also a pair (fp8 [T, H], scales).
 
-    With side words: a pair (rows [T, H], int32 [T, side_words]).
+    TypeError or ValueError otherwise. With side words: a pair (rows [T, H], int32 [T, side_words]).
     """
     if wire.raw and wire.carried_columns:
-        return _check_raw(wire, x)
+        return _check_raw(wire, x, device)
     if isinstance(x, tuple):
-        return _check_quantised(wire, x)
+        return _check_quantised(wire, x, device)
     if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn and wire.scale_format is not None:
         raise TypeError("x is float8_e4m3fn without scales; pass the pair (x, scales), or x in bfloat16")
     dtypes = tuple(ELEMENTS) if wire.scale_format is not None else (wire.dtype,)
-    checked = check_tensor("x", x, dtypes=dtypes, shape=[None, wire.hidden], legend="[T, hidden]")
+    checked = check_tensor("x", x, dtypes=dtypes, shape=[None, wire.hidden], legend="[T, hidden]", device=device)
     return Rows(
         x=checked, scales=None, quantise_from=ELEMENTS[checked.dtype] if wire.scale_format is not None else None
     )
 
 
-def _check_raw(wire: Wire, x: object) -> Rows:
+def _check_raw(wire: Wire, x: object, device: torch.device) -> Rows:
     if not isinstance(x, tuple) or len(x) != 2:
         raise TypeError(
             f"x must be a pair (rows, side words) with side_words={wire.carried_columns}, got {type(x).__name__}"
         )
-    rows = check_tensor("x[0]", x[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]")
+    rows = check_tensor(
+        "x[0]", x[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]", device=device
+    )
     side = check_tensor(
-        "x[1]", x[1], dtypes=[wire.scale_dtype], shape=[rows.shape[0], wire.carried_columns], legend="[T, side_words]"
+        "x[1]",
+        x[1],
+        dtypes=[wire.scale_dtype],
+        shape=[rows.shape[0], wire.carried_columns],
+        legend="[T, side_words]",
+        device=device,
     )
     return Rows(x=rows, scales=side, quantise_from=None)
 
 
-def _check_quantised(wire: Wire, pair: tuple[object, ...]) -> Rows:
+def _check_quantised(wire: Wire, pair: tuple[object, ...], device: torch.device) -> Rows:
     if not wire.scale_columns:
         raise TypeError(
             f"x is a tuple, which only wire='fp8' takes; this buffer's wire is {wire.name!r}: pass a tensor"
         )
     if len(pair) != 2:
         raise TypeError(f"x must be a tensor or a pair (fp8, scales), got a tuple of {len(pair)}")
-    q = check_tensor("x[0]", pair[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]")
+    q = check_tensor(
+        "x[0]", pair[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]", device=device
+    )
     if not isinstance(pair[1], torch.Tensor):
         raise TypeError(
             f"x[1] must be the scales, a {dtype_text(wire.scale_dtype)} tensor, got {type(pair[1]).__name__}"
@@ -150,5 +159,6 @@ def _check_quantised(wire: Wire, pair: tuple[object, ...]) -> Rows:
         dtypes=[wire.scale_dtype],
         shape=[q.shape[0], wire.scale_columns],
         legend="[T, scale groups]",
+        device=device,
     )
     return Rows(x=q, scales=scales, quantise_from=None)

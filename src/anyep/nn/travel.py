@@ -188,5 +188,5 @@ def _send(
         assert wire.scale_format is not None
         quantised = (received.x, received.scales)
         rows = dequantise_fp8(received.x, received.scales, wire.scale_format, pair.dtype)
-    arrival = Arrival(way=way, topk_idx=received.topk_idx, counts=received.counts, quantised=quantised)
+    arrival = Arrival(way=way, topk_idx=received.topk_idx, counts=list(received.counts), quantised=quantised)
     return arrival, rows, received.topk_weights

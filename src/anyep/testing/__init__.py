@@ -2,6 +2,7 @@
 
 from anyep.testing.engine_exam import EngineExamError, check_engine
 from anyep.testing.kernel_exam import KernelExamError, check_kernels
+from anyep.testing.kernel_exam_device import check_device_kernels
 from anyep.testing.kernel_memory import DeviceMemory
 from anyep.testing.transport_exam import check_transport
 from anyep.testing.transport_steps import TransportExamError
@@ -11,6 +12,7 @@ __all__ = [
     "EngineExamError",
     "KernelExamError",
     "TransportExamError",
+    "check_device_kernels",
     "check_engine",
     "check_kernels",
     "check_transport",

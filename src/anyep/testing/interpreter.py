@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from anyep.errors import Unavailable
-from anyep.kernels.spec import KernelSet
+from anyep.kernels.spec_device import DeviceKernels
 
 _FEW_PROGRAMS = 3
 
 
-def interpreted_kernels(*, native_fp8: bool = True) -> KernelSet:
+def interpreted_kernels(*, native_fp8: bool = True, num_sms: int | None = None) -> DeviceKernels:
     """Return the GPU kernel set on host memory; needs a process that was started with TRITON_INTERPRET=1.
 
     ``native_fp8`` chooses between the two ways to FP8 that kernels have. Raises Unavailable in any other process:
@@ -33,7 +33,7 @@ def interpreted_kernels(*, native_fp8: bool = True) -> KernelSet:
     _patch_once()
     fp8 = Fp8.NATIVE if native_fp8 else Fp8.ARITHMETIC
     target = Target(name="interpreter", warp_size=32, fp8=fp8, programs=_FEW_PROGRAMS)
-    return GpuKernels(torch.device("cpu"), target, InInterpreter())
+    return GpuKernels(torch.device("cpu"), target, InInterpreter(), num_sms)
 
 
 def _mend_conversions() -> None:

@@ -6,7 +6,7 @@ they are kept and judged. What is said of their sources is judged beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
@@ -129,7 +129,7 @@ def poison_defined(received: Received) -> None:
             block[:count].view(torch.uint8).fill_(POISON)
 
 
-def _defined(blocks: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _defined(blocks: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Copy the first ``counts[l]`` of each block of [L, P, ...]: [M, ...]."""
     rows = torch.empty(sum(counts), *blocks.shape[2:], dtype=blocks.dtype)
     for block, count, end in zip(blocks, counts, accumulate(counts), strict=True):

@@ -154,7 +154,7 @@ def dispatch(
     recv_idx = None if batch.topk_idx is None else received.topk_idx
     if recv_idx is not None and recv_idx.dtype is not batch.topk_idx.dtype:
         recv_idx = recv_idx.to(batch.topk_idx.dtype)
-    counts = received.counts
+    counts = list(received.counts)
     if batch.worst_tokens:
         counts = []
     elif batch.alignment > 1:

@@ -75,25 +75,24 @@ def quantise_piece(
             tl.store(place, scale, mask=inside)
 
 
-@kernel
-def quantise_scatter(
-    x_addr: tl.int64,
-    hidden: tl.int64,
-    first_token: tl.int64,
-    width: tl.int64,
-    entry_rank_addr: tl.int64,
-    entry_row_addr: tl.int64,
-    peer_q_addr: tl.int64,
-    peer_scales_addr: tl.int64,
+@triton.jit
+def quantise_token(
+    token,
+    first_group,
+    x_addr,
+    hidden,
+    width,
+    entry_rank_addr,
+    entry_row_addr,
+    peer_q_addr,
+    peer_scales_addr,
     ELEMENT: tl.constexpr,
     SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
     PLACES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Grid (T, pieces of GROUPS groups)."""
-    token = first_token + tl.program_id(0)
-    first_group = tl.program_id(1).to(tl.int64) * GROUPS
+    """Quantise GROUPS groups of a token, unless nobody wants it."""
     ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
     bases = named_bases(width, ranks_addr, peer_q_addr, PLACES)
     row_addr = x_addr + token * hidden * (4 if ELEMENT == 2 else 2)
@@ -108,3 +107,40 @@ def quantise_scatter(
                 *(row_addr, hidden, first_group, width, ranks_addr, rows_addr, peer_q_addr, peer_scales_addr),
                 *(ELEMENT, SCALES, NATIVE, False, GROUPS),
             )
+
+
+@kernel
+def quantise_scatter(
+    x_addr: tl.int64,
+    hidden: tl.int64,
+    first_token: tl.int64,
+    last_token: tl.int64,
+    step: tl.int64,
+    width: tl.int64,
+    entry_rank_addr: tl.int64,
+    entry_row_addr: tl.int64,
+    peer_q_addr: tl.int64,
+    peer_scales_addr: tl.int64,
+    ELEMENT: tl.constexpr,
+    SCALES: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PLACES: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Grid (step, pieces of GROUPS groups): BOUNDED programs take every ``step``-th token, others one each."""
+    first_group = tl.program_id(1).to(tl.int64) * GROUPS
+    token = first_token + tl.program_id(0)
+    if BOUNDED:
+        for number in tl.range(token, last_token, step, disable_licm=True):
+            quantise_token(
+                *(tl.cast(number, tl.int64), first_group, x_addr, hidden, width),
+                *(entry_rank_addr, entry_row_addr, peer_q_addr, peer_scales_addr),
+                *(ELEMENT, SCALES, NATIVE, PLACES, GROUPS),
+            )
+    else:
+        quantise_token(
+            *(token, first_group, x_addr, hidden, width),
+            *(entry_rank_addr, entry_row_addr, peer_q_addr, peer_scales_addr),
+            *(ELEMENT, SCALES, NATIVE, PLACES, GROUPS),
+        )

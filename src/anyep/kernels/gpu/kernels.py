@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from anyep.kernels.gpu import flags
 from anyep.kernels.gpu.number_launches import NumberLaunches
+from anyep.kernels.gpu.settle_launches import SettleLaunches
 
 _ONE_WARP = 64
 """Threads of the smallest program that every target can launch."""
 
 
-class GpuKernels(NumberLaunches):
-    """A :class:`~anyep.kernels.spec.KernelSet` on device memory; addresses are device addresses, tables lie there too.
+class GpuKernels(NumberLaunches, SettleLaunches):
+    """A :class:`~anyep.kernels.spec_device.DeviceKernels`; addresses are device addresses, tables lie there too.
 
     Calls launch and return; ``route`` alone waits, as it returns what the device found (``begin_route`` does not).
     They launch on the stream that is torch's current one for the device, in the order of the calls.

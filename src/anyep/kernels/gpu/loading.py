@@ -8,13 +8,16 @@ import torch
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import target_of
-from anyep.kernels.spec import KernelSet
+from anyep.kernels.spec_device import DeviceKernels
 
 _OTHERS = "kernels='cpu' works on every machine"
 
 
-def load_gpu(device: torch.device | None = None) -> KernelSet:
-    """Return the kernels of ``device`` (torch's current one), compiled. Raises Unavailable with what is missing."""
+def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> DeviceKernels:
+    """Return the kernels of ``device`` (torch's current one), compiled, on ``num_sms`` of its multiprocessors (all).
+
+    Raises Unavailable with what is missing.
+    """
     if find_spec("triton") is None:
         raise Unavailable(f"kernels='gpu' need Triton: pip install 'anyep[gpu]'; {_OTHERS}")
     if not torch.cuda.is_available():
@@ -36,4 +39,4 @@ def load_gpu(device: torch.device | None = None) -> KernelSet:
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     target = target_of(where)
     call_every_variant(GpuKernels(where, target, CompileOnly(where, target)))
-    return GpuKernels(where, target, OnStream(where, target))
+    return GpuKernels(where, target, OnStream(where, target), num_sms)

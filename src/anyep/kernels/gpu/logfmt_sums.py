@@ -99,25 +99,24 @@ def sum_decoded(
     store_numbers(out_addr + here, channel, total, channel < left, BF16, ALIGNED)
 
 
-@kernel
-def reduce_logfmt(
-    hidden: tl.int64,
-    first_token: tl.int64,
-    width: tl.int64,
-    by_rank: tl.int64,
-    entry_rank_addr: tl.int64,
-    entry_row_addr: tl.int64,
-    peer_addr: tl.int64,
-    weights_addr: tl.int64,
-    bias0_addr: tl.int64,
-    bias1_addr: tl.int64,
-    out_addr: tl.int64,
+@triton.jit
+def sum_token(
+    token,
+    first_group,
+    hidden,
+    width,
+    by_rank,
+    entry_rank_addr,
+    entry_row_addr,
+    peer_addr,
+    weights_addr,
+    bias0_addr,
+    bias1_addr,
+    out_addr,
     PLACES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Grid (T, pieces of GROUPS groups)."""
-    token = first_token + tl.program_id(0)
-    first_group = tl.program_id(1).to(tl.int64) * GROUPS
+    """Sum GROUPS groups of a token."""
     ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
     token_weights_addr = tl.where(weights_addr == 0, 0, weights_addr + token * width * 4)
     columns = tl.arange(0, PLACES)
@@ -132,4 +131,43 @@ def reduce_logfmt(
         sum_decoded(
             *(hidden, token, first_group, width, by_rank, ranks_addr, rows_addr, peer_addr, token_weights_addr),
             *(bias0_addr, bias1_addr, out_addr, False, PLACES, GROUPS),
+        )
+
+
+@kernel
+def reduce_logfmt(
+    hidden: tl.int64,
+    first_token: tl.int64,
+    last_token: tl.int64,
+    step: tl.int64,
+    width: tl.int64,
+    by_rank: tl.int64,
+    entry_rank_addr: tl.int64,
+    entry_row_addr: tl.int64,
+    peer_addr: tl.int64,
+    weights_addr: tl.int64,
+    bias0_addr: tl.int64,
+    bias1_addr: tl.int64,
+    out_addr: tl.int64,
+    PLACES: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Grid (step, pieces of GROUPS groups): BOUNDED programs take every ``step``-th token, others one each."""
+    first_group = tl.program_id(1).to(tl.int64) * GROUPS
+    token = first_token + tl.program_id(0)
+    if BOUNDED:
+        for number in tl.range(token, last_token, step, disable_licm=True):
+            sum_token(
+                *(tl.cast(number, tl.int64), first_group, hidden, width, by_rank),
+                *(entry_rank_addr, entry_row_addr, peer_addr, weights_addr),
+                *(bias0_addr, bias1_addr, out_addr),
+                *(PLACES, GROUPS),
+            )
+    else:
+        sum_token(
+            *(token, first_group, hidden, width, by_rank),
+            *(entry_rank_addr, entry_row_addr, peer_addr, weights_addr),
+            *(bias0_addr, bias1_addr, out_addr),
+            *(PLACES, GROUPS),
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 
 from anyep.kernels.gpu import decode, encode, logfmt_rows, logfmt_sums, sums
-from anyep.kernels.gpu.row_launches import RowLaunches, power_of_two
+from anyep.kernels.gpu.grids import power_of_two
+from anyep.kernels.gpu.row_launches import RowLaunches
 from anyep.kernels.gpu.target import Fp8
 from anyep.kernels.spec import Element
 from anyep.numerics.formats import CHANNELS_PER_SCALE
@@ -45,15 +46,29 @@ class NumberLaunches(RowLaunches):
     ) -> None:
         """As the spec says. Raises Unavailable where the device has no FP8."""
         self.target.check_fp8()
+        pieces = _pieces(hidden, _GROUPS)
+        step = self._step(last_token - first_token, pieces)
         self._launch(
             encode.quantise_scatter,
-            (last_token - first_token, _pieces(hidden, _GROUPS)),
-            *(x_addr, hidden, first_token, width, entry_rank_addr, entry_row_addr, peer_q_addr, peer_scales_addr),
+            (step, pieces),
+            *(
+                x_addr,
+                hidden,
+                first_token,
+                last_token,
+                step,
+                width,
+                entry_rank_addr,
+                entry_row_addr,
+                peer_q_addr,
+                peer_scales_addr,
+            ),
             threads=_CONVERTING,
             ELEMENT=element,
             SCALES=scale_format,
             NATIVE=self.target.fp8 is Fp8.NATIVE,
             PLACES=power_of_two(width, 8),
+            BOUNDED=self._is_bounded,
             GROUPS=_GROUPS,
         )
 
@@ -97,10 +112,12 @@ class NumberLaunches(RowLaunches):
         out_addr: int,
     ) -> None:
         block, threads = (_FEW, _CONVERTING) if hidden <= _FEW else (_BLOCK, _SUMMING)
+        pieces = triton.cdiv(hidden, block)
+        step = self._step(last_token - first_token, pieces)
         self._launch(
             sums.reduce,
-            (last_token - first_token, triton.cdiv(hidden, block)),
-            *(hidden, first_token, width, by_rank, entry_rank_addr, entry_row_addr, peer_addr),
+            (step, pieces),
+            *(hidden, first_token, last_token, step, width, by_rank, entry_rank_addr, entry_row_addr, peer_addr),
             *(weights_addr, bias0_addr, bias1_addr, out_addr),
             threads=threads,
             ELEMENT=element,
@@ -151,12 +168,15 @@ class NumberLaunches(RowLaunches):
         bias1_addr: int,
         out_addr: int,
     ) -> None:
+        pieces = _pieces(hidden, _LOGFMT_GROUPS)
+        step = self._step(last_token - first_token, pieces)
         self._launch(
             logfmt_sums.reduce_logfmt,
-            (last_token - first_token, _pieces(hidden, _LOGFMT_GROUPS)),
-            *(hidden, first_token, width, by_rank, entry_rank_addr, entry_row_addr, peer_addr),
+            (step, pieces),
+            *(hidden, first_token, last_token, step, width, by_rank, entry_rank_addr, entry_row_addr, peer_addr),
             *(weights_addr, bias0_addr, bias1_addr, out_addr),
             threads=_DECODING,
             PLACES=power_of_two(width, 8),
+            BOUNDED=self._is_bounded,
             GROUPS=_LOGFMT_GROUPS,
         )

@@ -149,6 +149,8 @@ def scatter_routing(
     topk_idx_addr: tl.int64,
     topk_weights_addr: tl.int64,
     first_token: tl.int64,
+    last_token: tl.int64,
+    step: tl.int64,
     num_topk: tl.int64,
     width: tl.int64,
     expert_rank_addr: tl.int64,
@@ -163,26 +165,27 @@ def scatter_routing(
     COLUMNS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Grid (T): all columns of all entries of a token at once, [PLACES, COLUMNS]."""
-    token = first_token + tl.program_id(0)
+    """Grid (step): all columns of all entries of every ``step``-th token at once, [PLACES, COLUMNS]."""
     places, columns = tl.arange(0, PLACES)[:, None], tl.arange(0, COLUMNS)[None, :]
-    entry = token * width + places
-    rank = tl.load(i32_at(entry_rank_addr) + entry, mask=places < width, other=-1)
-    row = tl.load(i32_at(entry_row_addr) + entry, mask=rank >= 0, other=0).to(tl.int64)
-    there = base_of(peer_token_addr, rank)
-    tl.store(i32_at(there) + row, tl.zeros([PLACES, 1], tl.int32) + token.to(tl.int32), mask=there != 0)
-    inside = columns < num_topk
-    expert = load_indices(topk_idx_addr, token * num_topk + columns, inside, IDX_BYTES)
-    known = expert >= 0
-    if BY_EXPERT:
-        serves = (columns == places) & known
-    else:
-        serves = (tl.load(i32_at(expert_rank_addr) + expert, mask=known, other=-2) == rank) & known
-    there = base_of(peer_idx_addr, rank)
-    local = tl.load(i32_at(expert_local_addr) + expert, mask=known, other=-1).to(tl.int64)
-    position = row * num_topk + columns
-    store_indices(there, position, tl.where(serves, local, -1), (there != 0) & inside, IDX_BYTES)
-    if topk_weights_addr != 0:
-        there = base_of(peer_weights_addr, rank)
-        weight = tl.load(i32_at(topk_weights_addr) + token * num_topk + columns, mask=inside, other=0)
-        tl.store(i32_at(there) + position, tl.where(serves, weight, 0), mask=(there != 0) & inside)
+    for number in tl.range(first_token + tl.program_id(0), last_token, step, disable_licm=True):
+        token = tl.cast(number, tl.int64)
+        entry = token * width + places
+        rank = tl.load(i32_at(entry_rank_addr) + entry, mask=places < width, other=-1)
+        row = tl.load(i32_at(entry_row_addr) + entry, mask=rank >= 0, other=0).to(tl.int64)
+        there = base_of(peer_token_addr, rank)
+        tl.store(i32_at(there) + row, tl.zeros([PLACES, 1], tl.int32) + token.to(tl.int32), mask=there != 0)
+        inside = columns < num_topk
+        expert = load_indices(topk_idx_addr, token * num_topk + columns, inside, IDX_BYTES)
+        known = expert >= 0
+        if BY_EXPERT:
+            serves = (columns == places) & known
+        else:
+            serves = (tl.load(i32_at(expert_rank_addr) + expert, mask=known, other=-2) == rank) & known
+        there = base_of(peer_idx_addr, rank)
+        local = tl.load(i32_at(expert_local_addr) + expert, mask=known, other=-1).to(tl.int64)
+        position = row * num_topk + columns
+        store_indices(there, position, tl.where(serves, local, -1), (there != 0) & inside, IDX_BYTES)
+        if topk_weights_addr != 0:
+            there = base_of(peer_weights_addr, rank)
+            weight = tl.load(i32_at(topk_weights_addr) + token * num_topk + columns, mask=inside, other=0)
+            tl.store(i32_at(there) + position, tl.where(serves, weight, 0), mask=(there != 0) & inside)

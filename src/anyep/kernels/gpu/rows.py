@@ -71,6 +71,8 @@ def scatter(
     x_addr: tl.int64,
     row_bytes: tl.int64,
     first_token: tl.int64,
+    last_token: tl.int64,
+    step: tl.int64,
     width: tl.int64,
     entry_rank_addr: tl.int64,
     entry_row_addr: tl.int64,
@@ -78,17 +80,18 @@ def scatter(
     PLACES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Grid (T, pieces of a row)."""
-    token = first_token + tl.program_id(0)
+    """Grid (step, pieces of a row): each program takes every ``step``-th token."""
     begin = tl.program_id(1).to(tl.int64) * PIECE
-    source = x_addr + token * row_bytes
-    ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
-    bases = named_bases(width, ranks_addr, peer_addr, PLACES)
-    if tl.max(tl.where(bases != 0, 1, 0)) != 0:
-        if ((x_addr | row_bytes | tl.max(bases & 15)) & 15) == 0:
-            spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, True, PIECE)
-        else:
-            spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, False, PIECE)
+    for number in tl.range(first_token + tl.program_id(0), last_token, step, disable_licm=True):
+        token = tl.cast(number, tl.int64)
+        source = x_addr + token * row_bytes
+        ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
+        bases = named_bases(width, ranks_addr, peer_addr, PLACES)
+        if tl.max(tl.where(bases != 0, 1, 0)) != 0:
+            if ((x_addr | row_bytes | tl.max(bases & 15)) & 15) == 0:
+                spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, True, PIECE)
+            else:
+                spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, False, PIECE)
 
 
 @kernel

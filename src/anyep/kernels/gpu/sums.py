@@ -159,6 +159,8 @@ def sum_piece(
 def reduce(
     hidden: tl.int64,
     first_token: tl.int64,
+    last_token: tl.int64,
+    step: tl.int64,
     width: tl.int64,
     by_rank: tl.int64,
     entry_rank_addr: tl.int64,
@@ -172,22 +174,23 @@ def reduce(
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T, pieces of BLOCK channels)."""
-    token = first_token + tl.program_id(0)
+    """Grid (step, pieces of BLOCK channels): each program takes every ``step``-th token."""
     first = tl.program_id(1).to(tl.int64) * BLOCK
-    ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
-    token_weights_addr = tl.where(weights_addr == 0, 0, weights_addr + token * width * 4)
-    columns = tl.arange(0, PLACES)
-    ranks = tl.load(i32_at(ranks_addr) + columns, mask=columns < width, other=-1)
-    bases = tl.load(i64_at(peer_addr) + ranks, mask=ranks >= 0, other=0)
-    row_bytes = hidden * (4 if ELEMENT == 2 else 2)
-    if ((row_bytes | bias0_addr | bias1_addr | out_addr | tl.max(bases & 15)) & 15) == 0:
-        sum_piece(
-            *(hidden, token, first, width, by_rank, ranks_addr, rows_addr, peer_addr, token_weights_addr),
-            *(bias0_addr, bias1_addr, out_addr, ELEMENT, True, PLACES, BLOCK),
-        )
-    else:
-        sum_piece(
-            *(hidden, token, first, width, by_rank, ranks_addr, rows_addr, peer_addr, token_weights_addr),
-            *(bias0_addr, bias1_addr, out_addr, ELEMENT, False, PLACES, BLOCK),
-        )
+    for number in tl.range(first_token + tl.program_id(0), last_token, step, disable_licm=True):
+        token = tl.cast(number, tl.int64)
+        ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
+        token_weights_addr = tl.where(weights_addr == 0, 0, weights_addr + token * width * 4)
+        columns = tl.arange(0, PLACES)
+        ranks = tl.load(i32_at(ranks_addr) + columns, mask=columns < width, other=-1)
+        bases = tl.load(i64_at(peer_addr) + ranks, mask=ranks >= 0, other=0)
+        row_bytes = hidden * (4 if ELEMENT == 2 else 2)
+        if ((row_bytes | bias0_addr | bias1_addr | out_addr | tl.max(bases & 15)) & 15) == 0:
+            sum_piece(
+                *(hidden, token, first, width, by_rank, ranks_addr, rows_addr, peer_addr, token_weights_addr),
+                *(bias0_addr, bias1_addr, out_addr, ELEMENT, True, PLACES, BLOCK),
+            )
+        else:
+            sum_piece(
+                *(hidden, token, first, width, by_rank, ranks_addr, rows_addr, peer_addr, token_weights_addr),
+                *(bias0_addr, bias1_addr, out_addr, ELEMENT, False, PLACES, BLOCK),
+            )

@@ -11,7 +11,7 @@ from anyep.errors import Unavailable
 
 _NATIVE_FP8_FROM = (8, 9)
 """The compute capability from which NVIDIA devices convert to E4M3."""
-_PROGRAMS_A_UNIT = 4
+PROGRAMS_A_UNIT = 4
 
 
 class Fp8(Enum):
@@ -50,7 +50,7 @@ GFX942 = Target(name="gfx942", warp_size=64, fp8=Fp8.ARITHMETIC, programs=1216)
 def target_of(device: torch.device) -> Target:
     """Return what a CUDA or HIP device can do."""
     properties = torch.cuda.get_device_properties(device)
-    programs = _PROGRAMS_A_UNIT * properties.multi_processor_count
+    programs = PROGRAMS_A_UNIT * properties.multi_processor_count
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
         fp8 = Fp8.ARITHMETIC if name == GFX942.name else Fp8.NONE

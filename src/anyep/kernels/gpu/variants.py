@@ -21,6 +21,7 @@ def call_every_variant(kernels: GpuKernels) -> None:
     """Call every function in all its forms; ``kernels`` must not launch."""
     _move(kernels)
     _route(kernels)
+    _settle(kernels)
     _sum(kernels)
     kernels.signal(_SOMEWHERE, 8, 1, _SOMEWHERE)
     kernels.wait(_SOMEWHERE, 8, 1, 1000, _SOMEWHERE, _SOMEWHERE)
@@ -49,6 +50,15 @@ def _route(kernels: GpuKernels) -> None:
             kernels.place(a, a, _TOKENS, _TOPK, a, idx_bytes, by_expert, a, a)
             kernels.scatter_routing(a, idx_bytes, a, 0, _TOKENS, _TOPK, _TOPK, by_expert, a, a, a, a, a, a, a)
         kernels.expand(2 * _HIDDEN, 224, _TOPK, idx_bytes, 8, 32, a, a, a, a, a, a, a, a, a, a, a, a, a)
+
+
+def _settle(kernels: GpuKernels) -> None:
+    a = _SOMEWHERE
+    kernels.announce(8, a, 1, a, a, a, a, a, a, a, 264)
+    for by_expert in (0, 1):
+        kernels.settle(a, 1120, 0, 8, 256, 32, a, a, by_expert, 1, 0, a, a, a, a, a, a, a, a, a, a)
+    kernels.connect(a, 1120, 0, 8, a, a, -1, a, 256, 0, a, a, a, 32, a, a)
+    kernels.withdraw(a, a, 1024, a, 32)
 
 
 def _sum(kernels: GpuKernels) -> None:

@@ -1,0 +1,75 @@
+"""What a device's batch becomes for the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.landing import Landing
+from anyep.exchange.device.plan import DeviceCounts, DevicePlan
+from anyep.exchange.geometry import Geometry
+from anyep.exchange.handle import Handle, Received
+
+
+def arrive(end: DeviceEndpoint, plan: DevicePlan, geometry: Geometry, batch: Landing, turned: torch.Tensor) -> None:
+    """Launch what needs all ranks' rows: scales turned to column-major, as grouped matrix products want them."""
+    scales = batch.parts[1]
+    assert scales is not None
+    end.device.kernels.transpose_scales(
+        geometry.shape.num_local,
+        geometry.shape.block_rows,
+        end.wire.scale_columns,
+        plan.field("counts"),
+        scales.data_ptr(),
+        turned.data_ptr(),
+    )
+
+
+def _received(
+    end: DeviceEndpoint, batch: Landing, handle: Handle, plan: DevicePlan, turned: torch.Tensor | None
+) -> Received:
+    x, scales, idx, weights, token = batch.parts
+    assert x is not None
+    return Received(
+        x=x,
+        scales=scales,
+        topk_idx=idx,
+        topk_weights=weights,
+        counts=_own(handle),
+        handle=handle,
+        source_token=token,
+    )
+
+
+def _received_padded(
+    end: DeviceEndpoint, batch: Landing, handle: Handle, plan: DevicePlan, turned: torch.Tensor | None
+) -> Received:
+    """Blocks of experts; where each source's rows begin in them is worked out on the caller's stream."""
+    experts, rows = handle.shape
+    x, _, _, _, token = batch.parts
+    assert x is not None
+    assert token is not None
+    sources = (end.num_ranks, experts)
+    begin_RL = plan.field_on_device("recv_start").view(sources) - plan.field_on_device("block_start")
+    return Received(
+        x=x.view(experts, rows, end.hidden),
+        scales=None if turned is None else turned.transpose(1, 2),
+        topk_idx=None,
+        topk_weights=None,
+        counts=_own(handle),
+        handle=handle,
+        source_begin=begin_RL.T.contiguous(),
+        source_count=plan.field_on_device("recv_rows").view(sources).T.contiguous(),
+        source_token=token.view(experts, rows),
+    )
+
+
+def _own(handle: Handle) -> DeviceCounts | list[int]:
+    """Return the counts; a list of the batch's own."""
+    return handle.counts if isinstance(handle.counts, DeviceCounts) else list(handle.counts)
+
+
+ARRIVALS: dict[bool, Callable[..., Received]] = {False: _received, True: _received_padded}
+"""By whether the layout is padded."""

@@ -1,0 +1,164 @@
+"""Combine on a device: every rank says where its rows lie, then each sums the rows of its tokens where they lie.
+
+Outputs may be any tensors of the device: all of its memory is within every rank's reach.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from anyep.exchange.device.devices import allocate
+from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.order import Turn
+from anyep.exchange.device.plan import DevicePlan
+from anyep.exchange.device.streams import Visit
+from anyep.exchange.event import Targets
+from anyep.exchange.handle import Combined
+from anyep.exchange.opening import BODY, COMBINE_WIRE_CODES, LAYOUT_CODES, REDUCE_CODES, Kind, check_agreement
+from anyep.exchange.returning import Returning
+from anyep.exchange.scatter import place_at
+from anyep.exchange.wire import ELEMENTS
+from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
+from anyep.numerics.logfmt import logfmt_row_bytes
+
+
+class _Scratch(NamedTuple):
+    """Memory of one combine on the device."""
+
+    words: torch.Tensor
+    """int64: peer tables, and what connect says"""
+    encoded: torch.Tensor | None
+    """rows in LogFMT-10, one behind the other"""
+    rows: torch.Tensor | None
+    """int32 [T, W]: where each entry's row lies among them"""
+
+
+class DeviceCombine:
+    """One combine of one rank."""
+
+    label = "combine"
+
+    def __init__(self, end: DeviceEndpoint, back: Returning) -> None:
+        assert isinstance(back.handle.send, DevicePlan), "a device's handle has a device's plan"
+        self._end = end
+        self._back = back
+        self._plan = back.handle.send
+        self._epoch = 0
+        self._step = self.label
+        self._scratch = self._allocate()
+        self._visit: Visit | None = None
+        self._header = end.handle_header(
+            back.handle.epoch,
+            kind=Kind.COMBINE,
+            layout=LAYOUT_CODES[back.handle.layout],
+            has_weights=back.topk_weights is not None,
+            element=ELEMENTS[back.y.dtype],
+            reduce=REDUCE_CODES[back.reduce],
+            combine_wire=COMBINE_WIRE_CODES[back.wire],
+            row_bytes=back.row_bytes,
+            num_topk=end.num_topk,
+        )
+
+    def _allocate(self) -> _Scratch:
+        end, plan = self._end, self._plan
+        device, account = end.device, end.account.__str__
+        words = allocate(device, (NUM_PLACES * end.num_ranks + SUMMARY_WORDS,), torch.int64, account)
+        if self._back.wire == "none":
+            return _Scratch(words=words, encoded=None, rows=None)
+        shape = plan.geometry.shape
+        most = end.num_ranks * end.max_tokens * min(end.num_topk, shape.num_local)
+        encoded = allocate(device, (most, logfmt_row_bytes(end.hidden)), torch.uint8, account)
+        rows = allocate(device, (plan.num_tokens, plan.width), torch.int32, account)
+        return _Scratch(words=words, encoded=encoded, rows=rows)
+
+    def wants_background(self) -> bool:
+        """Nothing is computed on the host."""
+        return False
+
+    def may_answer(self) -> bool:
+        """Nobody waits for more than what is posted."""
+        return False
+
+    def ready(self) -> bool:
+        """Whether every rank's announcement is here."""
+        return self._end.transport.arrived(self._end.lanes.open, self._epoch)
+
+    def targets(self) -> Targets:
+        """Return where the sums go."""
+        return Targets(x=self._back.out, topk_weights=self._back.weights_out)
+
+    def post(self, epoch: int) -> None:
+        """Launch what says where this rank's rows lie; then tell the others."""
+        end, back = self._end, self._back
+        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._visit = Visit.begin(end.device, end.stream)
+        weights = back.topk_weights
+        with end.device.on(end.stream):
+            rows = back.y if self._scratch.encoded is None else self._encode(self._scratch.encoded)
+            end.device.kernels.announce(
+                *(end.num_ranks, end.boards.messages_addr(epoch), 0),
+                *(_place(rows), -1 if weights is None else _place(weights), -1, -1, -1),
+                *(0, 0, 0),
+            )
+        end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
+        words_RW = end.desk(epoch).places_RW
+        words_RW[:, :BODY] = self._header
+        end.announce(epoch, words_RW)
+
+    def _encode(self, encoded: torch.Tensor) -> torch.Tensor:
+        plan = self._plan
+        self._end.device.kernels.logfmt_encode(
+            *(self._back.y.data_ptr(), self._end.hidden, plan.geometry.shape.num_local),
+            *(plan.field("counts"), plan.field("block_start"), encoded.data_ptr()),
+        )
+        return encoded
+
+    def _second_half(self) -> None:
+        """Launch the sums; whoever comes first does so for every rank."""
+        end, plan, words = self._end, self._plan, self._scratch.words
+        tables_addr = words.data_ptr() + 8 * SUMMARY_WORDS
+        with end.device.on(end.stream):
+            end.device.kernels.connect(
+                *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.rank, end.num_ranks),
+                *(end.base_addr, 0, 0, 0, 0, 0, tables_addr, words.data_ptr(), 0, 0, 0, 0),
+            )
+            rows_addr = plan.entry_row_addr
+            if self._scratch.rows is not None:
+                rows_addr = self._scratch.rows.data_ptr()
+                place_at(end, plan, plan.field("dense_start"), rows_addr)
+            self._sum(rows_addr, tables_addr)
+
+    def _sum(self, rows_addr: int, tables_addr: int) -> None:
+        end, back, plan, kernels = self._end, self._back, self._plan, self._end.device.kernels
+        entries = (plan.width, int(back.reduce == "rank"), plan.entry_rank_addr, rows_addr)
+        factors = 0 if back.factors is None else back.factors.data_ptr()
+        bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
+        rest = (0, plan.num_tokens, *entries, tables_addr, factors, bias0, bias1, back.out.data_ptr())
+        if back.wire == "none":
+            kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, *rest)
+        else:
+            kernels.reduce_logfmt(end.hidden, *rest)
+        if back.weights_out is not None:
+            weights_table = tables_addr + 8 * end.num_ranks
+            out_addr = back.weights_out.data_ptr()
+            kernels.reduce_weights(end.num_topk, 0, plan.num_tokens, *entries, weights_table, out_addr)
+
+    def finish(self) -> torch.Tensor | Combined:
+        """Wait for all announcements; the caller's stream then follows all ranks' sums."""
+        end, back = self._end, self._back
+        opened_RW = end.hear(self._epoch, self._step, self._header)
+        turn = Turn(self._epoch, 0)
+        if not end.books.agree(opened_RW, self._header):
+            end.order.drop(turn)
+            check_agreement(self._header, opened_RW, self._step)
+        end.order.launch(turn)
+        assert self._visit is not None
+        self._visit.end([back.out, back.weights_out])
+        end.counters.combined(0, back.row_bytes)
+        return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else -1

@@ -1,0 +1,161 @@
+"""Where an arena's memory lives: one object that knows a device, its streams, its kernels, and the way to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any, Protocol, cast
+
+import torch
+
+from anyep.errors import CapacityError, Unavailable
+from anyep.kernels.gpu.target import target_of
+from anyep.kernels.spec_device import DeviceKernels
+from anyep.transport.base import Words
+
+Stream = Any
+Event = Any
+
+
+class Fetch(Protocol):
+    """Words on their way from the device to the host."""
+
+    def done(self) -> bool:
+        """Return whether :meth:`wait` would return at once."""
+        ...
+
+    def wait(self) -> Words:
+        """Return them, once they are here; waits without the GIL."""
+        ...
+
+
+class Device(Protocol):
+    """One device and what can be done with it. All ranks of a group share it."""
+
+    where: torch.device
+    kernels: DeviceKernels
+
+    def new_stream(self) -> Stream: ...
+
+    def current_stream(self) -> Stream:
+        """Return the stream on which this thread's work is launched at present."""
+        ...
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        """Let kernels that this thread launches meanwhile go to ``stream``."""
+        ...
+
+    def mark(self, stream: Stream) -> Event:
+        """Return an event: all that was launched on ``stream`` up to now."""
+        ...
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Let what is launched on ``stream`` from now on begin after ``event``."""
+        ...
+
+    def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Tell the allocator that ``stream`` uses a tensor of another stream."""
+        ...
+
+    def fetch(self, words: torch.Tensor) -> Fetch:
+        """Bring int64 words to the host, after what was launched before on this thread's stream."""
+        ...
+
+    def capturing(self) -> bool:
+        """Return whether this thread's stream records a graph instead of running."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Return how much memory is not taken."""
+        ...
+
+    def check_fp8(self) -> None:
+        """Raise Unavailable where kernels cannot convert to FP8."""
+        ...
+
+
+class _PinnedFetch:
+    def __init__(self, words: torch.Tensor) -> None:
+        self._words = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+        self._words.copy_(words, non_blocking=True)
+        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._here.record()
+
+    def done(self) -> bool:
+        return bool(self._here.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Words:
+        self._here.synchronize()
+        words: Words = self._words.numpy().copy()  # what keeps them need not keep pinned memory
+        return words
+
+
+class CudaDevice:
+    """A CUDA or HIP device. ``kernels`` are loaded for it."""
+
+    def __init__(self, where: torch.device, kernels: DeviceKernels) -> None:
+        self.where = where
+        self.kernels = kernels
+
+    def new_stream(self) -> Stream:
+        return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
+
+    def current_stream(self) -> Stream:
+        return torch.cuda.current_stream(self.where)
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return cast("AbstractContextManager[object]", torch.cuda.stream(stream))
+
+    def mark(self, stream: Stream) -> Event:
+        return stream.record_event()
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        stream.wait_event(event)
+
+    def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
+        tensor.record_stream(stream)
+
+    def fetch(self, words: torch.Tensor) -> Fetch:
+        return _PinnedFetch(words)
+
+    def capturing(self) -> bool:
+        return bool(torch.cuda.is_current_stream_capturing())
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.where)
+        held = torch.cuda.memory_reserved(self.where) - torch.cuda.memory_allocated(self.where)
+        return int(free) + int(held)
+
+    def check_fp8(self) -> None:
+        target_of(self.where).check_fp8()
+
+
+def find_device(name: str, num_sms: int | None = None) -> Device:
+    """Return the CUDA device of that name, ready. ValueError for another kind, Unavailable where there is none."""
+    try:
+        where = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cuda', 'cuda:0' and the like, or None, got {name!r}") from None
+    if where.type != "cuda":
+        raise ValueError(f"device must be a CUDA device, or None for CPU tensors, got {name!r}")
+    from anyep.kernels.gpu.loading import load_gpu
+
+    if torch.cuda.is_available():
+        number = torch.cuda.current_device() if where.index is None else where.index
+        if number >= torch.cuda.device_count():
+            raise Unavailable(f"device {name!r} does not exist: this process sees {torch.cuda.device_count()} devices")
+        where = torch.device("cuda", number)
+    return CudaDevice(where, load_gpu(where, num_sms))
+
+
+def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
+    """Return a tensor with any content, on this thread's stream; CapacityError with ``account()`` without memory."""
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, device=device.where)
+    except torch.OutOfMemoryError as error:
+        needed = prod(shape) * dtype.itemsize
+        raise CapacityError(
+            f"{device.where} has {device.free_bytes() / 2**30:.3f} GiB free, too little for {needed / 2**30:.3f} GiB; "
+            f"release received tensors, or make a smaller buffer. This one: {account()}"
+        ) from error

@@ -1,0 +1,239 @@
+"""Dispatch on a device: announce, settle and scatter are launched; the host waits for counts at most once.
+
+::
+
+    prepare       check; copy and route topk_idx                     alone, caller's stream: outgoing, plan
+    post          memory for the batch; counts and places to every rank's board      launched; then a header to all
+    finish        all headers are here: the second half of every rank, launched once for all (order)
+                  where the host has to know the number of rows: wait for the record; offer again if memory was short
+                  the caller's stream follows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from anyep.errors import CapacityError
+from anyep.exchange.device.arrival import ARRIVALS, arrive
+from anyep.exchange.device.devices import Fetch
+from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.faults import refusal
+from anyep.exchange.device.landing import Landing, cut_landing
+from anyep.exchange.device.order import Turn
+from anyep.exchange.device.plan import DeviceCounts, DevicePlan
+from anyep.exchange.device.second_half import SecondHalf
+from anyep.exchange.device.streams import Visit
+from anyep.exchange.event import Targets
+from anyep.exchange.handle import Handle, Received
+from anyep.exchange.opening import BODY, STATUS, Kind, RefusedError, check_agreement, check_memory
+from anyep.exchange.outgoing import Outgoing
+from anyep.exchange.receive import room_for_scales
+from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
+from anyep.transport.base import Words
+
+
+class DeviceDispatch:
+    """One dispatch of one rank."""
+
+    def __init__(self, end: DeviceEndpoint, out: Outgoing, *, buffer: object) -> None:
+        assert isinstance(out.plan, DevicePlan), "a device's handle has a device's plan"
+        self._end = end
+        self._out = out
+        self._plan = out.plan
+        self._geometry = out.geometry
+        self._buffer = buffer
+        self.label = "dispatch" if out.cached is None else "cached dispatch"
+        self._step = self.label
+        self._epoch = 0
+        self._landing: Landing | None = None
+        self._no_memory: CapacityError | None = None
+        self._turned: torch.Tensor | None = None
+        self._visit: Visit | None = None
+        self._record: Fetch | None = None
+        self._waits = waits_for_counts(end, out)
+        self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
+
+    def _cached_header(self, handle: Handle) -> Words:
+        return self._end.handle_header(handle.epoch, kind=Kind.CACHED_DISPATCH, **self._geometry.agreed)
+
+    def wants_background(self) -> bool:
+        """Nothing is computed on the host."""
+        return False
+
+    def may_answer(self) -> bool:
+        """Whether a peer may wait for this rank's second offer."""
+        return self._waits
+
+    def ready(self) -> bool:
+        """Whether every rank's announcement is here."""
+        return self._end.transport.arrived(self._end.lanes.open, self._epoch)
+
+    def targets(self) -> Targets | None:
+        """Return the tensors of a padded batch, whose size is known."""
+        if self._landing is None or not self._geometry.padded:
+            return None
+        x, _, _, _, token = self._landing.parts
+        shape = (self._geometry.shape.num_local, self._geometry.shape.block_rows)
+        assert x is not None
+        assert token is not None
+        scales = None if self._turned is None else self._turned.transpose(1, 2)
+        return Targets(x=x.view(*shape, self._end.hidden), scales=scales, source_token=token.view(shape))
+
+    def post(self, epoch: int) -> None:
+        """Allocate the batch and launch the announcement; then tell the others."""
+        end = self._end
+        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        words_RW = end.desk(epoch).places_RW
+        words_RW[:, :BODY] = self._header
+        self._prepare_landing(words_RW)
+        self._visit = Visit.begin(end.device, end.stream)
+        self._announce()
+        end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
+        end.announce(epoch, words_RW)
+
+    def _prepare_landing(self, words_RW: Words) -> None:
+        """Make room for the batch, or say that there is none: all ranks then refuse together."""
+        cached = self._out.cached
+        rows = self._geometry.expected_rows(self._plan.num_tokens) if cached is None else cached.num_rows
+        try:
+            self._landing = cut_landing(self._end, self._geometry, rows)
+            if self._geometry.padded:
+                self._turned = room_for_scales(self._end, self._geometry)
+        except CapacityError as error:
+            self._no_memory = error
+            words_RW[:, STATUS] = max(1, rows * self._geometry.row.sent)
+
+    def _announce(self) -> None:
+        """Launch this rank's message to all boards."""
+        end, plan, landing = self._end, self._plan, self._landing
+        places = (-1, -1, -1, -1, -1) if landing is None else landing.places()
+        counted = self._out.cached is None
+        with end.device.on(end.stream):
+            end.device.kernels.announce(
+                end.num_ranks,
+                end.boards.messages_addr(self._epoch),
+                -1 if landing is None else landing.capacity,
+                *places,
+                plan.verdict_addr if counted else 0,
+                plan.field("rank_rows"),
+                end.num_ranks + end.placement.num_experts if counted else 0,
+            )
+
+    def _second_half(self) -> None:
+        """Launch places and rows; whoever comes first does so for every rank."""
+        landing, out = self._landing, self._out
+        assert landing is not None, "a rank without memory makes all ranks refuse"
+        with self._end.device.on(self._end.stream):
+            half = SecondHalf(self._end, out, self._plan, landing, self._epoch)
+            if out.cached is None:
+                half.settle()
+                if self._waits:
+                    self._record = self._end.device.fetch(self._plan.record)
+                else:
+                    half.withdraw()
+            else:
+                half.connect_cached(out.cached.num_rows)
+            half.send()
+            half.fill_gaps()
+
+    def finish(self) -> Received:
+        """Wait for all announcements, and for the counts where they are not known. Errors as a host's dispatch."""
+        end, geometry = self._end, self._geometry
+        opened_RW = end.hear(self._epoch, self._step, self._header)
+        turn = Turn(self._epoch, 0)
+        if not end.books.agree(opened_RW, self._header):
+            end.order.drop(turn)
+            check_agreement(self._header, opened_RW, self._step, self._no_memory)
+        end.order.launch(turn)
+        rows = self._rows_known() if self._out.cached is None else self._out.cached.num_rows
+        assert self._landing is not None
+        assert self._visit is not None
+        batch = self._landing.cut(rows)
+        with end.device.on(end.stream):
+            if self._turned is not None:
+                arrive(end, self._plan, geometry, batch, self._turned)
+            if not self._waits and self._out.cached is None:
+                end.faults.ask()
+        self._visit.end([*batch.parts, self._turned])
+        end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
+        handle = self._handle(rows) if self._out.cached is None else self._known(self._out.cached)
+        return ARRIVALS[geometry.padded](end, batch, handle, self._plan, self._turned)
+
+    def _rows_known(self) -> int:
+        """Return the number of rows of the batch; where counts decide it, wait for them."""
+        assert self._landing is not None
+        if self._record is None:
+            return self._landing.capacity
+        number = 0
+        while True:
+            words = self._record.wait()
+            summary = words[:SUMMARY_WORDS]
+            error = refusal(self._step, summary, self._end.faults.limits)
+            if error is not None:
+                raise RefusedError(error)
+            self._plan.keep_record(words)
+            rows = int(summary[1])
+            self._geometry.note_rows(rows)
+            if summary[0] != LANDING_TOO_SMALL:
+                return rows
+            number += 1
+            self._offer_again(rows, number)
+
+    def _offer_again(self, needed: int, number: int) -> None:
+        """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
+        end, landing = self._end, self._landing
+        assert landing is not None
+        offers_RW = end.desk(self._epoch).offers_RW
+        offers_RW[:] = 0
+        try:
+            if landing.capacity < needed:
+                self._landing = cut_landing(end, self._geometry, needed)
+        except CapacityError as error:
+            self._no_memory = error
+            offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)
+        assert self._visit is not None
+        self._visit.again()
+        self._announce()
+        turn = Turn(self._epoch, number)
+        end.order.hand_in(turn, end.rank, self._second_half)
+        end.transport.post(end.lanes.offer, self._epoch, offers_RW)
+        heard_RW = end.wait(end.lanes.offer, self._epoch, self._step)
+        if heard_RW[:, 0].any():
+            end.order.drop(turn)
+            check_memory(heard_RW[:, 0], self._step, self._no_memory)
+        end.counters.add(second_offers=1)
+        end.order.launch(turn)
+
+    def _known(self, handle: Handle) -> Handle:
+        """Return the handle of a cached dispatch, with its own weights where combine will want them."""
+        if self._out.topk_weights is None or not self._geometry.padded:
+            return handle
+        return replace(handle, topk_weights=self._out.topk_weights.clone())
+
+    def _handle(self, num_rows: int) -> Handle:
+        plan, out, shape = self._plan, self._out, self._geometry.shape
+        padded = self._geometry.padded
+        return Handle(
+            buffer=self._buffer,
+            epoch=self._epoch,
+            layout=out.layout,
+            send=plan,
+            num_rows=num_rows,
+            shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
+            counts=self._counts(),
+            topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
+        )
+
+    def _counts(self) -> Sequence[int]:
+        if self._waits:
+            counts: list[int] = self._plan.numbers("counts").tolist()
+            return counts
+        return DeviceCounts(self._plan.field_on_device("counts"))
+
+
+def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:
+    """Return whether the number of rows is known only when all ranks have counted."""
+    return out.cached is None and end.static_rows is None and not out.geometry.padded

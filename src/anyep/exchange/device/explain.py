@@ -1,0 +1,27 @@
+"""What was chosen for a buffer on a device, and why."""
+
+from __future__ import annotations
+
+from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.explain import Choice, Explanation
+
+
+def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
+    """Describe an endpoint that has just been opened."""
+    counts = "static_rows was given" if end.static_rows is not None else "without static_rows; layout='padded' does not"
+    waits = "never" if end.static_rows is not None else "once in a dispatch, for the number of rows"
+    wire, scale = end.wire, end.wire.scale_format
+    choices = (
+        Choice(topic="device", chosen=str(end.where), reason="tensors of another device are refused"),
+        Choice(topic="mode", chosen="every row straight to its final place", reason="ranks share the device's memory"),
+        Choice(topic="order", chosen="phase-split", reason="all ranks launch on one stream, so that nothing waits"),
+        Choice(topic="host waits", chosen=waits, reason=counts),
+        Choice(topic="transport", chosen=end.transport.name, reason=f"for headers; {transport_reason}"),
+        Choice(
+            topic="wire",
+            chosen=wire.name,
+            reason=f"{wire.row_bytes} bytes a row, " + ("no scales" if scale is None else f"scales {scale.name}"),
+        ),
+        Choice(topic="kernels", chosen=end.device.kernels.name, reason="what device memory is worked on with"),
+    )
+    return Explanation(choices=choices, memory=end.account)

@@ -1,0 +1,48 @@
+"""Memory of a device in which a batch arrives: one tensor for each part of a row, cut where rows are known or fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from anyep.exchange.device.devices import allocate
+from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.geometry import Geometry
+
+
+class Landing(NamedTuple):
+    """Room for ``capacity`` rows: x, scales, topk_idx, topk_weights, source token; None for what rows do not have."""
+
+    parts: tuple[torch.Tensor | None, ...]
+    capacity: int
+
+    def places(self) -> tuple[int, int, int, int, int]:
+        """Return what peers are told: where each part begins, -1 for nothing."""
+        x, scales, idx, weights, token = (
+            -1 if part is None or part.numel() == 0 else part.data_ptr() for part in self.parts
+        )
+        return x, scales, idx, weights, token
+
+    def cut(self, num_rows: int) -> Landing:
+        """Return the first ``num_rows`` rows."""
+        if num_rows == self.capacity:
+            return self
+        return Landing(parts=tuple(None if part is None else part[:num_rows] for part in self.parts), capacity=num_rows)
+
+
+def cut_landing(end: DeviceEndpoint, geometry: Geometry, capacity: int) -> Landing:
+    """Allocate room for ``capacity`` rows on the caller's stream; CapacityError where the device has none."""
+    row, wire = geometry.row, end.wire
+
+    def room(wanted: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        return allocate(end.device, shape, dtype, end.account.__str__) if wanted else None
+
+    parts = (
+        room(1, (capacity, wire.hidden), wire.dtype),
+        room(row.scales, (capacity, wire.scale_columns), wire.scale_dtype),
+        room(row.topk_idx, (capacity, end.num_topk), geometry.idx_dtype),
+        room(row.topk_weights, (capacity, end.num_topk), torch.float32),
+        room(row.token, (capacity,), torch.int32),
+    )
+    return Landing(parts=parts, capacity=capacity)

@@ -1,0 +1,67 @@
+"""How the ranks' halves follow one another on a device.
+
+*Phase-split*, for ranks that share one stream: all first halves, then all second halves, then what comes after. Who has
+heard from all ranks first launches the second half of each, in rank order; the others find them launched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+Half = Callable[[], None]
+
+
+class Turn(NamedTuple):
+    """An operation, and which of its second halves: 0, or more where memory was offered again."""
+
+    epoch: int
+    number: int
+
+
+class PhaseSplit:
+    """One object for all ranks of a group. Ranks are threads, or calls of one thread."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._launching = threading.Lock()
+        self._halves: dict[Turn, dict[int, Half]] = {}
+        self._left: dict[Turn, int] = {}
+        self._errors: dict[Turn, BaseException] = {}
+
+    def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
+        """Say what is to be launched for a rank; before it tells the others that it has posted."""
+        with self._launching:
+            self._halves.setdefault(turn, {})[rank] = half
+
+    def launch(self, turn: Turn) -> None:
+        """Launch every rank's half, unless somebody has. Every rank calls this once, after all have handed in.
+
+        Raises on every rank what launching raised.
+        """
+        with self._launching:
+            halves = self._halves.pop(turn, None)
+            if halves is not None:
+                assert len(halves) == self._num_ranks, "a rank hands in before it posts"
+                self._left[turn] = self._num_ranks
+                try:
+                    for _, half in sorted(halves.items()):
+                        half()
+                except BaseException as error:
+                    self._errors[turn] = error
+            failure = self._errors.get(turn)
+            self._leave(turn)
+        if failure is not None:
+            raise failure
+
+    def drop(self, turn: Turn) -> None:
+        """Forget what was handed in: all ranks refuse the operation."""
+        with self._launching:
+            self._halves.pop(turn, None)
+
+    def _leave(self, turn: Turn) -> None:
+        self._left[turn] -= 1
+        if not self._left[turn]:
+            del self._left[turn]
+            self._errors.pop(turn, None)

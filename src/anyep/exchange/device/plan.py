@@ -1,0 +1,152 @@
+"""Where a rank's tokens go, in device memory: a plan of ``exchange/handle.py`` whose numbers nobody has waited for.
+
+One block of memory: what connect found, the verdict of route and the peer tables; then the ledger; then entries. The
+first two parts, the *record*, are what a host that wants to know everything brings over in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anyep.errors import Unavailable
+from anyep.exchange.device.devices import allocate
+from anyep.exchange.geometry import Geometry
+from anyep.exchange.handle import SendPlan
+from anyep.kernels.spec_device import NO_FAULT, NUM_PLACES, SUMMARY_WORDS
+from anyep.transport.base import Words
+
+if TYPE_CHECKING:
+    from anyep.exchange.device.endpoint import DeviceEndpoint
+    from anyep.exchange.endpoint import Endpoint
+
+_KNOWN = (
+    "rank_rows",
+    "expert_rows",
+    "send_start",
+    "recv_rows",
+    "recv_start",
+    "counts",
+    "block_start",
+    "filled_rows",
+)
+"""Fields of the ledger that a device fills."""
+
+
+class DevicePlan(SendPlan):
+    """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
+
+    __slots__ = ("device_memory", "record", "summary_addr", "tables_addr", "verdict_addr")
+
+    def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int) -> None:
+        width, num_topk = min(end.num_topk, end.num_ranks), end.num_topk
+        first_word = SUMMARY_WORDS + 1 + NUM_PLACES * end.num_ranks
+        idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
+        entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
+        numbers = geometry.shape.num_words + idx_words + num_tokens * entries
+        self.device_memory = allocate(end.device, (first_word + (numbers + 1) // 2,), torch.int64, end.account.__str__)
+        self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
+        """int64: summary, verdict, tables, and the ledger as int32"""
+        self.summary_addr = self.device_memory.data_ptr()
+        self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
+        self.tables_addr = self.verdict_addr + 8
+        super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
+
+    @property
+    def table_addr(self) -> list[int]:
+        """Where each part's peer table lies."""
+        ranks = (self.record.numel() - SUMMARY_WORDS - 1 - self.geometry.shape.num_words // 2) // NUM_PLACES
+        return [self.tables_addr + 8 * ranks * part for part in range(NUM_PLACES)]
+
+    def keep_record(self, words: Words) -> None:
+        """Take the record that came to the host."""
+        self.memory = words.view(np.int32)[-self.geometry.shape.num_words :]
+
+    def numbers(self, name: str) -> NDArray[np.int32]:
+        """Return a field of the ledger; waits for the device where it did not come along with the dispatch."""
+        if name not in _KNOWN:
+            raise Unavailable(f"{name} is not kept on a device; CPU tensors have it")
+        if self.memory is _NOT_HERE:
+            self.keep_record(self.record.cpu().numpy())
+        return super().numbers(name)
+
+    def field_on_device(self, name: str) -> torch.Tensor:
+        """Return a field of the ledger, int32 on the device; a view."""
+        ledger = self.record[-(self.geometry.shape.num_words // 2) :].view(torch.int32)
+        return ledger[self.geometry.shape.words_at[name]]
+
+    def topk_idx(self) -> torch.Tensor:
+        """Return topk_idx [T, K] on the device; a view."""
+        geometry = self.geometry
+        first = (self.idx_addr - self.summary_addr) // 4
+        words = self.num_tokens * geometry.num_topk * self.idx_bytes // 4
+        numbers = self.device_memory.view(torch.int32)[first : first + words]
+        return numbers.view(geometry.idx_dtype).view(self.num_tokens, geometry.num_topk)
+
+
+_NOT_HERE: NDArray[np.int32] = np.zeros(0, np.int32)
+
+
+def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
+    """Copy topk_idx and begin to route it, on the caller's stream. A bad expert is found when all ranks are."""
+    from anyep.exchange.device.endpoint import DeviceEndpoint
+
+    assert isinstance(end, DeviceEndpoint), "plans of a device are made on its endpoint"
+    plan, kernels = DevicePlan(end, geometry, topk_idx.shape[0]), end.device.kernels
+    kernels.copy(topk_idx.data_ptr(), plan.idx_addr, topk_idx.nbytes)
+    plan.device_memory[SUMMARY_WORDS : SUMMARY_WORDS + 1].fill_(NO_FAULT)
+    kernels.begin_route(
+        plan.idx_addr,
+        plan.idx_bytes,
+        plan.num_tokens,
+        end.num_topk,
+        end.placement.num_experts,
+        end.num_ranks,
+        end.tables.rank_addr,
+        int(geometry.by_expert),
+        plan.entry_rank_addr,
+        plan.entry_slot_addr,
+        plan.field("rank_rows"),
+        plan.field("expert_rows"),
+        plan.verdict_addr,
+    )
+    return plan
+
+
+class DeviceCounts(Sequence[int]):
+    """Rows of each local expert, on the device; looking at a number waits for it, once."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        """int32 [L]: what kernels read, without waiting"""
+        self._numbers: list[int] | None = None
+
+    def _known(self) -> list[int]:
+        if self._numbers is None:
+            self._numbers = self.tensor.tolist()
+        return self._numbers
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._known()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._known())
+
+    def __eq__(self, other: object) -> bool:
+        return self._known() == (list(other) if isinstance(other, DeviceCounts) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<rows of {len(self)} experts on {self.tensor.device}>"

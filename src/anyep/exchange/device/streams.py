@@ -1,0 +1,44 @@
+"""How the stream of an exchange and a caller's stream take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from anyep.exchange.device.devices import Device, Stream
+
+
+class Visit:
+    """A caller's stream during one operation: what it has prepared, and what it will find.
+
+    Memory is allocated on the caller's stream before the exchange begins, and the caller's stream goes on when the
+    exchange is over: what it frees then, and hands out again, nobody uses any more.
+    """
+
+    def __init__(self, device: Device, exchange: Stream, caller: Stream) -> None:
+        self._device = device
+        self._exchange = exchange
+        self._caller = caller
+
+    @classmethod
+    def begin(cls, device: Device, exchange: Stream) -> Visit:
+        """Let the exchange's stream see what the caller has launched so far."""
+        visit = cls(device, exchange, device.current_stream())
+        visit.again()
+        return visit
+
+    def again(self) -> None:
+        """Let it see what has been launched since then, in the stream that is current now."""
+        self._device.follow(self._exchange, self._device.mark(self._device.current_stream()))
+
+    def end(self, results: Iterable[torch.Tensor | None]) -> None:
+        """Let the caller see the results, also on a stream on which it did not begin."""
+        done = self._device.mark(self._exchange)
+        self._device.follow(self._caller, done)
+        now = self._device.current_stream()
+        if now != self._caller:
+            self._device.follow(now, done)
+            for tensor in results:
+                if tensor is not None:
+                    self._device.lend(tensor, now)

@@ -1,0 +1,214 @@
+"""A device without a device: host memory, and any kernel set that knows it. For tests of what runs on devices."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from anyep.exchange.device import devices
+from anyep.exchange.device.devices import Event, Fetch, Stream
+from anyep.kernels.gpu.target import SM_90
+from anyep.kernels.reference_device import ReferenceDeviceKernels
+from anyep.kernels.spec_device import DeviceKernels
+from anyep.transport.base import Words
+
+
+class _Here:
+    """Words that are on the host already."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self._words: Words = words.numpy().copy()
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> Words:
+        return self._words
+
+
+class PretendDevice:
+    """Runs every launch at once, in the order of the calls, as one stream would."""
+
+    def __init__(self, kernels: DeviceKernels | None = None, *, free_bytes: int = 1 << 40) -> None:
+        self.where = torch.device("cpu")
+        inner = ReferenceDeviceKernels() if kernels is None else kernels
+        self.kernels = cast("DeviceKernels", _OneByOne(inner))
+        self.captures = False
+        """whether the current stream is said to record a graph"""
+        self._free_bytes = free_bytes
+        self.target = SM_90
+
+    def new_stream(self) -> Stream:
+        return object()
+
+    def current_stream(self) -> Stream:
+        return None
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def mark(self, stream: Stream) -> Event:
+        return None
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Nothing to do: what was launched is done."""
+
+    def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Nothing to do."""
+
+    def fetch(self, words: torch.Tensor) -> Fetch:
+        return _Here(words)
+
+    def capturing(self) -> bool:
+        return self.captures
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+    def check_fp8(self) -> None:
+        self.target.check_fp8()
+
+
+class _OneByOne:
+    """Kernels that one thread at a time launches: interpreters are not made for several."""
+
+    def __init__(self, kernels: DeviceKernels) -> None:
+        self._kernels = kernels
+        self._launching = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        what = getattr(self._kernels, name)
+        if not callable(what):
+            return what
+
+        def launch(*numbers: int) -> Any:
+            with self._launching:
+                return what(*numbers)
+
+        return launch
+
+
+class _LazyStream:
+    """Launches that wait until somebody needs them, and how many of them are done."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], object]] = []
+        self.num_done = 0
+
+
+class _LazyEvent(NamedTuple):
+    stream: _LazyStream
+    position: int
+
+
+class LazyDevice(PretendDevice):
+    """Runs launches as late as it may, streams in an order that a seed decides: who forgets an event is found out.
+
+    A thread's own stream catches up when it follows an event: from then on its tensors may be looked at.
+    """
+
+    def __init__(self, seed: int, kernels: DeviceKernels | None = None) -> None:
+        super().__init__(kernels)
+        self._inner = self.kernels
+        self.kernels = cast("DeviceKernels", _Launches(self))
+        self._chance = random.Random(seed)
+        self._streams: list[_LazyStream] = []
+        self._local = threading.local()
+        self._turn = threading.RLock()
+
+    def new_stream(self) -> Stream:
+        with self._turn:
+            self._streams.append(_LazyStream())
+            return self._streams[-1]
+
+    def current_stream(self) -> Stream:
+        if not hasattr(self._local, "own"):
+            self._local.own = self._local.current = self.new_stream()
+        return self._local.current
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before = self.current_stream()
+        self._local.current = stream
+        try:
+            yield
+        finally:
+            self._local.current = before
+
+    def launch(self, what: Callable[[], object]) -> None:
+        with self._turn:
+            self.current_stream().launches.append(what)
+
+    def launch_kernel(self, name: str, numbers: tuple[int, ...]) -> None:
+        kernel = getattr(self._inner, name)
+        self.launch(lambda: kernel(*numbers))
+
+    def mark(self, stream: Stream) -> Event:
+        return _LazyEvent(stream, len(stream.launches))
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        with self._turn:
+            stream.launches.append(lambda: self._run(event))
+            if stream is getattr(self._local, "own", None):
+                self._run(self.mark(stream))
+
+    def fetch(self, words: torch.Tensor) -> Fetch:
+        held: list[Words] = []
+        self.launch(lambda: held.append(words.numpy().copy()))
+        return _LazyFetch(self, self.mark(self.current_stream()), held)
+
+    def run(self, event: Event) -> None:
+        """Run all that comes before an event, and by chance more."""
+        with self._turn:
+            for stream in self._chance.sample(self._streams, len(self._streams)):
+                if self._chance.random() < 0.5:
+                    self._run(_LazyEvent(stream, self._chance.randint(0, len(stream.launches))))
+            self._run(event)
+
+    def _run(self, event: _LazyEvent) -> None:
+        stream = event.stream
+        while stream.num_done < event.position:
+            stream.num_done += 1
+            stream.launches[stream.num_done - 1]()
+
+
+class _LazyFetch:
+    def __init__(self, device: LazyDevice, event: Event, held: list[Words]) -> None:
+        self._device = device
+        self._event = event
+        self._held = held
+
+    def done(self) -> bool:
+        return bool(self._held)
+
+    def wait(self) -> Words:
+        self._device.run(self._event)
+        return self._held[0]
+
+
+class _Launches:
+    """Kernels that a lazy device launches."""
+
+    def __init__(self, device: LazyDevice) -> None:
+        self._device = device
+
+    name = "lazy"
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *numbers: self._device.launch_kernel(name, numbers)
+
+
+@contextmanager
+def pretended(device: devices.Device) -> Iterator[devices.Device]:
+    """Let buffers that are made with ``device="cuda"`` meanwhile find ``device``."""
+    original = devices.find_device
+    devices.find_device = lambda name, num_sms=None: device
+    try:
+        yield device
+    finally:
+        devices.find_device = original

@@ -1,0 +1,178 @@
+"""Whole exchanges on a device, bit for bit against the oracle: with the reference's kernels, and interpreted ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import anyep
+from anyep.errors import Unavailable
+from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.exchange.cases import cases
+from tests.exchange.rounds import ReceivedCopy, check, check_received, expected_sum, open_buffer, play
+from tests.gpu.exchanged import draw
+from tests.gpu.programs import needs_triton, run_program
+
+PATIENT = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with pretended(PretendDevice()) as device:
+        yield device
+
+
+def run(case, **options):
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda", **options) as ep:
+            return play(case, ep)
+
+    return anyep.local_group(case.num_ranks).run(rank_main)
+
+
+@settings(max_examples=25, **PATIENT)
+@given(cases())
+def test_exchange_is_exact(case):
+    small = tuple(min(tokens, 40) for tokens in case.num_tokens)
+    case = replace(case, num_tokens=small, hidden=min(case.hidden, 300))
+    check(case, run(case))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=1500, **PATIENT)
+@given(cases())
+def test_exchange_is_exact_at_length(case):
+    check(case, run(case))
+
+
+@needs_triton
+def test_interpreted_kernels_exchange_the_same_bits(tmp_path):
+    found = run_program("exchanged", "0", "12", cache=tmp_path, interpreted=True)
+    assert found == {str(seed): "" for seed in range(12)}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_interpreted_kernels_exchange_the_same_bits_at_length(tmp_path):
+    found = run_program("exchanged", "12", "200", cache=tmp_path, interpreted=True, timeout=1700)
+    assert [trace for trace in found.values() if trace] == []
+
+
+def test_a_batch_larger_than_the_forecast_is_offered_memory_again():
+    case = replace(draw(0), num_tokens=(40, 40), num_experts=8, num_topk=1, skew=0.05, spare_rows=None, hidden=8)
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda") as ep:
+            return play(case, ep), ep.stats().second_offers
+
+    outcomes, offers = zip(*anyep.local_group(2).run(rank_main), strict=True)
+    check(case, list(outcomes))
+    assert offers == (1, 1)
+
+
+@pytest.mark.parametrize("layout", ["compact", "expert", "padded"])
+def test_one_thread_plays_all_ranks_with_first_halves_first(layout):
+    case = replace(draw(LAYOUT_SEEDS[layout]), num_tokens=(5, 0, 7), spare_rows=4, num_experts=8, hidden=130)
+    buffers = anyep.local_group(3).run(lambda member: open_buffer(case, member, device="cuda"))
+    batches = list(zip(buffers, case.batches, strict=True))
+    calls = [ep.dispatch(b.x, b.topk_idx, b.topk_weights, layout=layout, wait=False) for ep, b in batches]
+    received = [call.wait() for call in calls]
+    outputs = [one.x.float().to(torch.bfloat16) for one in received]
+    returns = [ep.combine(y, one.handle, wait=False) for ep, y, one in zip(buffers, outputs, received, strict=True)]
+    combined = [call.wait() for call in returns]
+    for rank, ep in enumerate(buffers):
+        check_received(case, rank, ReceivedCopy.of(received[rank]))
+        factors = case.batches[rank].topk_weights if layout == "padded" else None
+        expected = expected_sum(
+            case.exchange,
+            rank,
+            lambda owner, rows: outputs[owner].view(-1, case.hidden)[rows],
+            dtype=torch.bfloat16,
+            reduce="expert" if layout == "padded" else "rank",
+            factors=factors,
+        )
+        assert torch.equal(combined[rank].view(torch.int16), expected.view(torch.int16))
+        ep.close()
+
+
+LAYOUT_SEEDS = {"compact": 3, "expert": 7, "padded": 11}
+"""Cases of :func:`draw` with FP8."""
+
+
+def test_logfmt_sums_are_those_of_the_host():
+    case = replace(draw(8), num_tokens=(6, 3), num_experts=4, num_topk=2, hidden=200, wire="bf16")
+
+    def rank_main(member, **options):
+        with open_buffer(case, member, **options) as ep:
+            batch = case.batches[ep.rank]
+            got = ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights, layout="padded")
+            return ep.combine(got.x.nan_to_num(), got.handle, wire="logfmt10", bias=batch.bias or None)
+
+    on_host, on_device = (
+        anyep.local_group(2).run(lambda member, where=where: rank_main(member, device=where))
+        for where in (None, "cuda")
+    )
+    for expected, got in zip(on_host, on_device, strict=True):
+        assert torch.equal(expected.view(torch.int16), got.view(torch.int16))
+
+
+@pytest.mark.parametrize(("layout", "spare_rows"), [("padded", None), ("compact", 3), ("expert", 3)])
+def test_with_a_fixed_number_of_rows_the_host_waits_for_nothing(device, monkeypatch, layout, spare_rows):
+    case = replace(draw(LAYOUT_SEEDS[layout]), num_tokens=(4, 5), spare_rows=spare_rows)
+    fetched = []
+    monkeypatch.setattr(device, "fetch", lambda words: fetched.append(words) or NeverThere())
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda") as ep:
+            return play(case, ep)
+
+    check(case, anyep.local_group(2).run(rank_main))
+
+
+class NeverThere:
+    """Words that the host would wait for in vain."""
+
+    def done(self):
+        return False
+
+    def wait(self):
+        raise AssertionError("the host waited for the device")
+
+
+def test_without_one_it_waits_once_in_a_dispatch_and_never_in_a_combine(device, monkeypatch):
+    case = replace(draw(0), num_tokens=(4, 5), spare_rows=None)
+    waits = []
+    fetch = device.fetch
+
+    class Counted:
+        def __init__(self, words):
+            self.words = fetch(words)
+
+        def wait(self):
+            waits.append(1)
+            return self.words.wait()
+
+    monkeypatch.setattr(device, "fetch", Counted)
+    check(case, run(case))
+    assert len(waits) == case.num_ranks  # play dispatches, combines, and dispatches again with the handle
+
+
+def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
+    case = draw(0)
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda") as ep:
+            for call in (
+                lambda: ep.leave_out(()),
+                lambda: ep.variant(wire=None, num_topk=1, max_tokens_per_rank=1),
+                lambda: ep.recall(torch.zeros(1, 1), torch.zeros(1, 1)),
+            ):
+                with pytest.raises(Unavailable, match="works on CPU tensors"):
+                    call()
+
+    anyep.local_group(2).run(rank_main)

@@ -1,0 +1,114 @@
+"""The worked examples of what a device works out by itself, number by number, for every set that does."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from anyep.kernels.reference_device import ReferenceDeviceKernels
+from anyep.kernels.spec_device import BAD_EXPERT, HEAD_WORDS, LANDING_TOO_SMALL, NO_FAULT, SETTLED, message_bytes
+from anyep.testing.kernel_exam_device import check_device_kernels
+from tests.kernels.memory import i32, poisoned
+from tests.kernels.sets import device_of, load_or_skip
+
+POISON = int(poisoned(1, dtype=torch.int32))
+
+
+@pytest.fixture(params=["reference", "gpu"])
+def kernels(request):
+    kernels = ReferenceDeviceKernels() if request.param == "reference" else load_or_skip("gpu")
+    with torch.device(device_of(request.param)):
+        yield kernels
+
+
+def board(*messages):
+    """Messages of (head words, counts), as ranks announce them."""
+    ranks, experts = len(messages), len(messages[0][1]) - len(messages)
+    told = torch.zeros(ranks, message_bytes(ranks, experts) // 8, dtype=torch.int64)
+    for message, (head, counts) in zip(told, messages, strict=True):
+        message[:HEAD_WORDS] = torch.tensor(head)
+        message[HEAD_WORDS:].view(torch.int32)[: len(counts)] = i32(counts)
+    return told
+
+
+def test_announce(kernels):
+    messages = [torch.zeros(HEAD_WORDS + 1, dtype=torch.int64) for _ in range(2)]
+    peers = torch.tensor([messages[0].data_ptr(), 0])
+    counts = i32([3, 5])
+    kernels.announce(2, peers.data_ptr(), 8, 64, -1, -1, -1, -1, 0, counts.data_ptr(), 2)
+    assert messages[0].tolist() == [8, 64, -1, -1, -1, -1, NO_FAULT, 3 + (5 << 32)]
+    assert messages[1].tolist() == [0] * (HEAD_WORDS + 1)
+
+
+def test_begin_route_goes_round_a_bad_expert_and_says_where_it_is(kernels):
+    idx, expert_rank = torch.tensor([[0, 3], [4, 0]]), i32([0, 0, 1, 1])
+    outputs = [poisoned(*shape, dtype=torch.int32) for shape in ((2, 2), (2, 2), (2,), (4,))]
+    verdict = torch.tensor([NO_FAULT])
+    head = (idx.data_ptr(), 8, 2, 2, 4, 2, expert_rank.data_ptr(), 0)
+    kernels.begin_route(*head, *(one.data_ptr() for one in outputs), verdict.data_ptr())
+    assert verdict.tolist() == [2]
+    assert [one.tolist() for one in outputs] == [[[0, 1], [0, -1]], [[0, 0], [1, -1]], [2, 1], [2, 0, 0, 1]]
+
+
+def test_settle(kernels):
+    told = board(([0] * HEAD_WORDS, [2, 1, 2, 1]), ([0] * HEAD_WORDS, [1, 0, 1, 0]))
+    owner, local = i32([0, 1]), i32([0, 0])
+    names = {"send_start": 2, "dense_start": 2, "recv_rows": 2, "recv_start": 2, "counts": 1, "block_start": 1}
+    names |= {"filled_rows": 2, "expert_total": 2, "gap_begin": 1, "gap_end": 1}
+    found = {name: poisoned(size, dtype=torch.int32) for name, size in names.items()}
+    addresses = [one.data_ptr() for one in found.values()]
+    kernels.settle(
+        told.data_ptr(), message_bytes(2, 2), 0, 2, 2, 1, owner.data_ptr(), local.data_ptr(), 1, 4, 0, *addresses
+    )
+    assert {name: one.tolist() for name, one in found.items()} == {
+        "send_start": [0, 0],
+        "dense_start": [POISON, POISON],
+        "recv_rows": [2, 1],
+        "recv_start": [0, 2],
+        "counts": [3],
+        "block_start": [0],
+        "filled_rows": [4, 4],
+        "expert_total": [3, 1],
+        "gap_begin": [3],
+        "gap_end": [4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("capacity", "verdict", "code"),
+    [(8, NO_FAULT, SETTLED), (2, NO_FAULT, LANDING_TOO_SMALL), (8, 7, BAD_EXPERT)],
+)
+def test_connect(kernels, capacity, verdict, code):
+    told = board(([capacity, 64, -1, -1, -1, -1, NO_FAULT], [0, 0, 0]), ([8, 0, -1, -1, -1, -1, verdict], [0, 0, 0]))
+    base, filled, total = torch.tensor([1000, 2000]), i32([3, 1]), i32([4])
+    tables, summary, fault = (torch.full(shape, 5) for shape in ((5, 2), (4,), (4,)))
+    gaps = poisoned(2, dtype=torch.int32)
+    kernels.connect(
+        *(told.data_ptr(), message_bytes(2, 1), 0, 2, base.data_ptr(), filled.data_ptr(), -1, total.data_ptr(), 1, 0),
+        *(tables.data_ptr(), summary.data_ptr(), fault.data_ptr(), 0, gaps.data_ptr(), gaps.data_ptr() + 4),
+    )
+    good = code == SETTLED
+    assert tables.tolist() == [[1064, 2000] if good else [0, 0], *[[0, 0]] * 4]
+    assert summary.tolist() == [code, 3, 1 if verdict == 7 else 2, verdict]
+    assert fault.tolist() == ([5] * 4 if good else summary.tolist())
+    assert gaps.tolist() == [POISON, POISON]
+
+
+def test_withdraw(kernels):
+    for code, entry_ranks, counts in ((SETTLED, [0, 1], [3]), (LANDING_TOO_SMALL, [-1, -1], [0])):
+        summary, entries, told = torch.tensor([code, 0, 0, 0]), i32([0, 1]), i32([3])
+        kernels.withdraw(summary.data_ptr(), entries.data_ptr(), 2, told.data_ptr(), 1)
+        assert (entries.tolist(), told.tolist()) == (entry_ranks, counts)
+
+
+def test_the_reference_passes_its_own_exam():
+    check_device_kernels(ReferenceDeviceKernels(), rounds=20)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the exam runs in tests/gpu there")
+def test_a_gpu_passes_the_exam():
+    from anyep.testing.kernel_memory import DeviceMemory
+
+    check_device_kernels(load_or_skip("gpu"), memory=DeviceMemory("cuda"))
