@@ -199,7 +199,7 @@ class Dispatch:
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
             proxies=self._proxies,
-            announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
+            announced=announced_counts(opened_RW, end.num_counts) if end.wire.by_column else None,
         )
 
     def _begin_to_cross(self, across: Across) -> None:
