@@ -2,7 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
+
+FIELDS = (
+    "do_expand",
+    "num_experts",
+    "expert_alignment",
+    "num_max_tokens_per_rank",
+    "num_sms",
+    "topk_idx",
+    "num_recv_tokens",
+    "num_expanded_tokens",
+    "num_recv_tokens_per_expert_list",
+    "psum_num_recv_tokens_per_scaleup_rank",
+    "psum_num_recv_tokens_per_expert",
+    "num_unaligned_recv_tokens_per_expert",
+    "recv_src_metadata",
+    "dst_buffer_slot_idx",
+    "token_metadata_at_forward",
+    "channel_linked_list",
+    "announced_counts",
+    "cached_recv_src_metadata_before_sort",
+)
+
+
+class Source(Protocol):
+    """What fields are made from when somebody looks at them."""
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the batch's rows stand by source rank and token."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the CPU learned how many rows came."""
+
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """T and K."""
+
+    def make(self, name: str) -> Any:
+        """Return the field; AttributeError for others."""
 
 
 class EPHandle:
@@ -23,7 +65,18 @@ class EPHandle:
     ``announced_counts`` int32 [R, R + num_experts] is ours: how many tokens each rank sent to each rank, then how many
     (token, column) pairs it had for each expert. Where it is None on all ranks, the next use of the handle asks the
     other ranks for it, and sets it.
+
+    The fields of a handle that a dispatch returned are made when one is first looked at; setting one replaces it.
     """
+
+    __slots__ = ("__weakref__", "fields", "route", "source")
+
+    fields: dict[str, Any]
+    """those that were made or set"""
+    source: Source | None
+    """what the others come from"""
+    route: Any
+    """what was worked out from fields before (elastic_routes.py); a handle works without it"""
 
     def __init__(
         self,
@@ -46,30 +99,75 @@ class EPHandle:
         announced_counts: torch.Tensor | None = None,
     ) -> None:
         assert topk_idx is not None, "topk_idx must be a tensor [T, K]: the handle says with it where tokens went"
-        self.do_expand = do_expand
-        self.num_experts = num_experts
-        self.expert_alignment = expert_alignment
-        self.num_max_tokens_per_rank = num_max_tokens_per_rank
-        self.num_sms = num_sms
-        self.topk_idx = topk_idx
-        self.num_recv_tokens = num_recv_tokens
-        self.num_expanded_tokens = num_expanded_tokens
-        self.num_recv_tokens_per_expert_list = num_recv_tokens_per_expert_list
-        self.psum_num_recv_tokens_per_scaleup_rank = psum_num_recv_tokens_per_scaleup_rank
-        self.psum_num_recv_tokens_per_expert = psum_num_recv_tokens_per_expert
-        self.num_unaligned_recv_tokens_per_expert = num_unaligned_recv_tokens_per_expert
-        self.recv_src_metadata = recv_src_metadata
-        self.dst_buffer_slot_idx = dst_buffer_slot_idx
-        self.token_metadata_at_forward = token_metadata_at_forward
-        self.channel_linked_list = channel_linked_list
-        self.announced_counts = announced_counts
-        self.cached_recv_src_metadata_before_sort: torch.Tensor | None = None
-        """upstream's, for a sort that is not needed here"""
+        given = locals()
+        self.fields = {name: given.get(name) for name in FIELDS}
+        self.source = self.route = None
+
+    @classmethod
+    def made(cls, fields: dict[str, Any], source: Source, route: object) -> EPHandle:
+        """Return a handle with these fields; those that are missing come from ``source``."""
+        handle = cls.__new__(cls)
+        handle.fields, handle.source, handle.route = fields, source, route
+        return handle
+
+    def __getattr__(self, name: str) -> Any:
+        if name in EPHandle.__slots__:  # of one that was made without its constructor
+            setattr(self, name, {} if name == "fields" else None)
+            return object.__getattribute__(self, name)
+        found = self.fields.get(name, self)
+        if found is not self:
+            return found
+        if self.source is None or name not in FIELDS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        made = self.fields[name] = self.source.make(name)
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in EPHandle.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            self.fields[name] = value
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """Every field: what ``vars`` returns."""
+        if self.source is not None:
+            for name in FIELDS:
+                getattr(self, name)
+        return self.fields
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return every field: a copy or a pickle needs nothing else, and keeps nothing else."""
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.fields, self.source, self.route = state, None, None
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether it is known, without a look at fields, that the batch's rows stand by source rank and token."""
+        return self.source is not None and self.source.keeps_order
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the CPU learned how many rows came; else the batch is as large as it can be."""
+        known = self.fields.get("num_recv_tokens_per_expert_list")
+        return self.source.is_exact if known is None and self.source is not None else bool(known)
+
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """T and K."""
+        topk_idx = self.fields.get("topk_idx")
+        if topk_idx is None and self.source is not None:
+            return self.source.routing_shape
+        num_tokens, num_topk = self.topk_idx.shape
+        return num_tokens, num_topk
 
     @property
     def num_rows(self) -> int:
         """Rows of the batch that came with the handle, and of what combine takes."""
-        return self.num_expanded_tokens if self.do_expand else self.num_recv_tokens
+        rows: int = self.num_expanded_tokens if self.do_expand else self.num_recv_tokens
+        return rows
 
     @property
     def num_valid_tokens(self) -> int:

@@ -1,0 +1,104 @@
+"""Calls of a kind that passed its checks once go straight to their buffer: checks in full cost as long as moving rows.
+
+A kind is everything that the checks look at: shapes, dtypes and options. Memory order and device are looked at each
+time; a call for which they are not plain has no kind, and is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anyep.buffer import Buffer
+from anyep.compat.deep_ep.checks import host_assert
+from anyep.compat.deep_ep.elastic_arguments import Terms, check_outputs, check_routing, check_tokens, unpack_bias
+from anyep.compat.deep_ep.elastic_combine import Outputs, buffer_for_sums
+from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens
+from anyep.compat.deep_ep.elastic_routes import static_rows_of
+from anyep.compat.deep_ep.elastic_side import Side
+from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.native import Natives
+from anyep.exchange.wire import carrying_wire
+
+_Signature = tuple[Any, ...]
+
+
+def signature_of(*tensors: Any) -> _Signature | None:
+    """Return shape and dtype of each tensor, None for those that are; None if one is no plain dense CPU tensor."""
+    found: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        elif type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
+            found += (tensor.shape, tensor.dtype)
+        else:
+            return None
+    return tuple(found)
+
+
+def kind_of_handle(handle: EPHandle | None) -> _Signature | None:
+    """Return what checks look at in a handle."""
+    if handle is None:
+        return None
+    fields = handle.fields
+    return (
+        fields["num_experts"],
+        fields["num_max_tokens_per_rank"],
+        fields["expert_alignment"],
+        fields["do_expand"],
+        fields["num_sms"],
+        fields["num_recv_tokens"] if not handle.is_exact else -1,
+        handle.routing_shape,
+    )
+
+
+def known_kind(natives: Natives, key: _Signature | None, tensors: _Signature | None) -> Any:
+    """Return what serves such calls, or None."""
+    return None if tensors is None else natives.checked.get((key, tensors))
+
+
+def note_kind(natives: Natives, key: _Signature | None, tensors: _Signature | None, value: Any) -> None:
+    """Remember what serves such calls."""
+    if tensors is not None:
+        natives.remember((key, tensors), value)
+
+
+def check_dispatch(
+    side: Side, x: Any, topk_idx: Any, topk_weights: Any, handle: EPHandle | None, terms: Terms
+) -> tuple[Kind, Tokens]:
+    """Check a dispatch's tensors and return the buffer that moves such rows. RuntimeError."""
+    idx = None if topk_idx is None else check_routing(topk_idx)
+    assert idx is not None or handle is not None, "the terms were agreed with one of them"
+    shape = (idx.shape[0], idx.shape[1]) if idx is not None else handle.routing_shape  # type: ignore[union-attr]
+    rows, scales, weights = check_tokens(x, shape, topk_weights, terms)
+    host_assert(
+        terms.num_experts % side.num_ranks == 0,
+        f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {side.num_ranks}",
+    )
+    packs = 0 if scales is None else scales.shape[1]
+    columns, dtype = _beside(scales, weights)
+    static = None
+    if handle is not None:
+        static = static_rows_of(side, handle)
+    elif not (terms.exact or terms.do_expand) and side.keeps_order:
+        static = side.num_ranks * terms.num_max_tokens
+    wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)
+    native = side.natives.variant(terms.num_experts, wire, shape[1], static_rows=static)
+    return Kind(native, terms, packs, weights is not None), Tokens(rows, scales, idx, weights)
+
+
+def _beside(scales: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[int, torch.dtype]:
+    """Return how many columns travel beside a row, and of which dtype: elastic_dispatch.py has why."""
+    if scales is None:
+        return (0 if weights is None else weights.shape[1]), torch.float32
+    if weights is None:
+        return scales.shape[1], scales.dtype
+    return scales.shape[1] + weights.shape[1], torch.int32
+
+
+def check_combine(side: Side, x: Any, handle: EPHandle, topk_weights: Any, bias: object) -> tuple[Buffer, Outputs]:
+    """Check a combine's tensors and return the buffer that sums such rows. RuntimeError."""
+    checked, weights = check_outputs(x, handle, topk_weights, several_sums=side.several_sums)
+    biases = unpack_bias(bias, handle.routing_shape[0], checked.shape[1])
+    return buffer_for_sums(side, checked.shape[1], handle), Outputs(checked, weights, biases)
