@@ -26,7 +26,7 @@ from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.proxy import Proxy
-from anyep.exchange.recall import announced_counts
+from anyep.exchange.recall import announced_counts, number_of
 from anyep.exchange.receive import (
     NO_PLACES,
     Ahead,
@@ -189,9 +189,10 @@ class Dispatch:
         end, plan, out = self._end, self._out.plan, self._out
         shape = self._geometry.shape
         padded = self._geometry.padded
+        announced = announced_counts(opened_RW, end.num_counts) if end.wire.by_column else None
         return Handle(
             buffer=self._buffer,
-            epoch=self._epoch,
+            epoch=self._epoch if announced is None else number_of(announced),
             layout=out.layout,
             send=plan,
             num_rows=num_rows,
@@ -199,7 +200,7 @@ class Dispatch:
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
             proxies=self._proxies,
-            announced=announced_counts(opened_RW, end.num_counts) if end.wire.by_column else None,
+            announced=announced,
         )
 
     def _begin_to_cross(self, across: Across) -> None:

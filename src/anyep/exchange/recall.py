@@ -36,15 +36,15 @@ def announced_counts(opened_RW: Words, num_counts: int) -> Counts:
     return counts_RC
 
 
-def _number_of(counts_RC: Counts) -> int:
-    """Return the number under which a handle goes that may have been made again: the same on all ranks."""
-    return zlib.crc32(counts_RC.tobytes()) & _ANY_ROWS
+def number_of(counts_RC: Counts) -> int:
+    """Return the number under which a handle goes that can be made again: the same on all ranks."""
+    return zlib.crc32(counts_RC.data) & _ANY_ROWS
 
 
 def adopted(handle: Handle, buffer: object) -> Handle:
-    """Return a handle of any buffer under the number that :func:`recall` gives it: either may be used on any rank."""
-    assert handle.announced is not None, "only buffers with a raw wire keep what was announced"
-    return replace(handle, buffer=buffer, epoch=_number_of(handle.announced))
+    """Return a handle of any buffer as one of this: its number is that which :func:`recall` gives it already."""
+    assert handle.announced is not None, "only wires with sums by column keep what was announced"
+    return handle if handle.buffer is buffer else replace(handle, buffer=buffer)
 
 
 def recall(
@@ -67,7 +67,7 @@ def recall(
     num_rows = int(plan.numbers("batch_rows")[end.rank])
     return Handle(
         buffer=buffer,
-        epoch=_number_of(counts_RC),
+        epoch=number_of(counts_RC),
         layout=str(layout),
         send=plan,
         num_rows=num_rows,

@@ -183,7 +183,7 @@ def check_outputs(
         several_sums or not handle.do_expand,
         "topk_weights of an expanded batch need allow_multiple_reduction=True: leave them out",
     )
-    shape = [rows] if handle.do_expand else [rows, handle.routing_shape[1]]
+    shape = [rows] if handle.do_expand else [rows, handle.kind.num_topk]
     _require(
         topk_weights.dtype == torch.float32 and list(topk_weights.shape) == shape,
         f"topk_weights must be float32 {shape}",

@@ -16,7 +16,6 @@ from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch_again, 
 from anyep.compat.deep_ep.elastic_kinds import (
     check_combine,
     check_dispatch,
-    kind_of_handle,
     known_kind,
     note_kind,
     signature_of,
@@ -115,7 +114,7 @@ class ElasticBuffer(ElasticCollectives):
             number=self.rank_idx,
             num_ranks=self.num_ranks,
             num_scaleup=self.num_scaleup_ranks,
-            sorted=self.deterministic,
+            keeps_order=self.deterministic or self.num_scaleup_ranks == self.num_ranks,
             several_sums=self.allow_multiple_reduction,
             kernels=kernels(),
             loops=elastic_loops(),
@@ -234,7 +233,7 @@ class ElasticBuffer(ElasticCollectives):
         )
         stats = cumulative_local_expert_recv_stats
         data, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-        key = (asked, kind_of_handle(handle))
+        key = (asked, None if handle is None else handle.kind)
         signature = signature_of(data, scales, topk_idx, topk_weights, stats)
         kind = known_kind(side.natives, key, signature)
         if kind is None:
@@ -271,10 +270,7 @@ class ElasticBuffer(ElasticCollectives):
         host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")
         key, ep, signature = None, None, None
         if bias is None:
-            key, signature = (
-                ("sum", num_sms, num_qps, kind_of_handle(handle), handle.num_rows),
-                signature_of(x, topk_weights),
-            )
+            key, signature = ("sum", num_sms, num_qps, handle.kind, handle.num_rows), signature_of(x, topk_weights)
             ep = known_kind(side.natives, key, signature)
         if ep is None:
             self._check_qps(num_qps, num_sms or handle.num_sms)

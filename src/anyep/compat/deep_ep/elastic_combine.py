@@ -49,25 +49,35 @@ class Sums(NamedTuple):
 
 def combine(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle) -> Sums:
     """Bring the experts' outputs back and sum them, with the buffer of :func:`buffer_for_sums`."""
-    if handle.do_expand and not side.several_sums:
+    kind = handle.kind
+    if kind.do_expand and not side.several_sums:
         return _sum_columns(side, ep, outputs, handle)
     native = native_handle(side, handle, ep)
     places = places_from_handle(handle, side.num_ranks)
-    served = None
-    if handle.do_expand or outputs.topk_weights is not None:
+    y, weights = outputs.x, outputs.topk_weights
+    if kind.do_expand or weights is not None:
         served = served_rows(handle.recv_src_metadata[: handle.num_valid_tokens], places)
-    y = _return_rows(side, ep, outputs, native, places, served if handle.do_expand else None)
-    weights = None if outputs.topk_weights is None else _owned_weights(side, outputs, handle, served, y.shape[0])
+        if weights is not None:
+            weights = _owned_weights(side, weights, served, native.num_rows)
+    if kind.do_expand:
+        y = ep.empty_output(native, torch.bfloat16)
+        _sum_rows(side.kernels, outputs.x, served, (), y)
+    elif places is not None:
+        y = y[places]
+    elif y.shape[0] != native.num_rows:
+        y = y[: native.num_rows]
     if side.several_sums and side.num_scaleup < side.num_ranks:
         return _sum_by_host(side, ep, y, weights, native, outputs.bias)
+    if weights is None:
+        return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column"), None)
     return _summed(ep, y, native, weights, outputs.bias)
 
 
 def buffer_for_sums(side: Side, hidden: int, handle: EPHandle) -> Buffer:
     """Return the buffer that sums rows of ``hidden`` bfloat16."""
     wire = carrying_wire(torch.bfloat16, hidden, 0, torch.float32, by_column=True)
-    rows = static_rows_of(side, handle)
-    return side.natives.variant(handle.num_experts, wire, handle.routing_shape[1], static_rows=rows)
+    kind = handle.kind
+    return side.natives.variant(kind.num_experts, wire, kind.num_topk, static_rows=static_rows_of(side, kind))
 
 
 def _summed(
@@ -89,25 +99,6 @@ def _sum_columns(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle) -> 
     return Sums(ep.combine(outputs.x[: known.num_rows], known, bias=outputs.bias, reduce="expert"), None)
 
 
-def _return_rows(
-    side: Side,
-    ep: Buffer,
-    outputs: Outputs,
-    native: Handle,
-    places: torch.Tensor | None,
-    served: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return one row for each of the exchange, bfloat16 [N, H]: the batch's, or stage A of an expanded batch."""
-    x = outputs.x
-    if served is not None:
-        sums = ep.empty_output(native, torch.bfloat16)
-        _sum_rows(side.kernels, x, served, (), sums)
-        return sums
-    if places is not None:
-        return x[places]
-    return x if x.shape[0] == native.num_rows else x[: native.num_rows]
-
-
 def _sum_rows(
     kernels: KernelSet, x: torch.Tensor, rows: torch.Tensor, bias: tuple[torch.Tensor, ...], out: torch.Tensor
 ) -> None:
@@ -120,23 +111,13 @@ def _sum_rows(
     kernels.fence()
 
 
-def _owned_weights(
-    side: Side, outputs: Outputs, handle: EPHandle, served: torch.Tensor | None, num_rows: int
-) -> torch.Tensor:
+def _owned_weights(side: Side, weights: torch.Tensor, served: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Return fp32 [N, K]: this rank's value in the columns that it serves, 0 elsewhere, so that a sum picks them."""
-    assert served is not None
-    assert outputs.topk_weights is not None
     num_valid, num_topk = served.shape
     owned = torch.empty((num_rows, num_topk), dtype=torch.float32, device="cpu")
     owned[num_valid:] = 0
-    side.loops.gather_weights(
-        num_valid,
-        num_topk,
-        served.data_ptr(),
-        int(not handle.do_expand),
-        outputs.topk_weights.data_ptr(),
-        owned.data_ptr(),
-    )
+    by_column = int(weights.dim() == 2)
+    side.loops.gather_weights(num_valid, num_topk, served.data_ptr(), by_column, weights.data_ptr(), owned.data_ptr())
     return owned
 
 

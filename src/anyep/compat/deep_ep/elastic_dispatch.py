@@ -5,11 +5,9 @@ Legend: T tokens, H hidden, K top-k, N rows of the exchange, L local experts, G 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import anyep
 from anyep.compat.deep_ep.elastic_arguments import Terms
@@ -17,7 +15,7 @@ from anyep.compat.deep_ep.elastic_fields import Origin, expanded_rows, slab_star
 from anyep.compat.deep_ep.elastic_routes import Route, native_handle
 from anyep.compat.deep_ep.elastic_rows import empty_scales, fill_rows, places_from_handle, places_of, scatter_rows
 from anyep.compat.deep_ep.elastic_side import Side
-from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.exchange.handle import Handle, Received
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -32,6 +30,10 @@ class Kind(NamedTuple):
     num_packs: int
     """G; 0 without scales"""
     has_weights: bool
+    handle: HandleKind
+    """of the handles that such dispatches leave"""
+    lands: bool
+    """whether a batch is what lands: compact, in the order of the exchange, with scales or weights but not both"""
 
 
 class Tokens(NamedTuple):
@@ -62,19 +64,30 @@ def dispatch_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
     received = kind.native.dispatch(_wired(side, kind, tokens), tokens.topk_idx)
     native, terms = received.handle, kind.terms
     compact = native.num_rows if terms.exact else side.num_ranks * terms.num_max_tokens
+    metadata = torch.empty((compact, kind.handle.num_topk + 2), dtype=torch.int32, device="cpu")
+    if kind.lands:
+        _describe(side, terms, received, None, metadata)
+        beside = received.scales
+        x = received.x if not kind.num_packs or beside is None else (received.x, beside)
+        weights = beside if kind.has_weights else None
+        return RecvBatch(x, received.topk_idx, weights, _new_handle(side, kind, tokens, native, metadata))
     places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
-    room = _room(kind, tokens, received, compact, expanded_rows(side, terms, native) if terms.do_expand else 0, places)
-    metadata = np.empty((compact, native.send.geometry.num_topk + 2), np.int32)
     _describe(side, terms, received, places, metadata)
-    _fill(side, kind, room, received, torch.from_numpy(metadata) if terms.do_expand else None)
-    return _finished(room, _new_handle(side, terms, tokens, native, metadata, room))
+    room = _room(kind, tokens, received, compact, expanded_rows(side, terms, native) if terms.do_expand else 0, places)
+    _fill(side, kind, room, received, metadata if terms.do_expand else None)
+    return _finished(room, _new_handle(side, kind, tokens, native, metadata))
 
 
 def dispatch_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> RecvBatch:
     """Send other tokens where an earlier dispatch sent its own."""
     received = kind.native.dispatch(_wired(side, kind, tokens), handle=native_handle(side, handle, kind.native))
+    places = places_from_handle(handle, side.num_ranks)
+    if kind.lands and places is None and handle.num_recv_tokens == received.x.shape[0]:
+        beside = received.scales
+        x = received.x if not kind.num_packs or beside is None else (received.x, beside)
+        return RecvBatch(x, received.topk_idx, beside if kind.has_weights else None, handle)
     expanded = handle.num_expanded_tokens if kind.terms.do_expand else 0
-    room = _room(kind, tokens, received, handle.num_recv_tokens, expanded, places_from_handle(handle, side.num_ranks))
+    room = _room(kind, tokens, received, handle.num_recv_tokens, expanded, places)
     _fill(side, kind, room, received, handle.recv_src_metadata if kind.terms.do_expand else None)
     return _finished(room, handle)
 
@@ -176,7 +189,7 @@ def _fill(side: Side, kind: Kind, room: _Room, received: Received, metadata: tor
 
 
 def _describe(
-    side: Side, terms: Terms, received: Received, places: torch.Tensor | None, metadata: NDArray[np.int32]
+    side: Side, terms: Terms, received: Received, places: torch.Tensor | None, metadata: torch.Tensor
 ) -> None:
     """Fill the metadata, from what the dispatch knows of the rows."""
     idx, token, plan = received.topk_idx, received.source_token, received.handle.send
@@ -195,7 +208,7 @@ def _describe(
         max(1, terms.num_max_tokens),
         0 if places is None else places.data_ptr(),
         0 if cursors is None else cursors.__array_interface__["data"][0],
-        metadata.__array_interface__["data"][0],
+        metadata.data_ptr(),
     )
 
 
@@ -229,11 +242,9 @@ def served_rows(metadata: torch.Tensor, places: torch.Tensor | None) -> torch.Te
     return (metadata if places is None else metadata[places])[:, 2:].contiguous()
 
 
-def _new_handle(
-    side: Side, terms: Terms, tokens: Tokens, native: Handle, metadata: NDArray[np.int32], room: _Room
-) -> EPHandle:
-    route = Route(side.natives, native, terms.num_experts, adopted=False)
-    fields = {
+def _new_handle(side: Side, kind: Kind, tokens: Tokens, native: Handle, metadata: torch.Tensor) -> EPHandle:
+    terms, route = kind.terms, Route(native)
+    fields: dict[str, Any] = {
         "do_expand": terms.do_expand,
         "num_experts": terms.num_experts,
         "expert_alignment": terms.alignment,
@@ -241,13 +252,12 @@ def _new_handle(
         "num_sms": terms.num_sms,
         "num_recv_tokens": metadata.shape[0],
     }
-    if terms.do_expand:
-        fields["num_expanded_tokens"] = room.x.shape[0]
     if not terms.keep_copy:
         assert tokens.topk_idx is not None
         fields["topk_idx"] = tokens.topk_idx
         route.note("topk_idx", tokens.topk_idx)
-    return EPHandle.made(fields, Origin(side, terms, native, metadata, route), route)
+    origin = Origin(side, terms, native, metadata, route)
+    return EPHandle.made(fields, kind.handle, origin, route, keeps_order=side.keeps_order)
 
 
 def _finished(room: _Room, handle: EPHandle) -> RecvBatch:

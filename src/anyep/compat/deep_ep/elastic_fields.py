@@ -26,23 +26,11 @@ class Origin(NamedTuple):
     side: Side
     terms: Terms
     native: Handle
-    metadata: NDArray[np.int32]
-    """[rows, K + 2]"""
+    metadata: torch.Tensor
+    """int32 [rows, K + 2]"""
     route: Route
     underway: Underway | None = None
     """who fills the metadata, where the dispatch goes on"""
-
-    @property
-    def keeps_order(self) -> bool:
-        return self.side.keeps_order
-
-    @property
-    def is_exact(self) -> bool:
-        return self.terms.exact
-
-    @property
-    def routing_shape(self) -> tuple[int, int]:
-        return self.native.send.num_tokens, self.native.send.geometry.num_topk
 
     def make(self, name: str) -> Any:
         """Return a handle's field."""
@@ -106,7 +94,7 @@ def _ends(origin: Origin) -> torch.Tensor:
 def _metadata(origin: Origin) -> torch.Tensor:
     if origin.underway is not None:
         origin.underway.wait()
-    return _tensor(origin.metadata)
+    return origin.metadata
 
 
 def _slots(origin: Origin) -> torch.Tensor:

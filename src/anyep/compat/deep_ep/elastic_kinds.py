@@ -17,7 +17,7 @@ from anyep.compat.deep_ep.elastic_combine import Outputs, buffer_for_sums
 from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens
 from anyep.compat.deep_ep.elastic_routes import static_rows_of
 from anyep.compat.deep_ep.elastic_side import Side
-from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.compat.deep_ep.native import Natives
 from anyep.exchange.wire import carrying_wire
 
@@ -37,22 +37,6 @@ def signature_of(*tensors: Any) -> _Signature | None:
     return tuple(found)
 
 
-def kind_of_handle(handle: EPHandle | None) -> _Signature | None:
-    """Return what checks look at in a handle."""
-    if handle is None:
-        return None
-    fields = handle.fields
-    return (
-        fields["num_experts"],
-        fields["num_max_tokens_per_rank"],
-        fields["expert_alignment"],
-        fields["do_expand"],
-        fields["num_sms"],
-        fields["num_recv_tokens"] if not handle.is_exact else -1,
-        handle.routing_shape,
-    )
-
-
 def known_kind(natives: Natives, key: _Signature | None, tensors: _Signature | None) -> Any:
     """Return what serves such calls, or None."""
     return None if tensors is None else natives.checked.get((key, tensors))
@@ -69,23 +53,33 @@ def check_dispatch(
 ) -> tuple[Kind, Tokens]:
     """Check a dispatch's tensors and return the buffer that moves such rows. RuntimeError."""
     idx = None if topk_idx is None else check_routing(topk_idx)
-    assert idx is not None or handle is not None, "the terms were agreed with one of them"
-    shape = (idx.shape[0], idx.shape[1]) if idx is not None else handle.routing_shape  # type: ignore[union-attr]
-    rows, scales, weights = check_tokens(x, shape, topk_weights, terms)
+    kind = _kind_of_new(side, idx, terms) if handle is None else handle.kind
+    rows, scales, weights = check_tokens(x, (kind.num_tokens, kind.num_topk), topk_weights, terms)
     host_assert(
         terms.num_experts % side.num_ranks == 0,
         f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {side.num_ranks}",
     )
     packs = 0 if scales is None else scales.shape[1]
     columns, dtype = _beside(scales, weights)
-    static = None
-    if handle is not None:
-        static = static_rows_of(side, handle)
-    elif not (terms.exact or terms.do_expand) and side.keeps_order:
-        static = side.num_ranks * terms.num_max_tokens
     wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)
-    native = side.natives.variant(terms.num_experts, wire, shape[1], static_rows=static)
-    return Kind(native, terms, packs, weights is not None), Tokens(rows, scales, idx, weights)
+    static = static_rows_of(side, kind)
+    native = side.natives.variant(terms.num_experts, wire, kind.num_topk, static_rows=static)
+    lands = not terms.do_expand and side.keeps_order and not (packs and (weights is not None or terms.tma_scales))
+    return Kind(native, terms, packs, weights is not None, kind, lands), Tokens(rows, scales, idx, weights)
+
+
+def _kind_of_new(side: Side, idx: torch.Tensor | None, terms: Terms) -> HandleKind:
+    assert idx is not None, "the terms were agreed with a handle, or with indices"
+    return HandleKind(
+        num_experts=terms.num_experts,
+        num_max_tokens_per_rank=terms.num_max_tokens,
+        expert_alignment=terms.alignment,
+        do_expand=terms.do_expand,
+        num_sms=terms.num_sms,
+        num_tokens=idx.shape[0],
+        num_topk=idx.shape[1],
+        static_rows=-1 if terms.exact else side.num_ranks * terms.num_max_tokens,
+    )
 
 
 def _beside(scales: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[int, torch.dtype]:
@@ -100,5 +94,5 @@ def _beside(scales: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[
 def check_combine(side: Side, x: Any, handle: EPHandle, topk_weights: Any, bias: object) -> tuple[Buffer, Outputs]:
     """Check a combine's tensors and return the buffer that sums such rows. RuntimeError."""
     checked, weights = check_outputs(x, handle, topk_weights, several_sums=side.several_sums)
-    biases = unpack_bias(bias, handle.routing_shape[0], checked.shape[1])
+    biases = unpack_bias(bias, handle.kind.num_tokens, checked.shape[1])
     return buffer_for_sums(side, checked.shape[1], handle), Outputs(checked, weights, biases)

@@ -11,7 +11,7 @@ import torch
 
 from anyep.buffer import Buffer
 from anyep.compat.deep_ep.elastic_side import Side
-from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
 
@@ -22,49 +22,32 @@ ROUTING = ("topk_idx", "announced_counts")
 class Route:
     """A native handle, and the fields it stands for with how often they had been written to."""
 
-    __slots__ = ("adopted", "native", "num_experts", "owner", "versions")
+    __slots__ = ("native", "versions")
 
-    def __init__(self, owner: object, native: Handle, num_experts: int, *, adopted: bool) -> None:
-        """``owner``: whose buffers know it; ``adopted``: whether it has the number that recalled ones have."""
-        self.owner = owner
+    def __init__(self, native: Handle) -> None:
         self.native = native
-        self.num_experts = num_experts
-        self.adopted = adopted
-        self.versions: dict[str, tuple[torch.Tensor, int]] = {}
+        self.versions: dict[str, tuple[Any, int]] = {}
 
     def note(self, name: str, value: torch.Tensor) -> None:
-        """Remember a field's tensor, unless torch does not count what is written to it, as in inference mode."""
-        if not value.is_inference():
-            self.versions[name] = value, value._version
+        """Remember a field's tensor; -1 where torch does not count what is written to it, as in inference mode."""
+        self.versions[name] = value, -1 if value.is_inference() else value._version
 
-    def fits(self, fields: dict[str, Any]) -> bool:
+    def fits(self, handle: EPHandle) -> bool:
         """Whether the fields are as they were; those that nobody has looked at are."""
-        if fields["num_experts"] != self.num_experts:
-            return False
-        for name in ROUTING:
-            value = fields.get(name, fields)
-            if value is not fields and not self._as_it_was(name, value):
+        if not handle.untouched:
+            announced = self.native.announced
+            if announced is None or handle.num_experts != announced.shape[1] - announced.shape[0]:
                 return False
-        return True
-
-    def _as_it_was(self, name: str, value: torch.Tensor | None) -> bool:
-        noted = self.versions.get(name)
-        return noted is not None and value is noted[0] and value._version == noted[1]
-
-    def native_for(self, side: Side, ep: Buffer) -> Handle:
-        """Return the handle as ``ep`` takes it, under a number that is the same where it was recalled."""
-        if self.owner is not side.natives:
-            return ep.adopt(self.native)
-        if not self.adopted:
-            self.native, self.adopted = ep.adopt(self.native), True
-        return self.native
+            for name in ROUTING:
+                noted = self.versions.get(name)
+                if noted is None or handle.fields.get(name) is not noted[0]:
+                    return False
+        return all(version >= 0 and value._version == version for value, version in self.versions.values())
 
 
-def static_rows_of(side: Side, handle: EPHandle) -> int | None:
+def static_rows_of(side: Side, kind: HandleKind) -> int | None:
     """Return the rows of a batch of fixed size, which the exchange keeps; None where it knows those that arrived."""
-    if handle.do_expand or not side.keeps_order or handle.is_exact:
-        return None
-    return handle.num_recv_tokens  # type: ignore[no-any-return]
+    return kind.static_rows if kind.static_rows >= 0 and side.keeps_order and not kind.do_expand else None
 
 
 def native_handle(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
@@ -73,15 +56,15 @@ def native_handle(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
     ``announced_counts`` is None. All ranks tell theirs then, by a dispatch whose rows nobody reads.
     """
     route: Route | None = handle.route
-    if route is not None and route.fits(handle.fields):
-        return route.native_for(side, ep)
+    if route is not None and route.fits(handle):
+        return ep.adopt(route.native)
     topk_idx = handle.topk_idx
     if handle.announced_counts is None:
         handle.announced_counts = _ask_for_counts(side, handle.num_experts, topk_idx)
     recalled = ep.recall(topk_idx, handle.announced_counts)
-    handle.route = Route(side.natives, recalled, handle.num_experts, adopted=True)
+    handle.route = route = Route(recalled)
     for name in ROUTING:
-        handle.route.note(name, getattr(handle, name))
+        route.note(name, getattr(handle, name))
     return recalled
 
 

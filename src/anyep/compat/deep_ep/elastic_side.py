@@ -20,17 +20,12 @@ class Side(NamedTuple):
     num_ranks: int
     num_scaleup: int
     """groups of the row order: all ranks, unless several hosts take part"""
-    sorted: bool
-    """order by the tokens' numbers at large, whatever the groups"""
+    keeps_order: bool
+    """whether the rows of a batch stand as the exchange brings them: sorted so, or on one host"""
     several_sums: bool
     """whether a rank and a host round sums of their own"""
     kernels: KernelSet
     loops: ModuleType
-
-    @property
-    def keeps_order(self) -> bool:
-        """Whether the rows of a batch stand as the exchange brings them: by source rank and token."""
-        return self.sorted or self.num_scaleup == self.num_ranks
 
 
 @cache

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+_set = object.__setattr__
 FIELDS = (
     "do_expand",
     "num_experts",
@@ -31,20 +32,22 @@ FIELDS = (
 class Source(Protocol):
     """What fields are made from when somebody looks at them."""
 
-    @property
-    def keeps_order(self) -> bool:
-        """Whether the batch's rows stand by source rank and token."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the CPU learned how many rows came."""
-
-    @property
-    def routing_shape(self) -> tuple[int, int]:
-        """T and K."""
-
     def make(self, name: str) -> Any:
         """Return the field; AttributeError for others."""
+
+
+class HandleKind(NamedTuple):
+    """What decides which buffer serves a handle, and how."""
+
+    num_experts: int
+    num_max_tokens_per_rank: int
+    expert_alignment: int
+    do_expand: bool
+    num_sms: int
+    num_tokens: int
+    num_topk: int
+    static_rows: int
+    """rows of a batch that is as large as it can be, for the CPU did not learn how many came; -1 where it did"""
 
 
 class EPHandle:
@@ -69,7 +72,7 @@ class EPHandle:
     The fields of a handle that a dispatch returned are made when one is first looked at; setting one replaces it.
     """
 
-    __slots__ = ("__weakref__", "fields", "route", "source")
+    __slots__ = ("__weakref__", "_kind", "fields", "keeps_order", "route", "source")
 
     fields: dict[str, Any]
     """those that were made or set"""
@@ -77,6 +80,10 @@ class EPHandle:
     """what the others come from"""
     route: Any
     """what was worked out from fields before (elastic_routes.py); a handle works without it"""
+    keeps_order: bool
+    """whether it is known, without a look at fields, that the batch's rows stand by source rank and token"""
+    _kind: HandleKind | None
+    """None where fields may have been set"""
 
     def __init__(
         self,
@@ -101,18 +108,23 @@ class EPHandle:
         assert topk_idx is not None, "topk_idx must be a tensor [T, K]: the handle says with it where tokens went"
         given = locals()
         self.fields = {name: given.get(name) for name in FIELDS}
-        self.source = self.route = None
 
     @classmethod
-    def made(cls, fields: dict[str, Any], source: Source, route: object) -> EPHandle:
+    def made(
+        cls, fields: dict[str, Any], kind: HandleKind, source: Source, route: object, *, keeps_order: bool
+    ) -> EPHandle:
         """Return a handle with these fields; those that are missing come from ``source``."""
         handle = cls.__new__(cls)
-        handle.fields, handle.source, handle.route = fields, source, route
+        _set(handle, "fields", fields)
+        _set(handle, "_kind", kind)
+        _set(handle, "source", source)
+        _set(handle, "route", route)
+        _set(handle, "keeps_order", keeps_order)
         return handle
 
     def __getattr__(self, name: str) -> Any:
         if name in EPHandle.__slots__:  # of one that was made without its constructor
-            setattr(self, name, {} if name == "fields" else None)
+            _set(self, name, {} if name == "fields" else None)
             return object.__getattribute__(self, name)
         found = self.fields.get(name, self)
         if found is not self:
@@ -124,16 +136,23 @@ class EPHandle:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in EPHandle.__slots__:
-            object.__setattr__(self, name, value)
+            _set(self, name, value)
         else:
             self.fields[name] = value
+            self._touch()
+
+    def _touch(self) -> None:
+        """Take nothing for granted any more: a field was set, or may be."""
+        _set(self, "_kind", None)
+        _set(self, "keeps_order", False)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-        """Every field: what ``vars`` returns."""
+        """Every field: what ``vars`` returns, and a caller may write to."""
         if self.source is not None:
             for name in FIELDS:
                 getattr(self, name)
+        self._touch()
         return self.fields
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,27 +160,30 @@ class EPHandle:
         return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.fields, self.source, self.route = state, None, None
+        self.fields = state
 
     @property
-    def keeps_order(self) -> bool:
-        """Whether it is known, without a look at fields, that the batch's rows stand by source rank and token."""
-        return self.source is not None and self.source.keeps_order
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the CPU learned how many rows came; else the batch is as large as it can be."""
-        known = self.fields.get("num_recv_tokens_per_expert_list")
-        return self.source.is_exact if known is None and self.source is not None else bool(known)
-
-    @property
-    def routing_shape(self) -> tuple[int, int]:
-        """T and K."""
-        topk_idx = self.fields.get("topk_idx")
-        if topk_idx is None and self.source is not None:
-            return self.source.routing_shape
+    def kind(self) -> HandleKind:
+        """What decides which buffer serves it."""
+        known = self._kind
+        if known is not None:
+            return known
         num_tokens, num_topk = self.topk_idx.shape
-        return num_tokens, num_topk
+        return HandleKind(
+            num_experts=self.num_experts,
+            num_max_tokens_per_rank=self.num_max_tokens_per_rank,
+            expert_alignment=self.expert_alignment,
+            do_expand=self.do_expand,
+            num_sms=self.num_sms,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            static_rows=-1 if self.num_recv_tokens_per_expert_list else self.num_recv_tokens,
+        )
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has set a field since the dispatch."""
+        return self._kind is not None
 
     @property
     def num_rows(self) -> int:
