@@ -14,11 +14,11 @@ from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
 from anyep.compat.deep_ep.elastic_combine import Outputs, combine
 from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch_again, dispatch_first
 from anyep.compat.deep_ep.elastic_kinds import (
+    are_plain,
     check_combine,
     check_dispatch,
-    known_kind,
-    note_kind,
-    signature_of,
+    key_of_combine,
+    key_of_dispatch,
 )
 from anyep.compat.deep_ep.elastic_side import Side, elastic_loops, kernels
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT, logical_domain, physical_domain
@@ -219,29 +219,26 @@ class ElasticBuffer(ElasticCollectives):
         if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
         side = self._side or self._no_side()
-        asked = Asked(
-            num_experts,
-            num_max_tokens_per_rank,
-            expert_alignment,
-            num_sms,
-            num_qps,
-            do_cpu_sync,
-            do_expand,
-            do_zero_padding,
-            do_handle_copy,
-            use_tma_aligned_col_major_sf,
+        options = (
+            *(num_experts, num_max_tokens_per_rank, expert_alignment, num_sms, num_qps, do_cpu_sync, do_expand),
+            *(do_zero_padding, do_handle_copy, use_tma_aligned_col_major_sf),
         )
         stats = cumulative_local_expert_recv_stats
-        data, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-        key = (asked, None if handle is None else handle.kind)
-        signature = signature_of(data, scales, topk_idx, topk_weights, stats)
-        kind = known_kind(side.natives, key, signature)
+        key = key_of_dispatch(x, topk_idx, topk_weights, stats, handle, options)
+        kind = side.natives.checked.get(key)
+        given = (*(x if isinstance(x, tuple) else (x, None)), topk_idx, topk_weights)
         if kind is None:
-            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, asked)
-            note_kind(side.natives, key, signature, kind)
+            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            side.natives.remember(key, kind)
         else:
-            tokens = Tokens(data, scales, topk_idx, topk_weights)
-        batch = dispatch_first(side, kind, tokens) if handle is None else dispatch_again(side, kind, tokens, handle)
+            tokens = Tokens._make(given)
+        try:
+            batch = dispatch_first(side, kind, tokens) if handle is None else dispatch_again(side, kind, tokens, handle)
+        except (TypeError, ValueError):
+            if are_plain(*given):
+                raise
+            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            batch = dispatch_first(side, kind, tokens) if handle is None else dispatch_again(side, kind, tokens, handle)
         if stats is not None:
             stats += batch.handle.num_unaligned_recv_tokens_per_expert
         return *batch, EventOverlap(EventHandle() if async_with_compute_stream else None)
@@ -268,17 +265,20 @@ class ElasticBuffer(ElasticCollectives):
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
         side = self._side or self._no_side()
         host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")
-        key, ep, signature = None, None, None
-        if bias is None:
-            key, signature = ("sum", num_sms, num_qps, handle.kind, handle.num_rows), signature_of(x, topk_weights)
-            ep = known_kind(side.natives, key, signature)
+        key = key_of_combine(x, topk_weights, bias, handle, num_sms, num_qps)
+        ep = side.natives.checked.get(key)
         if ep is None:
             self._check_qps(num_qps, num_sms or handle.num_sms)
             ep, outputs = check_combine(side, x, handle, topk_weights, bias)
-            note_kind(side.natives, key, signature, ep)
+            side.natives.remember(key, ep)
         else:
             outputs = Outputs(x, topk_weights, ())
-        sums = combine(side, ep, outputs, handle)
+        try:
+            sums = combine(side, ep, outputs, handle)
+        except (TypeError, ValueError):
+            if are_plain(x, topk_weights):
+                raise
+            sums = combine(side, *check_combine(side, x, handle, topk_weights, bias), handle)
         return *sums, EventOverlap(EventHandle() if async_with_compute_stream else None)
 
     def _check(

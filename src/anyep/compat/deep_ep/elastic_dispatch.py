@@ -5,14 +5,14 @@ Legend: T tokens, H hidden, K top-k, N rows of the exchange, L local experts, G 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import anyep
 from anyep.compat.deep_ep.elastic_arguments import Terms
-from anyep.compat.deep_ep.elastic_fields import Origin, expanded_rows, slab_starts
-from anyep.compat.deep_ep.elastic_routes import Route, native_handle
+from anyep.compat.deep_ep.elastic_fields import Origin, describe_rows, expanded_rows, slab_starts
+from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
 from anyep.compat.deep_ep.elastic_rows import empty_scales, fill_rows, places_from_handle, places_of, scatter_rows
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
@@ -60,22 +60,31 @@ class RecvBatch(NamedTuple):
 
 def dispatch_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
     """Send tokens to their experts' ranks and return the batch with a new handle."""
-    assert tokens.topk_idx is not None
-    received = kind.native.dispatch(_wired(side, kind, tokens), tokens.topk_idx)
-    native, terms = received.handle, kind.terms
-    compact = native.num_rows if terms.exact else side.num_ranks * terms.num_max_tokens
-    metadata = torch.empty((compact, kind.handle.num_topk + 2), dtype=torch.int32, device="cpu")
+    idx = tokens.topk_idx
+    assert idx is not None
+    received = kind.native.dispatch(_wired(side, kind, tokens), idx)
+    native, arrived = received.handle, received.topk_idx
+    assert arrived is not None
     if kind.lands:
-        _describe(side, terms, received, None, metadata)
-        beside = received.scales
-        x = received.x if not kind.num_packs or beside is None else (received.x, beside)
-        weights = beside if kind.has_weights else None
-        return RecvBatch(x, received.topk_idx, weights, _new_handle(side, kind, tokens, native, metadata))
+        origin = Origin(side, kind.terms, native, arrived.numpy().copy(), received.source_token)
+        handle = EPHandle.made(kind.handle, origin, native.num_rows)
+        if not kind.terms.keep_copy:
+            _keep_indices(handle, native, idx)
+        if not kind.num_packs:
+            return RecvBatch(received.x, arrived, received.scales, handle)
+        assert received.scales is not None
+        return RecvBatch((received.x, received.scales), arrived, None, handle)
     places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
-    _describe(side, terms, received, places, metadata)
-    room = _room(kind, tokens, received, compact, expanded_rows(side, terms, native) if terms.do_expand else 0, places)
-    _fill(side, kind, room, received, metadata if terms.do_expand else None)
-    return _finished(room, _new_handle(side, kind, tokens, native, metadata))
+    origin = Origin(side, kind.terms, native, None, received.source_token)
+    metadata = describe_rows(origin, arrived.data_ptr(), places)
+    handle = EPHandle.made(kind.handle, origin, metadata.shape[0])
+    handle.fields["recv_src_metadata"] = metadata
+    if not kind.terms.keep_copy:
+        _keep_indices(handle, native, idx)
+    expanded = expanded_rows(side, kind.terms, native) if kind.terms.do_expand else 0
+    room = _room(kind, tokens, received, metadata.shape[0], expanded, places)
+    _fill(side, kind, room, received, metadata if kind.terms.do_expand else None)
+    return _finished(room, handle)
 
 
 def dispatch_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> RecvBatch:
@@ -83,9 +92,10 @@ def dispatch_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> 
     received = kind.native.dispatch(_wired(side, kind, tokens), handle=native_handle(side, handle, kind.native))
     places = places_from_handle(handle, side.num_ranks)
     if kind.lands and places is None and handle.num_recv_tokens == received.x.shape[0]:
-        beside = received.scales
-        x = received.x if not kind.num_packs or beside is None else (received.x, beside)
-        return RecvBatch(x, received.topk_idx, beside if kind.has_weights else None, handle)
+        if not kind.num_packs:
+            return RecvBatch(received.x, received.topk_idx, received.scales, handle)
+        assert received.scales is not None
+        return RecvBatch((received.x, received.scales), received.topk_idx, None, handle)
     expanded = handle.num_expanded_tokens if kind.terms.do_expand else 0
     room = _room(kind, tokens, received, handle.num_recv_tokens, expanded, places)
     _fill(side, kind, room, received, handle.recv_src_metadata if kind.terms.do_expand else None)
@@ -99,6 +109,9 @@ def _wired(side: Side, kind: Kind, tokens: Tokens) -> Rows:
         return x if weights is None else (x, weights)
     if weights is None:
         return x, scales
+    if not (scales.is_cpu and weights.is_cpu):
+        raise ValueError("scales and weights must be on the CPU")  # told in full by who checks the call
+    weights = weights.contiguous()
     words = torch.empty((x.shape[0], kind.num_packs + weights.shape[1]), dtype=torch.int32, device="cpu")
     side.loops.pack_side(
         x.shape[0],
@@ -188,30 +201,6 @@ def _fill(side: Side, kind: Kind, room: _Room, received: Received, metadata: tor
     )
 
 
-def _describe(
-    side: Side, terms: Terms, received: Received, places: torch.Tensor | None, metadata: torch.Tensor
-) -> None:
-    """Fill the metadata, from what the dispatch knows of the rows."""
-    idx, token, plan = received.topk_idx, received.source_token, received.handle.send
-    assert idx is not None
-    assert token is not None, "the variants of these calls bring source tokens"
-    cursors = slab_starts(terms, received.handle) if terms.do_expand else None
-    side.loops.describe_rows(
-        idx.data_ptr(),
-        idx.itemsize,
-        metadata.shape[0],
-        idx.shape[1],
-        token.data_ptr(),
-        plan.field("pair_rows"),
-        side.num_ranks,
-        side.number,
-        max(1, terms.num_max_tokens),
-        0 if places is None else places.data_ptr(),
-        0 if cursors is None else cursors.__array_interface__["data"][0],
-        metadata.data_ptr(),
-    )
-
-
 def _spread(side: Side, kind: Kind, room: _Room, received: Received, metadata: torch.Tensor) -> None:
     """Give every (row, column) of a local expert a row of its own."""
     terms, num_rows = kind.terms, received.x.shape[0]
@@ -242,22 +231,10 @@ def served_rows(metadata: torch.Tensor, places: torch.Tensor | None) -> torch.Te
     return (metadata if places is None else metadata[places])[:, 2:].contiguous()
 
 
-def _new_handle(side: Side, kind: Kind, tokens: Tokens, native: Handle, metadata: torch.Tensor) -> EPHandle:
-    terms, route = kind.terms, Route(native)
-    fields: dict[str, Any] = {
-        "do_expand": terms.do_expand,
-        "num_experts": terms.num_experts,
-        "expert_alignment": terms.alignment,
-        "num_max_tokens_per_rank": terms.num_max_tokens,
-        "num_sms": terms.num_sms,
-        "num_recv_tokens": metadata.shape[0],
-    }
-    if not terms.keep_copy:
-        assert tokens.topk_idx is not None
-        fields["topk_idx"] = tokens.topk_idx
-        route.note("topk_idx", tokens.topk_idx)
-    origin = Origin(side, terms, native, metadata, route)
-    return EPHandle.made(fields, kind.handle, origin, route, keeps_order=side.keeps_order)
+def _keep_indices(handle: EPHandle, native: Handle, topk_idx: torch.Tensor) -> None:
+    """Let the handle have the caller's own indices, to which it may write."""
+    handle.fields["topk_idx"] = topk_idx
+    route_of(handle, native).note("topk_idx", topk_idx)
 
 
 def _finished(room: _Room, handle: EPHandle) -> RecvBatch:

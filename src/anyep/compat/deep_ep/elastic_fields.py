@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from anyep.compat.deep_ep.elastic_arguments import Terms
-from anyep.compat.deep_ep.elastic_routes import ROUTING, Route
+from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.elastic_sizes import align
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.exchange.handle import Handle
 
 
@@ -26,18 +26,47 @@ class Origin(NamedTuple):
     side: Side
     terms: Terms
     native: Handle
-    metadata: torch.Tensor
-    """int32 [rows, K + 2]"""
-    route: Route
-    underway: Underway | None = None
-    """who fills the metadata, where the dispatch goes on"""
+    indices: NDArray[Any] | None
+    """local experts of each row [N, K], as they were when the caller got them; None: the metadata is made already"""
+    token: torch.Tensor | None
+    """int32 [N]: each row's token at its source"""
 
-    def make(self, name: str) -> Any:
+    def make(self, handle: EPHandle, name: str) -> Any:
         """Return a handle's field."""
         value = _MAKERS[name](self)
         if name in ROUTING:
-            self.route.note(name, value)
+            route_of(handle, self.native).note(name, value)
         return value
+
+    def describe(self) -> torch.Tensor:
+        """Return ``recv_src_metadata``."""
+        assert self.indices is not None
+        return describe_rows(self, self.indices.ctypes.data, None)
+
+
+def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) -> torch.Tensor:
+    """Return ``recv_src_metadata``, from what the dispatch knows of the rows; ``idx`` [N, K]: their local experts."""
+    side, terms, plan = origin.side, origin.terms, origin.native.send
+    assert origin.token is not None, "the variants of these calls bring source tokens"
+    num_topk = plan.geometry.num_topk
+    rows = origin.native.num_rows if terms.exact else side.num_ranks * terms.num_max_tokens
+    metadata = torch.empty((rows, num_topk + 2), dtype=torch.int32, device="cpu")
+    cursors = slab_starts(terms, origin.native) if terms.do_expand else None
+    side.loops.describe_rows(
+        idx_addr,
+        plan.idx_bytes,
+        rows,
+        num_topk,
+        origin.token.data_ptr(),
+        plan.field("pair_rows"),
+        side.num_ranks,
+        side.number,
+        max(1, terms.num_max_tokens),
+        0 if places is None else places.data_ptr(),
+        0 if cursors is None else cursors.__array_interface__["data"][0],
+        metadata.data_ptr(),
+    )
+    return metadata
 
 
 def _counts(origin: Origin) -> NDArray[np.int32]:
@@ -91,12 +120,6 @@ def _ends(origin: Origin) -> torch.Tensor:
     return torch.from_numpy(np.cumsum(_aligned(origin), dtype=np.int32))
 
 
-def _metadata(origin: Origin) -> torch.Tensor:
-    if origin.underway is not None:
-        origin.underway.wait()
-    return origin.metadata
-
-
 def _slots(origin: Origin) -> torch.Tensor:
     plan, side, terms = origin.native.send, origin.side, origin.terms
     slots_TK = np.empty((plan.num_tokens, plan.geometry.num_topk), np.int32)
@@ -119,13 +142,18 @@ def _announced(origin: Origin) -> torch.Tensor:
 
 
 _MAKERS: dict[str, Callable[[Origin], Any]] = {
+    "do_expand": lambda origin: origin.terms.do_expand,
+    "num_experts": lambda origin: origin.terms.num_experts,
+    "expert_alignment": lambda origin: origin.terms.alignment,
+    "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
+    "num_sms": lambda origin: origin.terms.num_sms,
     "topk_idx": _topk_idx,
     "num_expanded_tokens": lambda origin: expanded_rows(origin.side, origin.terms, origin.native),
     "num_recv_tokens_per_expert_list": _aligned_list,
     "psum_num_recv_tokens_per_scaleup_rank": _sums_by_source,
     "psum_num_recv_tokens_per_expert": _ends,
     "num_unaligned_recv_tokens_per_expert": lambda origin: torch.from_numpy(_counts(origin).copy()),
-    "recv_src_metadata": _metadata,
+    "recv_src_metadata": lambda origin: origin.describe(),
     "dst_buffer_slot_idx": _slots,
     "announced_counts": _announced,
     "token_metadata_at_forward": lambda _: None,

@@ -1,7 +1,7 @@
 """Calls of a kind that passed its checks once go straight to their buffer: checks in full cost as long as moving rows.
 
-A kind is everything that the checks look at: shapes, dtypes and options. Memory order and device are looked at each
-time; a call for which they are not plain has no kind, and is checked.
+A kind is everything that the checks look at, but for memory order and device: these the native call refuses itself,
+before it sends a word, and the call is then checked in full.
 """
 
 from __future__ import annotations
@@ -18,34 +18,50 @@ from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens
 from anyep.compat.deep_ep.elastic_routes import static_rows_of
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
-from anyep.compat.deep_ep.native import Natives
 from anyep.exchange.wire import carrying_wire
 
-_Signature = tuple[Any, ...]
+
+def key_of_dispatch(
+    x: Any, topk_idx: Any, topk_weights: Any, stats: Any, handle: EPHandle | None, options: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Return the kind of a dispatch; None for what are no tensors."""
+    rows, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+    try:
+        return (
+            options,
+            None if handle is None else handle.kind,
+            rows.shape,
+            rows.dtype,
+            None if scales is None else (scales.shape, scales.dtype),
+            None if topk_idx is None else (topk_idx.shape, topk_idx.dtype),
+            None if topk_weights is None else (topk_weights.shape, topk_weights.dtype),
+            None if stats is None else (stats.shape, stats.dtype),
+        )
+    except AttributeError:
+        return None
 
 
-def signature_of(*tensors: Any) -> _Signature | None:
-    """Return shape and dtype of each tensor, None for those that are; None if one is no plain dense CPU tensor."""
-    found: list[Any] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-        elif type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
-            found += (tensor.shape, tensor.dtype)
-        else:
-            return None
-    return tuple(found)
+def key_of_combine(
+    x: Any, topk_weights: Any, bias: Any, handle: EPHandle, num_sms: int, num_qps: int
+) -> tuple[Any, ...] | None:
+    """Return the kind of a combine; None where there are biases, or what are no tensors."""
+    if bias is not None:
+        return None
+    try:
+        weights = None if topk_weights is None else (topk_weights.shape, topk_weights.dtype)
+        kind = handle.kind
+        rows = handle.num_rows if kind.do_expand else handle.fields["num_recv_tokens"]
+        return "sum", kind, rows, x.shape, x.dtype, weights, num_sms, num_qps
+    except AttributeError:
+        return None
 
 
-def known_kind(natives: Natives, key: _Signature | None, tensors: _Signature | None) -> Any:
-    """Return what serves such calls, or None."""
-    return None if tensors is None else natives.checked.get((key, tensors))
-
-
-def note_kind(natives: Natives, key: _Signature | None, tensors: _Signature | None, value: Any) -> None:
-    """Remember what serves such calls."""
-    if tensors is not None:
-        natives.remember((key, tensors), value)
+def are_plain(*tensors: Any) -> bool:
+    """Return whether all are dense CPU tensors, or None: a call of a known kind that fails has another reason then."""
+    return all(
+        tensor is None or (type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous())
+        for tensor in tensors
+    )
 
 
 def check_dispatch(

@@ -33,16 +33,27 @@ class Route:
         self.versions[name] = value, -1 if value.is_inference() else value._version
 
     def fits(self, handle: EPHandle) -> bool:
-        """Whether the fields are as they were; those that nobody has looked at are."""
-        if not handle.untouched:
-            announced = self.native.announced
-            if announced is None or handle.num_experts != announced.shape[1] - announced.shape[0]:
+        """Whether the fields are as they were."""
+        announced = self.native.announced
+        if announced is None or handle.num_experts != announced.shape[1] - announced.shape[0]:
+            return False
+        for name in ROUTING:
+            noted = self.versions.get(name)
+            if noted is None or handle.fields.get(name) is not noted[0]:
                 return False
-            for name in ROUTING:
-                noted = self.versions.get(name)
-                if noted is None or handle.fields.get(name) is not noted[0]:
-                    return False
+        return self.unwritten()
+
+    def unwritten(self) -> bool:
+        """Whether nobody has written to the fields that were looked at."""
         return all(version >= 0 and value._version == version for value, version in self.versions.values())
+
+
+def route_of(handle: EPHandle, native: Handle) -> Route:
+    """Return what is noted of a handle's fields."""
+    if handle.route is None:
+        handle.route = Route(native)
+    route: Route = handle.route
+    return route
 
 
 def static_rows_of(side: Side, kind: HandleKind) -> int | None:
@@ -51,12 +62,21 @@ def static_rows_of(side: Side, kind: HandleKind) -> int | None:
 
 
 def native_handle(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
-    """Return the handle of the dispatch, as ``ep`` takes it. Exchanges something in one case alone:
+    """Return the handle of the dispatch, as ``ep`` takes it: the dispatch's own, or from the handle's fields."""
+    source: Any = handle.source
+    if handle.untouched and handle.route is None:  # nobody has looked at a field
+        native: Handle = source.native
+        return native if source.side.natives is side.natives else ep.adopt(native)
+    return _from_fields(side, handle, ep)
+
+
+def _from_fields(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
+    """Return the same from what was noted of fields, or from the fields. Exchanges something in one case alone:
 
     ``announced_counts`` is None. All ranks tell theirs then, by a dispatch whose rows nobody reads.
     """
     route: Route | None = handle.route
-    if route is not None and route.fits(handle):
+    if route is not None and (route.unwritten() if handle.untouched else route.fits(handle)):
         return ep.adopt(route.native)
     topk_idx = handle.topk_idx
     if handle.announced_counts is None:

@@ -10,6 +10,7 @@ Legend: N rows of the exchange, K top-k, L local experts, S scale-up ranks, G pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def places_of(rows_R: NDArray[np.int32], num_scaleup: int) -> torch.Tensor:
 
 def places_from_handle(handle: EPHandle, num_ranks: int) -> torch.Tensor | None:
     """Return the same from a handle's metadata: tokens' numbers at large ascend in the order of the exchange."""
-    if handle.keeps_order:
+    source: Any = handle.source
+    if handle.untouched and source.side.keeps_order:
         return None
     if handle.psum_num_recv_tokens_per_scaleup_rank.shape[0] == num_ranks:
         return None

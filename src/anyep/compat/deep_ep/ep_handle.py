@@ -32,8 +32,8 @@ FIELDS = (
 class Source(Protocol):
     """What fields are made from when somebody looks at them."""
 
-    def make(self, name: str) -> Any:
-        """Return the field; AttributeError for others."""
+    def make(self, handle: EPHandle, name: str) -> Any:
+        """Return the field."""
 
 
 class HandleKind(NamedTuple):
@@ -72,7 +72,7 @@ class EPHandle:
     The fields of a handle that a dispatch returned are made when one is first looked at; setting one replaces it.
     """
 
-    __slots__ = ("__weakref__", "_kind", "fields", "keeps_order", "route", "source")
+    __slots__ = ("__weakref__", "_kind", "fields", "route", "source")
 
     fields: dict[str, Any]
     """those that were made or set"""
@@ -80,8 +80,6 @@ class EPHandle:
     """what the others come from"""
     route: Any
     """what was worked out from fields before (elastic_routes.py); a handle works without it"""
-    keeps_order: bool
-    """whether it is known, without a look at fields, that the batch's rows stand by source rank and token"""
     _kind: HandleKind | None
     """None where fields may have been set"""
 
@@ -110,16 +108,13 @@ class EPHandle:
         self.fields = {name: given.get(name) for name in FIELDS}
 
     @classmethod
-    def made(
-        cls, fields: dict[str, Any], kind: HandleKind, source: Source, route: object, *, keeps_order: bool
-    ) -> EPHandle:
-        """Return a handle with these fields; those that are missing come from ``source``."""
+    def made(cls, kind: HandleKind, source: Source, num_recv_tokens: int) -> EPHandle:
+        """Return a handle whose other fields come from ``source``."""
         handle = cls.__new__(cls)
-        _set(handle, "fields", fields)
+        _set(handle, "fields", {"num_recv_tokens": num_recv_tokens})
         _set(handle, "_kind", kind)
         _set(handle, "source", source)
-        _set(handle, "route", route)
-        _set(handle, "keeps_order", keeps_order)
+        _set(handle, "route", None)
         return handle
 
     def __getattr__(self, name: str) -> Any:
@@ -131,7 +126,7 @@ class EPHandle:
             return found
         if self.source is None or name not in FIELDS:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        made = self.fields[name] = self.source.make(name)
+        made = self.fields[name] = self.source.make(self, name)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -139,12 +134,7 @@ class EPHandle:
             _set(self, name, value)
         else:
             self.fields[name] = value
-            self._touch()
-
-    def _touch(self) -> None:
-        """Take nothing for granted any more: a field was set, or may be."""
-        _set(self, "_kind", None)
-        _set(self, "keeps_order", False)
+            _set(self, "_kind", None)
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
@@ -152,7 +142,7 @@ class EPHandle:
         if self.source is not None:
             for name in FIELDS:
                 getattr(self, name)
-        self._touch()
+        _set(self, "_kind", None)
         return self.fields
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +178,7 @@ class EPHandle:
     @property
     def num_rows(self) -> int:
         """Rows of the batch that came with the handle, and of what combine takes."""
-        rows: int = self.num_expanded_tokens if self.do_expand else self.num_recv_tokens
+        rows: int = self.num_expanded_tokens if self.kind.do_expand else self.num_recv_tokens
         return rows
 
     @property

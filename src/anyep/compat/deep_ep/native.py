@@ -140,10 +140,11 @@ class Natives:
         return known
 
     def remember(self, kind: Hashable, ep: Served) -> Served:
-        """Note which buffer serves calls of a kind that was checked, and how."""
+        """Note which buffer serves calls of a kind that was checked, and how; None: of no kind."""
         if len(self.checked) >= _MOST_KINDS:
             self.checked.clear()
-        self.checked[kind] = ep
+        if kind is not None:
+            self.checked[kind] = ep
         return ep
 
     def make_room(self) -> None:
