@@ -170,7 +170,7 @@ class Buffer:
         handle: Handle | None = None,
         layout: str = "compact",
         expert_rows: torch.Tensor | None = None,
-        wait: Literal[False],
+        wait: Literal[False, "sizes"],
     ) -> Pending[Received]: ...
 
     def dispatch(
@@ -182,7 +182,7 @@ class Buffer:
         handle: Handle | None = None,
         layout: str = "compact",
         expert_rows: torch.Tensor | None = None,
-        wait: bool = True,
+        wait: bool | Literal["sizes"] = True,
     ) -> Received | Pending[Received]:
         """Send each token to the ranks that own its experts.
 
@@ -206,7 +206,8 @@ class Buffer:
 
         ``wait=False`` sends what needs no answer and returns; ``Pending.wait()`` receives. Rows that are too many to
         come along with the announcement follow in the background, but for the padded layout, where nothing runs before
-        ``wait``. Inputs must not change until then.
+        ``wait``. Inputs must not change until then. ``wait="sizes"`` returns when all ranks have announced, so that
+        ``Pending.targets`` has the batch's tensors and its handle.
 
         Raises TypeError and ValueError for this rank's arguments (nothing was sent: call again), ValueError on every
         rank where ranks call differently, CapacityError on every rank where one lacks memory or ``static_rows`` is
@@ -219,8 +220,9 @@ class Buffer:
         else:
             check_choice("layout", layout, LAYOUTS)
             outgoing = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, expert_rows=expert_rows)
-        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder, early=not wait)
-        return self._flights.run(operation) if wait else self._flights.start(operation)
+        at_once = wait is True
+        operation = Dispatch(self._end, outgoing, buffer=self._identity, recorder=self._recorder, early=not at_once)
+        return self._flights.run(operation) if at_once else self._flights.start(operation, sized=wait == "sizes")
 
     @overload
     def combine(
