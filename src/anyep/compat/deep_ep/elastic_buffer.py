@@ -12,7 +12,7 @@ from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
 from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats, wait_for
 from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
 from anyep.compat.deep_ep.elastic_combine import Outputs, combine
-from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch_again, dispatch_first
+from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch
 from anyep.compat.deep_ep.elastic_kinds import (
     are_plain,
     check_combine,
@@ -32,6 +32,7 @@ from anyep.compat.deep_ep.elastic_sms import (
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.native import Natives
+from anyep.compat.deep_ep.underway import Underway
 from anyep.errors import ClosedError, Unavailable
 from anyep.transport.inprocess import Member
 from anyep.transport.rendezvous import find_rendezvous
@@ -233,15 +234,16 @@ class ElasticBuffer(ElasticCollectives):
         else:
             tokens = Tokens._make(given)
         try:
-            batch = dispatch_first(side, kind, tokens) if handle is None else dispatch_again(side, kind, tokens, handle)
+            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
             if are_plain(*given):
                 raise
             kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
-            batch = dispatch_first(side, kind, tokens) if handle is None else dispatch_again(side, kind, tokens, handle)
+            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
         if stats is not None:
             stats += batch.handle.num_unaligned_recv_tokens_per_expert
-        return *batch, EventOverlap(EventHandle() if async_with_compute_stream else None)
+        rows, idx, weights, handle, underway = batch
+        return rows, idx, weights, handle, _event(underway)
 
     def combine(
         self,
@@ -274,12 +276,14 @@ class ElasticBuffer(ElasticCollectives):
         else:
             outputs = Outputs(x, topk_weights, ())
         try:
-            sums = combine(side, ep, outputs, handle)
+            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
             if are_plain(x, topk_weights):
                 raise
-            sums = combine(side, *check_combine(side, x, handle, topk_weights, bias), handle)
-        return *sums, EventOverlap(EventHandle() if async_with_compute_stream else None)
+            ep, outputs = check_combine(side, x, handle, topk_weights, bias)
+            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
+        combined, weights, underway = sums
+        return combined, weights, _event(underway)
 
     def _check(
         self,
@@ -317,6 +321,11 @@ def _begin(previous_event: object, previous_event_before_epilogue: object, alloc
     check_torch_deterministic()
     check_event(previous_event, allocate_on_comm_stream)
     wait_for(previous_event_before_epilogue)
+
+
+def _event(underway: Underway | None) -> EventOverlap:
+    """Return the event of a call; None inside where it is over."""
+    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
 
 
 def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:

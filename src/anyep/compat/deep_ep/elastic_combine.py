@@ -24,6 +24,7 @@ from anyep.compat.deep_ep.elastic_routes import native_handle, static_rows_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
 from anyep.kernels.spec import Element, KernelSet
@@ -45,13 +46,18 @@ class Sums(NamedTuple):
 
     x: torch.Tensor
     topk_weights: torch.Tensor | None
+    underway: Underway | None = None
+    """what fills them, where that is not over"""
 
 
-def combine(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle) -> Sums:
-    """Bring the experts' outputs back and sum them, with the buffer of :func:`buffer_for_sums`."""
+def combine(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle, *, go_on: bool = False) -> Sums:
+    """Bring the experts' outputs back and sum them, with the buffer of :func:`buffer_for_sums`.
+
+    ``go_on``: return when the first half was sent.
+    """
     kind = handle.kind
     if kind.do_expand and not side.several_sums:
-        return _sum_columns(side, ep, outputs, handle)
+        return _sum_columns(side, ep, outputs, handle, go_on)
     native = native_handle(side, handle, ep)
     places = places_from_handle(handle, side.num_ranks)
     y, weights = outputs.x, outputs.topk_weights
@@ -67,7 +73,9 @@ def combine(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle) -> Sums:
     elif y.shape[0] != native.num_rows:
         y = y[: native.num_rows]
     if side.several_sums and side.num_scaleup < side.num_ranks:
-        return _sum_by_host(side, ep, y, weights, native, outputs.bias)
+        return _sum_by_host(side, ep, y, weights, native, outputs.bias, go_on)
+    if go_on:
+        return _start(side, ep, y, native, weights, outputs.bias)
     if weights is None:
         return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column"), None)
     return _summed(ep, y, native, weights, outputs.bias)
@@ -89,14 +97,35 @@ def _summed(
     return Sums(combined.x, combined.topk_weights)
 
 
-def _sum_columns(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle) -> Sums:
+def _start(
+    side: Side,
+    ep: Buffer,
+    y: torch.Tensor,
+    native: Handle,
+    weights: torch.Tensor | None,
+    bias: tuple[torch.Tensor, ...],
+    *,
+    reduce: str = "column",
+) -> Sums:
+    """Send the first half."""
+    side.natives.make_room()
+    pending = ep.combine(y, native, bias=bias, topk_weights=weights, reduce=reduce, wait=False)
+    targets = pending.targets
+    assert targets is not None, "a sum's place is always known"
+    return Sums(targets.x, targets.topk_weights, side.natives.start(pending))
+
+
+def _sum_columns(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle, go_on: bool) -> Sums:
     """One sum only of an expanded batch: every row travels, and they are added in column order."""
     native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
     assert handle.announced_counts is not None
     known = ep.recall(
         handle.topk_idx, handle.announced_counts, layout="expert", expert_alignment=handle.expert_alignment
     )
-    return Sums(ep.combine(outputs.x[: known.num_rows], known, bias=outputs.bias, reduce="expert"), None)
+    y = outputs.x[: known.num_rows]
+    if go_on:
+        return _start(side, ep, y, known, None, outputs.bias, reduce="expert")
+    return Sums(ep.combine(y, known, bias=outputs.bias, reduce="expert"), None)
 
 
 def _sum_rows(
@@ -128,16 +157,25 @@ def _sum_by_host(
     weights: torch.Tensor | None,
     native: Handle,
     bias: tuple[torch.Tensor, ...],
+    go_on: bool,
 ) -> Sums:
     """Stage B, a sum for each (token, host), and then the last one."""
     grouped, host_order = ep.by_group(native, side.num_scaleup)
-    partial = _summed(ep, y, grouped, weights, ())
-    num_hosts = side.num_ranks // side.num_scaleup
-    first_T1 = torch.arange(0, partial.x.shape[0], num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)
-    rows = torch.where(host_order >= 0, host_order + first_T1, host_order)
-    out = torch.empty((rows.shape[0], y.shape[1]), dtype=torch.bfloat16, device="cpu")
-    _sum_rows(side.kernels, partial.x, rows, bias, out)
-    if partial.topk_weights is None:
-        return Sums(out, None)
-    by_host = partial.topk_weights.view(rows.shape[0], num_hosts, partial.topk_weights.shape[1])
-    return Sums(out, by_host.sum(1))
+    num_hosts, num_tokens = side.num_ranks // side.num_scaleup, host_order.shape[0]
+    partial = _start(side, ep, y, grouped, weights, ()) if go_on else _summed(ep, y, grouped, weights, ())
+    out = torch.empty((num_tokens, y.shape[1]), dtype=torch.bfloat16, device="cpu")
+    weights_out = None
+    if partial.topk_weights is not None:
+        weights_out = torch.empty((num_tokens, partial.topk_weights.shape[1]), dtype=torch.float32, device="cpu")
+
+    def sum_hosts() -> None:
+        first_T1 = torch.arange(0, num_tokens * num_hosts, num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)
+        rows = torch.where(host_order >= 0, host_order + first_T1, host_order)
+        _sum_rows(side.kernels, partial.x, rows, bias, out)
+        if partial.topk_weights is not None and weights_out is not None:
+            torch.sum(partial.topk_weights.view(num_tokens, num_hosts, weights_out.shape[1]), 1, out=weights_out)
+
+    if partial.underway is None:
+        sum_hosts()
+        return Sums(out, weights_out)
+    return Sums(out, weights_out, partial.underway.then(sum_hosts))

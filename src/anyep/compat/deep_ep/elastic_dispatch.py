@@ -11,11 +11,13 @@ import torch
 
 import anyep
 from anyep.compat.deep_ep.elastic_arguments import Terms
-from anyep.compat.deep_ep.elastic_fields import Origin, describe_rows, expanded_rows, slab_starts
+from anyep.compat.deep_ep.elastic_fields import Late, Origin, describe_rows, expanded_rows, slab_starts
 from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
 from anyep.compat.deep_ep.elastic_rows import empty_scales, fill_rows, places_from_handle, places_of, scatter_rows
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
+from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -56,6 +58,15 @@ class RecvBatch(NamedTuple):
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     handle: EPHandle
+    underway: Underway | None = None
+    """what fills the batch, where it is not over"""
+
+
+def dispatch(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle | None, *, go_on: bool) -> RecvBatch:
+    """Send tokens to their experts' ranks, or where an earlier dispatch sent its own; ``go_on``: it may not be over."""
+    if handle is None:
+        return (begin_first if go_on else dispatch_first)(side, kind, tokens)
+    return (begin_again if go_on else dispatch_again)(side, kind, tokens, handle)
 
 
 def dispatch_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
@@ -102,6 +113,50 @@ def dispatch_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> 
     return _finished(room, handle)
 
 
+def begin_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
+    """The same, but return when the sizes are known: rows are there when ``underway`` was waited for."""
+    idx = tokens.topk_idx
+    assert idx is not None
+    side.natives.make_room()
+    pending = kind.native.dispatch(_wired(side, kind, tokens), idx, wait="sizes")
+    landing = pending.targets
+    assert landing is not None
+    assert landing.handle is not None
+    native, late = landing.handle, Late()
+    places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
+    origin = Origin(side, kind.terms, native, None, landing.source_token, late)
+    compact = native.num_rows if kind.terms.exact else side.num_ranks * kind.terms.num_max_tokens
+    expanded = expanded_rows(side, kind.terms, native) if kind.terms.do_expand else 0
+    room = _room(kind, tokens, landing, compact, expanded, places)
+    handle = EPHandle.made(kind.handle, origin, compact)
+    if not kind.terms.keep_copy:
+        _keep_indices(handle, native, idx)
+
+    def fill(received: Received) -> None:
+        assert received.topk_idx is not None
+        late.metadata = describe_rows(origin, received.topk_idx.data_ptr(), places)
+        _fill(side, kind, room, received, late.metadata if kind.terms.do_expand else None)
+
+    late.underway = side.natives.start(pending, fill)
+    return _finished(room, handle)._replace(underway=late.underway)
+
+
+def begin_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> RecvBatch:
+    """Send other tokens where an earlier dispatch sent its own, and return at once."""
+    native, places = native_handle(side, handle, kind.native), places_from_handle(handle, side.num_ranks)
+    metadata = handle.recv_src_metadata if kind.terms.do_expand else None  # waits for the first, if that goes on
+    side.natives.make_room()
+    pending = kind.native.dispatch(_wired(side, kind, tokens), handle=native, wait=False)
+    landing = pending.targets
+    if landing is None:
+        pending.wait()
+        raise AssertionError("a rank without memory refuses")
+    expanded = handle.num_expanded_tokens if kind.terms.do_expand else 0
+    room = _room(kind, tokens, landing, handle.num_recv_tokens, expanded, places)
+    underway = side.natives.start(pending, lambda received: _fill(side, kind, room, received, metadata))
+    return _finished(room, handle)._replace(underway=underway)
+
+
 def _wired(side: Side, kind: Kind, tokens: Tokens) -> Rows:
     """Return the rows, and what travels beside them: scales or weights as they are, or both as side words."""
     x, scales, _, weights = tokens
@@ -137,7 +192,7 @@ class _Room(NamedTuple):
 
 
 def _room(
-    kind: Kind, tokens: Tokens, landing: Received, compact: int, expanded: int, places: torch.Tensor | None
+    kind: Kind, tokens: Tokens, landing: Received | Targets, compact: int, expanded: int, places: torch.Tensor | None
 ) -> _Room:
     """Return the tensors of a batch of so many rows, compact or expanded."""
     if kind.terms.do_expand:
@@ -155,7 +210,7 @@ def _room(
 
 
 def _beside(
-    kind: Kind, tokens: Tokens, landing: Received
+    kind: Kind, tokens: Tokens, landing: Received | Targets
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return a compact batch's scales, indices and weights: where they land, if they travel alone and in that order."""
     idx = landing.topk_idx
@@ -182,13 +237,13 @@ def _fill(side: Side, kind: Kind, room: _Room, received: Received, metadata: tor
     if metadata is not None:
         _spread(side, kind, room, received, metadata)
         return
-    if room.x is not received.x:
+    if room.x.data_ptr() != received.x.data_ptr():
         assert received.topk_idx is not None
         assert room.topk_idx is not None
         fill_rows(room.x, received.x, room.places)
         fill_rows(room.topk_idx, received.topk_idx, room.places, -1)
     beside = received.scales
-    if beside is None or beside is room.scales or beside is room.topk_weights:
+    if beside is None or (kind.lands and room.places is None and room.x.shape[0] == beside.shape[0]):
         return
     side.loops.take_side(
         beside.shape[0],

@@ -17,7 +17,25 @@ from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
+
+
+class Late:
+    """What a dispatch that goes on brings besides its batch; waiting for it is waiting for the dispatch."""
+
+    __slots__ = ("metadata", "underway")
+
+    def __init__(self) -> None:
+        self.underway: Underway | None = None
+        self.metadata: torch.Tensor | None = None
+
+    def wait(self) -> torch.Tensor:
+        """Return the metadata, when the dispatch is over."""
+        assert self.underway is not None, "set by who began the dispatch"
+        self.underway.wait()
+        assert self.metadata is not None
+        return self.metadata
 
 
 class Origin(NamedTuple):
@@ -30,6 +48,8 @@ class Origin(NamedTuple):
     """local experts of each row [N, K], as they were when the caller got them; None: the metadata is made already"""
     token: torch.Tensor | None
     """int32 [N]: each row's token at its source"""
+    late: Late | None = None
+    """where the dispatch goes on when the handle is made"""
 
     def make(self, handle: EPHandle, name: str) -> Any:
         """Return a handle's field."""
@@ -40,6 +60,8 @@ class Origin(NamedTuple):
 
     def describe(self) -> torch.Tensor:
         """Return ``recv_src_metadata``."""
+        if self.late is not None:
+            return self.late.wait()
         assert self.indices is not None
         return describe_rows(self, self.indices.ctypes.data, None)
 

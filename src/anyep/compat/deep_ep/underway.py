@@ -19,6 +19,18 @@ class Underway:
         self._error: BaseException | None = None
         self._turn = threading.Lock()
 
+    def then(self, step: Callable[[], None]) -> Underway:
+        """Let ``step`` come after the second half; return this. Before anybody has asked for it."""
+        first = self._fill
+
+        def both(result: Any) -> None:
+            if first is not None:
+                first(result)
+            step()
+
+        self._fill = both
+        return self
+
     def finish(self) -> None:
         """Do the second half; remember what went wrong."""
         with self._turn:
