@@ -28,7 +28,7 @@ def dispatch(buffer, i, **options):
 def tensors_of(batch):
     """Return everything that a dispatch brings, its handle's fields included."""
     x, idx, weights, handle, _ = batch
-    found = [x, idx, weights, *vars(copy.copy(handle)).values()]
+    found = [x, idx, weights, *(value for _, value in sorted(vars(copy.copy(handle)).items()))]
     return [value for value in found if isinstance(value, torch.Tensor)]
 
 
