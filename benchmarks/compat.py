@@ -79,18 +79,24 @@ def calls(group: Any, rank: int) -> tuple[dict[str, tuple[Call, Call]], Callable
             topk_weights=weights,
         )
 
+    elastic = deep_ep.ElasticBuffer(
+        group, num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, explicitly_destroy=True
+    )
     sent, received = native.dispatch(x, idx, weights), compat_dispatch()
+    second = elastic.dispatch(x, idx, weights, num_experts=EXPERTS)
     blocks = fp8.dispatch(x, idx, weights, layout="padded")
     low = compat.low_latency_dispatch(x, idx, TOKENS, EXPERTS)
     y = torch.zeros(blocks.x.shape, dtype=torch.bfloat16)
     assert torch.equal(sent.x.view(torch.int16), received[0].view(torch.int16))
     assert torch.equal(native.combine(sent.x, sent.handle), compat.combine(received[0], received[4])[0])
+    assert torch.equal(sent.x.view(torch.int16), second[0].view(torch.int16))
     for expert, count in enumerate(blocks.counts):
         assert torch.equal(blocks.x[expert, :count].view(torch.uint8), low[0][0][expert, :count].view(torch.uint8))
 
     def close() -> None:
         native.close()
         compat.destroy()
+        elastic.destroy()
 
     return {
         "dispatch": (lambda: native.dispatch(x, idx, weights), compat_dispatch),
@@ -109,6 +115,18 @@ def calls(group: Any, rank: int) -> tuple[dict[str, tuple[Call, Call]], Callable
         "low_latency_combine": (
             lambda: fp8.combine(y, blocks.handle, topk_weights=weights),
             lambda: compat.low_latency_combine(y, idx, weights, low[2]),
+        ),
+        "V2 dispatch": (
+            lambda: native.dispatch(x, idx, weights),
+            lambda: elastic.dispatch(x, idx, weights, num_experts=EXPERTS),
+        ),
+        "V2 cached dispatch": (
+            lambda: native.dispatch(x, handle=sent.handle),
+            lambda: elastic.dispatch(x, handle=second[3]),
+        ),
+        "V2 combine": (
+            lambda: native.combine(sent.x, sent.handle),
+            lambda: elastic.combine(second[0], second[3]),
         ),
     }, close
 

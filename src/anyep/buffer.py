@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 
 from anyep.errors import Unavailable
-from anyep.exchange.arguments import CPU, check_integer
+from anyep.exchange.arguments import check_integer
 from anyep.exchange.calls import Calls
 from anyep.exchange.explain import Explanation
 from anyep.exchange.flights import Flights
@@ -138,8 +138,7 @@ class Buffer(Calls):
         for each other.
         """
         self._flights.check_open()
-        if self._end.where is not CPU:
-            raise Unavailable(f"leave_out works on CPU tensors, and this buffer's lie on {self._end.where}")
+        self._check_host_memory("leave_out")
         if self._end.across is not None:
             raise Unavailable("leave_out needs all ranks on one host: where they live on several they forward rows")
         for rank in ranks:

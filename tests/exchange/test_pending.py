@@ -231,3 +231,32 @@ def test_different_most_tokens_are_an_error_on_every_rank():
             anyep.Buffer(member, **SIZES | {"max_tokens_per_rank": 64 + (member.rank == 2)})
 
     anyep.local_group(3).run(thread_main)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dispatch_that_waits_for_sizes_says_where_its_batch_will_stand(way):
+    def rank_main(ep):
+        x, idx = batch(rank=ep.rank)
+        plain = ep.dispatch(x, idx)
+        pending = ep.dispatch(x, idx, wait="sizes")
+        targets = pending.targets
+        again = ep.dispatch(x, handle=targets.handle, wait=False)  # before the first one's rows are here
+        received, repeated = pending.wait(), again.wait()
+        assert received.handle is targets.handle
+        for name in ("x", "topk_idx"):
+            assert getattr(received, name).data_ptr() == getattr(targets, name).data_ptr()
+            assert torch.equal(getattr(received, name), getattr(plain, name))
+        assert repeated.x.data_ptr() == again.targets.x.data_ptr()
+        assert torch.equal(repeated.x, plain.x)
+
+    on_ranks(3, rank_main, eager_bytes=WAYS[way])
+
+
+def test_ranks_that_disagree_learn_it_where_they_wait_for_sizes_and_go_on():
+    def rank_main(ep):
+        x, idx = batch()
+        with pytest.raises(ValueError, match="ranks disagree"):
+            ep.dispatch(x, idx if ep.rank else idx.int(), wait="sizes")
+        assert torch.equal(ep.dispatch(x, idx, wait="sizes").wait().x, ep.dispatch(x, idx).x)
+
+    on_ranks(3, rank_main)

@@ -170,7 +170,7 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
             for call in (
                 lambda: ep.leave_out(()),
                 lambda: ep.variant(wire=None, num_topk=1, max_tokens_per_rank=1),
-                lambda: ep.recall(torch.zeros(1, 1), torch.zeros(1, 1)),
+                lambda: ep.handles.recall(torch.zeros(1, 1), torch.zeros(1, 1)),
             ):
                 with pytest.raises(Unavailable, match="works on CPU tensors"):
                     call()

@@ -1,7 +1,7 @@
 """The loops over tokens that a translation needs. Importing compiles: a buffer does, when it is made.
 
-*Side words* (int32 [., P]) travel beside each row: its scales, its K raw weights, its token's number at large.
-Legend: T tokens, N received rows, K top-k, G packs of scales, P = G + K + 1.
+*Side words* (int32 [., P]) travel beside each row: its scales, then its K raw weights, where a dispatch has them.
+Legend: T tokens, N received rows, K top-k, G packs of scales, R ranks, L local experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _index(base: int, index_bytes: int, index: int) -> int:
     return value
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def pack_side(
     num_tokens: int,
     num_packs: int,
@@ -27,98 +27,62 @@ def pack_side(
     row_stride: int,
     column_stride: int,
     weights_addr: int,
-    first_id: int,
     side_addr: int,
 ) -> None:
-    """Write the side words of T tokens. ``scales`` of 4-byte words, with strides in words; ``weights`` fp32 or 0."""
-    width = num_packs + num_topk + 1
+    """Write the side words of T tokens. ``scales`` of 4-byte words, with strides in words; ``weights`` fp32."""
+    width = num_packs + num_topk
     for token in range(num_tokens):
         row = token * width
         for pack in range(num_packs):
             store_i32(side_addr, row + pack, load_i32(scales_addr, token * row_stride + pack * column_stride))
         for k in range(num_topk):
-            word = load_i32(weights_addr, token * num_topk + k) if weights_addr != 0 else 0
-            store_i32(side_addr, row + num_packs + k, word)
-        store_i32(side_addr, row + num_packs + num_topk, first_id + token)
+            store_i32(side_addr, row + num_packs + k, load_i32(weights_addr, token * num_topk + k))
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def count_rows(
-    announced_addr: int,
-    num_ranks: int,
-    num_experts: int,
-    rank: int,
-    num_scaleup: int,
-    num_local: int,
-    alignment: int,
-    expand: int,
-    sums_addr: int,
-    counts_addr: int,
-    ends_addr: int,
-    starts_addr: int,
-) -> None:
-    """Add up what all ranks announced (int32 [R, R + E]: tokens for each rank, pairs of each expert) for this rank.
-
-    ``sums`` int32 [S]: tokens from the scale-up ranks up to each. ``counts`` int32 [L]: pairs of each local expert,
-    ``starts`` where its slab begins, ``ends`` where its rows end without padding (``expand`` 1), or its slab (0).
-
-    >>> # R=2, E=2, rank 1, L=1, announced=[[1, 2, 1, 3], [0, 1, 0, 2]], alignment=4: sums=[2, 3], counts=[5],
-    >>> # starts=[0], ends=[8], with expand [5]
-    """
-    width = num_ranks + num_experts
-    fill_bytes(sums_addr, 4 * num_scaleup, 0)
-    for source in range(num_ranks):
-        group = source % num_scaleup
-        tokens = load_i32(announced_addr, source * width + rank)
-        store_i32(sums_addr, group, load_i32(sums_addr, group) + tokens)
-    for group in range(1, num_scaleup):
-        store_i32(sums_addr, group, load_i32(sums_addr, group) + load_i32(sums_addr, group - 1))
-    start = 0
-    for local in range(num_local):
-        count = 0
-        for source in range(num_ranks):
-            count += load_i32(announced_addr, source * width + num_ranks + rank * num_local + local)
-        padded = (count + alignment - 1) // alignment * alignment
-        store_i32(counts_addr, local, count)
-        store_i32(starts_addr, local, start)
-        store_i32(ends_addr, local, start + count if expand else start + padded)
-        start += padded
-
-
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def describe_rows(
     idx_addr: int,
     idx_bytes: int,
     num_rows: int,
     num_topk: int,
-    side_addr: int,
-    side_width: int,
+    token_addr: int,
+    pair_addr: int,
+    num_ranks: int,
+    rank: int,
     max_tokens: int,
     place_addr: int,
     cursor_addr: int,
     metadata_addr: int,
 ) -> None:
-    """Write ``EPHandle.recv_src_metadata`` int32 [N, K + 2] for rows whose local experts are ``idx`` [N, K].
+    """Write ``EPHandle.recv_src_metadata`` int32 [rows, K + 2] for rows whose local experts are ``idx`` [rows, K].
 
-    ``place`` int64 [N] or 0: row n of the exchange is row ``place[n]`` of the batch. ``cursor`` int32 [L] or 0: with
-    it each (row, column) has a row of its own, the next of its expert, which begin at ``cursor``.
+    ``token`` int32 [N]: each row's token at its source; ``pair`` int32 [R, R]: tokens from each rank to each; rows that
+    nobody sent are -1. ``place`` int64 [N] or 0: row n of the exchange is row ``place[n]`` of the batch. ``cursor``
+    int32 [L] or 0: with it each (row, column) has a row of its own, the next of its expert, which begin at ``cursor``.
+
+    >>> # R=1, K=2, max_tokens=4, pair=[[1]], idx=[[-1, 0]], token=[3]: metadata=[[3, 1, -1, 0]]
     """
-    for n in range(num_rows):
-        row = load_i64(place_addr, n) if place_addr != 0 else n
-        first = row * (num_topk + 2)
-        number = load_i32(side_addr, n * side_width + side_width - 1)
-        master = -1
-        for k in range(num_topk):
-            expert = _index(idx_addr, idx_bytes, n * num_topk + k)
-            served = -1
-            if expert >= 0:
-                master, served = k, row
-                if cursor_addr != 0:
-                    served = load_i32(cursor_addr, expert)
-                    store_i32(cursor_addr, expert, served + 1)
-            store_i32(metadata_addr, first + 2 + k, served)
-        store_i32(metadata_addr, first, number)
-        store_i32(metadata_addr, first + 1, number // max_tokens * num_topk + master)
+    width = num_topk + 2
+    n = 0
+    for source in range(num_ranks):
+        for _ in range(load_i32(pair_addr, source * num_ranks + rank)):
+            row = load_i64(place_addr, n) if place_addr != 0 else n
+            first = row * width
+            master = -1
+            for k in range(num_topk):
+                expert = _index(idx_addr, idx_bytes, n * num_topk + k)
+                served = -1
+                if expert >= 0:
+                    master, served = k, row
+                    if cursor_addr != 0:
+                        served = load_i32(cursor_addr, expert)
+                        store_i32(cursor_addr, expert, served + 1)
+                store_i32(metadata_addr, first + 2 + k, served)
+            store_i32(metadata_addr, first, source * max_tokens + load_i32(token_addr, n))
+            store_i32(metadata_addr, first + 1, source * num_topk + master)
+            n += 1
+    if n < num_rows:
+        fill_bytes(metadata_addr + 4 * n * width, 4 * (num_rows - n) * width, _MINUS_ONE)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
@@ -166,25 +130,25 @@ def take_side(
 ) -> None:
     """Write the scales and weights of a compact batch: row n of the exchange is its row ``place[n]``, or n for 0.
 
-    ``scales`` of 4-byte words with strides in words; ``weights`` fp32 [rows, K], or 0.
+    G or K is 0 where there are none. ``scales`` of 4-byte words with strides in words; ``weights`` fp32 [rows, K].
     """
-    width = num_packs + num_topk + 1
+    width = num_packs + num_topk
     for n in range(num_rows):
         row = load_i64(place_addr, n) if place_addr != 0 else n
         for pack in range(num_packs):
             store_i32(scales_addr, row * row_stride + pack * column_stride, load_i32(side_addr, n * width + pack))
-        if weights_addr != 0:
-            for k in range(num_topk):
-                store_i32(weights_addr, row * num_topk + k, load_i32(side_addr, n * width + num_packs + k))
+        for k in range(num_topk):
+            store_i32(weights_addr, row * num_topk + k, load_i32(side_addr, n * width + num_packs + k))
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def spread_side(
     num_rows: int,
     num_packs: int,
     num_topk: int,
     side_addr: int,
     served_addr: int,
+    has_weights: int,
     scales_addr: int,
     row_stride: int,
     column_stride: int,
@@ -192,9 +156,9 @@ def spread_side(
 ) -> None:
     """Give every (row, column) its scales and its weight: ``served`` int32 [N, K] names its row, or -1.
 
-    ``scales`` of 4-byte words with strides in words; ``weights`` fp32 [rows], or 0.
+    ``scales`` of 4-byte words with strides in words, G of them or none; ``weights`` fp32 [rows], where there are any.
     """
-    width = num_packs + num_topk + 1
+    width = num_packs + (num_topk if has_weights != 0 else 0)
     for n in range(num_rows):
         for k in range(num_topk):
             row = load_i32(served_addr, n * num_topk + k)
@@ -203,7 +167,7 @@ def spread_side(
             for pack in range(num_packs):
                 word = load_i32(side_addr, n * width + pack)
                 store_i32(scales_addr, row * row_stride + pack * column_stride, word)
-            if weights_addr != 0:
+            if has_weights != 0:
                 store_i32(weights_addr, row, load_i32(side_addr, n * width + num_packs + k))
 
 

@@ -35,6 +35,9 @@ class Barrier:
         words_RW[:, :BODY] = _HEADER
         self._end.announce(epoch, words_RW)
 
+    def size_up(self) -> None:
+        """Nothing is left to learn."""
+
     def targets(self) -> None:
         """There is no result."""
 

@@ -74,7 +74,7 @@ class Calls:
         handle: Handle | None = None,
         layout: str = "compact",
         expert_rows: torch.Tensor | None = None,
-        wait: Literal[False],
+        wait: Literal[False, "sizes"],
     ) -> Pending[Received]: ...
 
     def dispatch(
@@ -86,7 +86,7 @@ class Calls:
         handle: Handle | None = None,
         layout: str = "compact",
         expert_rows: torch.Tensor | None = None,
-        wait: bool = True,
+        wait: bool | Literal["sizes"] = True,
     ) -> Received | Pending[Received]:
         """Send each token to the ranks that own its experts.
 
@@ -110,13 +110,16 @@ class Calls:
 
         ``wait=False`` sends what needs no answer and returns; ``Pending.wait()`` receives. Rows that are too many to
         come along with the announcement follow in the background, but for the padded layout, where nothing runs before
-        ``wait``. Inputs must not change until then.
+        ``wait``. Inputs must not change until then. ``wait="sizes"`` returns when all ranks have announced, so that
+        ``Pending.targets`` has the batch's tensors and its handle.
 
         Raises TypeError and ValueError for this rank's arguments (nothing was sent: call again), ValueError on every
         rank where ranks call differently, CapacityError on every rank where one lacks memory or ``static_rows`` is
         too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
         """
         self._flights.check_open()
+        if wait == "sizes":
+            self._check_host_memory('wait="sizes"')
         operation = self._operations.dispatch(
             x,
             topk_idx,
@@ -126,9 +129,9 @@ class Calls:
             expert_rows=expert_rows,
             buffer=self._identity,
             recorder=self._recorder,
-            early=not wait,
+            early=wait is not True,
         )
-        return self._flights.run(operation) if wait else self._flights.start(operation)
+        return self._flights.run(operation) if wait is True else self._flights.start(operation, sized=wait == "sizes")
 
     @overload
     def combine(
@@ -255,8 +258,7 @@ class Calls:
         :attr:`Received.source_token` comes with every layout.
         """
         self._flights.check_open()
-        if self._end.where is not CPU:
-            raise Unavailable(f"variant works on CPU tensors, and this buffer's lie on {self._end.where}")
+        self._check_host_memory("variant")
         end = self._end.variant(
             wire=wire,
             num_topk=check_integer("num_topk", num_topk, at_least=1),
@@ -265,3 +267,8 @@ class Calls:
             source_tokens=source_tokens,
         )
         return Calls(end, self._flights, self._identity, None)
+
+    def _check_host_memory(self, what: str) -> None:
+        """Raise Unavailable where tensors lie on a device."""
+        if self._end.where is not CPU:
+            raise Unavailable(f"{what} works on CPU tensors, and this buffer's lie on {self._end.where}")

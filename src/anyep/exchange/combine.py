@@ -87,6 +87,9 @@ class Combine:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
+    def size_up(self) -> None:
+        """Nothing is left to learn."""
+
     def targets(self) -> Targets:
         """Return where the sums go."""
         return Targets(x=self._back.out, topk_weights=self._back.weights_out)

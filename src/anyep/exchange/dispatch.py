@@ -15,6 +15,9 @@ A cached dispatch knows the counts: it announces where its batch may be put, and
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
+
+import torch
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
@@ -24,11 +27,11 @@ from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.proxy import Proxy
-from anyep.exchange.recall import announced_counts
+from anyep.exchange.recall import announced_counts, number_of
 from anyep.exchange.receive import (
     NO_PLACES,
     Ahead,
+    Batch,
     Landing,
     cut_landing,
     fill_gaps,
@@ -44,6 +47,21 @@ from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
 
 
+class _Sized(NamedTuple):
+    """What is known when every rank has announced."""
+
+    batch: Batch
+    turned: torch.Tensor | None
+    handle: Handle
+    num_rows: int
+    came_rows: int
+    num_to: int
+    num_from: int
+    opened_RW: Words
+    offered_RW: Words
+    offer: int
+
+
 class Dispatch:
     """One dispatch of one rank: :meth:`post` sends what needs no answer, :meth:`finish` does the rest."""
 
@@ -56,7 +74,7 @@ class Dispatch:
         recorder: TraceRecorder | None = None,
         early: bool = False,
     ) -> None:
-        """``early``: the caller hands the batch's tensors on before it is finished (padded layout)."""
+        """``early``: the caller hands the batch's tensors on before it is finished, where its size is known."""
         self._end = end
         self._recorder = recorder
         self._out = out
@@ -68,8 +86,9 @@ class Dispatch:
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
         self._crossing: DispatchAcross | None = None
-        self._early = early and out.geometry.padded
+        self._early = early and (out.geometry.padded or out.cached is not None)
         self._ahead: Ahead | None = None
+        self._sized: _Sized | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
 
     def _cached_header(self, handle: Handle) -> Words:
@@ -93,9 +112,24 @@ class Dispatch:
 
     def targets(self) -> Targets | None:
         """Return the tensors of the batch, where they were made early."""
-        if self._ahead is None:
+        handle = self._out.cached
+        if self._sized is not None:
+            batch, turned = self._sized.batch, self._sized.turned
+            if self._end.across is None:  # between hosts it lacks, until this is finished, for whom this rank forwards
+                handle = self._sized.handle
+        elif self._ahead is not None:
+            batch, turned = self._ahead
+        else:
             return None
-        batch, turned = self._ahead
+        if not self._geometry.padded:
+            return Targets(
+                x=batch.x,
+                scales=batch.scales,
+                source_token=batch.source_token,
+                topk_idx=batch.topk_idx,
+                topk_weights=batch.topk_weights,
+                handle=handle,
+            )
         shape = (self._geometry.shape.num_local, self._geometry.shape.block_rows)
         assert batch.source_token is not None
         return Targets(
@@ -112,7 +146,7 @@ class Dispatch:
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
         if self._early and landing is not None:
-            self._ahead = look_ahead(end, geometry, landing)
+            self._ahead = look_ahead(end, geometry, landing, rows)
         words_RW = desk.words_RW if cached is None else desk.places_RW
         end.books.announce(
             words_RW,
@@ -137,10 +171,9 @@ class Dispatch:
             self._crossing = DispatchAcross(end, end.across, self._out, epoch, self._step)
             self._crossing.begin()
 
-    def finish(self) -> Received:
-        """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
-        end, out = self._end, self._out
-        plan, desk = out.plan, end.desk(self._epoch)
+    def size_up(self) -> None:
+        """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
+        end, desk = self._end, self._end.desk(self._epoch)
         opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
@@ -156,28 +189,39 @@ class Dispatch:
             batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
         else:
             batch, turned = self._ahead
+        handle = self._handle(num_rows, opened_RW) if self._out.cached is None else self._known(self._out.cached)
+        self._sized = _Sized(batch, turned, handle, num_rows, came_rows, num_to, num_from, opened_RW, offered_RW, offer)
+
+    def finish(self) -> Received:
+        """Size up if nobody has, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
+        if self._sized is None:
+            self.size_up()
+        sized, self._sized = self._sized, None
+        assert sized is not None
+        end, out, plan, desk = self._end, self._out, self._out.plan, self._end.desk(self._epoch)
         if self._direct_rows:
             place(end, plan)
             final = Route(
                 plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert)
             )
             send_rows(end, out, final, desk.direct.addr, self._geometry.row)
-        if num_to:
-            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
-        if came_rows:
-            unpack(end, self._geometry, plan, desk, batch)
-        proxies: tuple[Proxy, ...] = ()
+        if sized.num_to:
+            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[: sized.num_to])
+        if sized.came_rows:
+            unpack(end, self._geometry, plan, desk, sized.batch)
+        handle = sized.handle
         if self._crossing is not None:
-            self._connect(desk, opened_RW, offered_RW, offer, forward=True)
-            proxies = self._crossing.cross(opened_RW, desk.forwarded)
-        fill_gaps(end, self._geometry, plan, batch)
-        if num_from:
-            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
+            self._connect(desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
+            proxies = self._crossing.cross(sized.opened_RW, desk.forwarded)
+            if out.cached is None:
+                handle = replace(handle, proxies=proxies)
+        fill_gaps(end, self._geometry, plan, sized.batch)
+        if sized.num_from:
+            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[: sized.num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
-        end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
-        handle = self._handle(num_rows, opened_RW, proxies) if out.cached is None else self._known(out.cached)
-        return wrap(end, batch, handle, self._geometry, turned)
+        end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, sized.num_rows, out)
+        return wrap(end, sized.batch, handle, self._geometry, sized.turned)
 
     def _known(self, handle: Handle) -> Handle:
         """Return the handle of a cached dispatch, with its own weights where combine will want them."""
@@ -185,21 +229,21 @@ class Dispatch:
             return handle
         return replace(handle, topk_weights=self._out.topk_weights.clone())
 
-    def _handle(self, num_rows: int, opened_RW: Words, proxies: tuple[Proxy, ...]) -> Handle:
+    def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
         end, plan, out = self._end, self._out.plan, self._out
         shape = self._geometry.shape
         padded = self._geometry.padded
+        announced = announced_counts(opened_RW, end.num_counts) if end.wire.by_column else None
         return Handle(
             buffer=self._buffer,
-            epoch=self._epoch,
+            epoch=self._epoch if announced is None else number_of(announced),
             layout=out.layout,
             send=plan,
             num_rows=num_rows,
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
-            proxies=proxies,
-            announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
+            announced=announced,
         )
 
     def _settle(self, opened_RW: Words) -> bool:

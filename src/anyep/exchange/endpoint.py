@@ -207,6 +207,11 @@ class Endpoint:
     def num_ranks(self) -> int:
         return self.transport.size
 
+    @property
+    def num_counts(self) -> int:
+        """How many numbers a rank announces: rows for each rank, pairs of each expert."""
+        return self.num_ranks + self.placement.num_experts
+
     def variant(
         self, *, wire: Wire, num_topk: int, max_tokens: int, static_rows: int | None, source_tokens: bool
     ) -> Endpoint:

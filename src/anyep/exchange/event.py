@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from anyep.exchange.handle import Handle
 
 Result = TypeVar("Result")
 
@@ -18,7 +21,10 @@ class Targets:
     x: torch.Tensor
     scales: torch.Tensor | None = None
     source_token: torch.Tensor | None = None
+    topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
+    handle: Handle | None = None
+    """of a dispatch whose sizes are known"""
 
 
 class Pending(Generic[Result]):
@@ -27,8 +33,9 @@ class Pending(Generic[Result]):
     Unless it goes on in the background, it advances when its rank next waits for anything of the buffer, also when it
     was dropped without waiting: a rank that blocks elsewhere meanwhile may keep others waiting.
 
-    ``targets``: where the result will stand, for who hands tensors on before they are filled. Of a dispatch known in
-    the padded layout only, whose batch has a fixed size; None where it is not known, or the machine lacks memory.
+    ``targets``: where the result will stand, for who hands tensors on before they are filled. Of a dispatch known where
+    the size of the batch is: in the padded layout, with a handle, and with ``wait="sizes"``; None where it is not, or
+    the machine lacks memory.
     """
 
     def __init__(

@@ -37,8 +37,12 @@ class Operation(Protocol[Out]):
 
     def ready(self) -> bool: ...
 
+    def size_up(self) -> None:
+        """Await what says how large the result is; :meth:`finish` does if nobody has. Raises RefusedError."""
+        ...
+
     def targets(self) -> Targets | None:
-        """Return where the result will stand, if that is known once this is posted."""
+        """Return where the result will stand, if that is known once this is posted, or sized up."""
         ...
 
     def finish(self) -> Out: ...
@@ -125,10 +129,15 @@ class Flights:
             self._finish(flight)
         return flight.take()
 
-    def start(self, operation: Operation[Result]) -> Pending[Result]:
-        """Post; the second half comes with ``Pending.wait()``, or goes on in the background."""
+    def start(self, operation: Operation[Result], *, sized: bool = False) -> Pending[Result]:
+        """Post; the second half comes with ``Pending.wait()``, or goes on in the background.
+
+        ``sized``: return when the result's size is known, which every rank's announcement tells.
+        """
         self._check_room(operation)
         flight = self._post(operation)
+        if sized:
+            self._size_up(flight)
         pending = Pending(flight.label, flight.ready, lambda: self._land(flight), operation.targets())
         flight.pending = weakref.ref(pending, lambda _: self._forget_dropped(flight))
         if operation.wants_background():
@@ -138,6 +147,27 @@ class Flights:
                 if one.future is None and one.may_answer():  # what a peer's background waits for goes there as well
                     one.future = self._background.submit(self._finish, one)
         return pending
+
+    def _size_up(self, flight: Flight[Result]) -> None:
+        """Await the announcements in the caller's thread. What goes wrong is raised here, and the flight forgotten."""
+        for older in list(self._flying):
+            if older.epoch < flight.epoch and older.future is None:
+                self._finish(older)
+        with flight.turn:
+            operation = flight.operation
+            if operation is None:  # another thread has finished it
+                return
+            try:
+                self._check_peers()
+                operation.size_up()
+            except BaseException as error:
+                flight.operation = None
+                self._forget(flight)
+                if isinstance(error, RefusedError):
+                    self._on_refusal()
+                    raise error.error from None
+                self._break(error)
+                raise
 
     @property
     def unfinished(self) -> bool:

@@ -76,7 +76,7 @@ class Handles:
         num_rows = int(plan.numbers("batch_rows")[end.rank])
         return Handle(
             buffer=self._identity,
-            epoch=_number_of(counts_RC),
+            epoch=number_of(counts_RC),
             layout=layout,
             send=plan,
             num_rows=num_rows,
@@ -87,13 +87,13 @@ class Handles:
         )
 
     def adopt(self, handle: Handle) -> Handle:
-        """Return a compact handle of another buffer with the same experts and a raw wire as one that recall made.
+        """Return a compact handle of another buffer with the same experts as one of this.
 
-        Either may be used on any rank: both go under the same number.
+        Its wire sums by column, as raw ones do: then handles go under the numbers that :meth:`recall` gives them.
         """
         self._here("adopt")
-        assert handle.announced is not None, "only buffers with a raw wire keep what was announced"
-        return replace(handle, buffer=self._identity, epoch=_number_of(handle.announced))
+        assert handle.announced is not None, "only wires with sums by column keep what was announced"
+        return handle if handle.buffer is self._identity else replace(handle, buffer=self._identity)
 
     def by_group(self, handle: Handle, ranks_per_group: int) -> Grouped:
         """Return a compact handle of a raw wire whose combine sums per (token, group of so many consecutive ranks).
@@ -113,15 +113,15 @@ class Handles:
 
 
 def _check_counts(end: Endpoint, announced: object) -> Counts:
-    shape = [end.num_ranks, end.num_ranks + end.placement.num_experts]
+    shape = [end.num_ranks, end.num_counts]
     legend = "[R, R + num_experts]"
     counts_RC: Counts = check_tensor("announced", announced, dtypes=(torch.int32,), shape=shape, legend=legend).numpy()
     return counts_RC
 
 
-def _number_of(counts_RC: Counts) -> int:
-    """Return the number under which a handle goes that may have been made again: the same on all ranks."""
-    return zlib.crc32(counts_RC.tobytes()) & _ANY_ROWS
+def number_of(counts_RC: Counts) -> int:
+    """Return the number under which a handle goes that can be made again: the same on all ranks."""
+    return zlib.crc32(counts_RC.data) & _ANY_ROWS
 
 
 def _geometry(end: Endpoint, layout: str, idx_bytes: int, alignment: int) -> Geometry:

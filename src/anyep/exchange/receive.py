@@ -141,18 +141,17 @@ def _batch_on(
 
 
 class Ahead(NamedTuple):
-    """A padded batch before its counts are known: blocks have a fixed size, so that its tensors can be made."""
+    """A batch whose size is known before it is announced: in the padded layout, and with a handle."""
 
     batch: Batch
     turned: torch.Tensor | None
-    """room for the scales in column-major order"""
+    """padded: room for the scales in column-major order"""
 
 
-def look_ahead(end: Endpoint, geometry: Geometry, landing: Landing) -> Ahead:
-    """Make a padded batch's tensors where peers write."""
-    num_rows = geometry.shape.num_local * geometry.shape.block_rows
+def look_ahead(end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int) -> Ahead:
+    """Make a batch's tensors where peers write."""
     batch = _batch_on(end, geometry, landing, row_region(geometry.row, num_rows), num_rows, geometry.idx_dtype)
-    return Ahead(batch=batch, turned=room_for_scales(end, geometry))
+    return Ahead(batch=batch, turned=room_for_scales(end, geometry) if geometry.padded else None)
 
 
 def room_for_scales(end: Endpoint, geometry: Geometry) -> torch.Tensor | None:

@@ -28,18 +28,20 @@ class Wire:
     hidden: int
     scale_format: ScaleFormat | None
     carried_columns: int = 0
-    """columns of scales that only travel: the caller's own, of a format that is not looked at"""
+    """columns of 4 bytes that only travel beside a row: the caller's own scales, or whatever it likes"""
     carried_dtype: torch.dtype = torch.float32
+    by_column: bool = False
+    """whether handles can be recalled, and sums stand in the order of columns (``reduce="column"``), not of ranks"""
 
     @property
-    def raw(self) -> bool:
-        """Whether rows are bytes with no meaning here."""
-        return self.name in _RAW
+    def carried(self) -> bool:
+        """Whether rows are bytes with no meaning here, of any dtype."""
+        return self.name not in _PLAIN and self.scale_format is None
 
     @property
     def output_dtype(self) -> torch.dtype:
         """What experts are expected to return: the wire's dtype where that is one to compute with."""
-        return torch.bfloat16 if self.raw or self.scale_format is not None else self.dtype
+        return self.dtype if self.dtype in ELEMENTS else torch.bfloat16
 
     @property
     def row_bytes(self) -> int:
@@ -63,6 +65,8 @@ def make_wire(name: object, scales: object, hidden: int, side_words: int = 0) ->
     """Check the names and return the wire; ValueError lists the choices."""
     checked = check_choice("wire", name, WIRES)
     scale_name = check_choice("scales", scales, SCALES)
+    if checked in _RAW and scale_name == "fp32":
+        return carrying_wire(_RAW[checked], hidden, side_words, torch.int32, by_column=True)
     if checked != "fp8" and scale_name != "fp32":
         raise ValueError(f"scales={scale_name!r} goes with wire='fp8', got wire={checked!r}")
     if side_words and checked not in _RAW:
@@ -70,23 +74,24 @@ def make_wire(name: object, scales: object, hidden: int, side_words: int = 0) ->
     fp8 = checked == "fp8"
     return Wire(
         name=checked,
-        dtype=torch.float8_e4m3fn if fp8 else (_PLAIN | _RAW)[checked],
+        dtype=torch.float8_e4m3fn if fp8 else _PLAIN[checked],
         hidden=hidden,
         scale_format=_SCALE_FORMATS[scale_name] if fp8 else None,
-        carried_columns=side_words,
-        carried_dtype=torch.int32 if checked in _RAW else torch.float32,
     )
 
 
-def carrying_wire(dtype: torch.dtype, hidden: int, scale_columns: int, scale_dtype: torch.dtype) -> Wire:
-    """Return a wire for rows of any dtype, bytes as they are, with any number of scales of 4 bytes (0: none)."""
+def carrying_wire(
+    dtype: torch.dtype, hidden: int, columns: int, columns_dtype: torch.dtype, *, by_column: bool = False
+) -> Wire:
+    """Return a wire for rows of any dtype, bytes as they are, with any number of columns of 4 bytes beside each."""
     return Wire(
         name="carried",
         dtype=dtype,
         hidden=hidden,
         scale_format=None,
-        carried_columns=scale_columns,
-        carried_dtype=scale_dtype,
+        carried_columns=columns,
+        carried_dtype=columns_dtype,
+        by_column=by_column,
     )
 
 
@@ -105,10 +110,10 @@ class Rows(NamedTuple):
 def check_rows(wire: Wire, x: object, device: torch.device = CPU) -> Rows:
     """Check ``x``: a tensor [T, H] on ``device``, or for fp8 also a pair (fp8 [T, H], scales).
 
-    TypeError or ValueError otherwise. With side words: a pair (rows [T, H], int32 [T, side_words]).
+    TypeError or ValueError otherwise. With carried columns: a pair (rows [T, H], [T, columns]).
     """
-    if wire.raw and wire.carried_columns:
-        return _check_raw(wire, x, device)
+    if wire.carried_columns:
+        return _check_pair(wire, x, device, wanted="a pair (rows, side words)", legend="[T, side_words]")
     if isinstance(x, tuple):
         return _check_quantised(wire, x, device)
     if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn and wire.scale_format is not None:
@@ -120,45 +125,29 @@ def check_rows(wire: Wire, x: object, device: torch.device = CPU) -> Rows:
     )
 
 
-def _check_raw(wire: Wire, x: object, device: torch.device) -> Rows:
-    if not isinstance(x, tuple) or len(x) != 2:
-        raise TypeError(
-            f"x must be a pair (rows, side words) with side_words={wire.carried_columns}, got {type(x).__name__}"
-        )
-    rows = check_tensor(
-        "x[0]", x[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]", device=device
-    )
-    side = check_tensor(
-        "x[1]",
-        x[1],
-        dtypes=[wire.scale_dtype],
-        shape=[rows.shape[0], wire.carried_columns],
-        legend="[T, side_words]",
-        device=device,
-    )
-    return Rows(x=rows, scales=side, quantise_from=None)
-
-
 def _check_quantised(wire: Wire, pair: tuple[object, ...], device: torch.device) -> Rows:
     if not wire.scale_columns:
         raise TypeError(
             f"x is a tuple, which only wire='fp8' takes; this buffer's wire is {wire.name!r}: pass a tensor"
         )
-    if len(pair) != 2:
-        raise TypeError(f"x must be a tensor or a pair (fp8, scales), got a tuple of {len(pair)}")
-    q = check_tensor(
-        "x[0]", pair[0], dtypes=[wire.dtype], shape=[None, wire.hidden], legend="[T, hidden]", device=device
-    )
+    return _check_pair(wire, pair, device, wanted="a tensor or a pair (fp8, scales)", legend="[T, scale groups]")
+
+
+def _check_pair(wire: Wire, pair: object, device: torch.device, *, wanted: str, legend: str) -> Rows:
+    """Check rows with what travels beside them."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
+        raise TypeError(f"x must be {wanted}, got {came}")
+    shape = [None, wire.hidden]
+    rows = check_tensor("x[0]", pair[0], dtypes=[wire.dtype], shape=shape, legend="[T, hidden]", device=device)
     if not isinstance(pair[1], torch.Tensor):
-        raise TypeError(
-            f"x[1] must be the scales, a {dtype_text(wire.scale_dtype)} tensor, got {type(pair[1]).__name__}"
-        )
-    scales = check_tensor(
+        raise TypeError(f"x[1] must be a {dtype_text(wire.scale_dtype)} tensor {legend}, got {type(pair[1]).__name__}")
+    beside = check_tensor(
         "x[1]",
         pair[1].contiguous(),  # grouped-matmul libraries keep scales column-major; copying T * G numbers is cheap
         dtypes=[wire.scale_dtype],
-        shape=[q.shape[0], wire.scale_columns],
-        legend="[T, scale groups]",
+        shape=[rows.shape[0], wire.scale_columns],
+        legend=legend,
         device=device,
     )
-    return Rows(x=q, scales=scales, quantise_from=None)
+    return Rows(x=rows, scales=beside, quantise_from=None)

@@ -17,8 +17,9 @@ from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.masks import Masks
-from anyep.compat.deep_ep.native import Natives, Underway
+from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
+from anyep.compat.deep_ep.underway import Underway
 from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from anyep.compat.deep_ep.checks import host_assert
-from anyep.compat.deep_ep.elastic_natives import WIDEST_ITEM, RowKind
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.errors import Unavailable
@@ -56,29 +56,39 @@ class Terms:
     tma_scales: bool
 
 
+class Asked(NamedTuple):
+    """The options of a dispatch as its caller gave them."""
+
+    num_experts: int | None
+    num_max_tokens: int | None
+    alignment: int | None
+    num_sms: int
+    num_qps: int
+    do_cpu_sync: bool | None
+    do_expand: bool
+    do_zero_padding: bool
+    keep_copy: bool
+    tma_scales: bool
+
+
 def agreed_terms(
     handle: EPHandle | None,
     topk_idx: torch.Tensor | None,
-    *,
-    num_experts: int | None,
-    num_max_tokens: int | None,
+    asked: Asked,
     default_max_tokens: int,
-    alignment: int | None,
-    num_sms: int,
     automatic_num_sms: Callable[[int, int], int],
-    do_cpu_sync: bool | None,
-    do_expand: bool,
-    keep_copy: bool,
-    tma_scales: bool,
 ) -> Terms:
     """Fill in what a dispatch leaves open, from its handle or the constructor; AssertionError where they differ."""
+    num_experts, num_max_tokens, alignment, num_sms = asked[:4]
     if handle is not None:
         assert topk_idx is None, "topk_idx must be None when a handle is given: the handle has it"
-        assert not do_cpu_sync, "the CPU need not wait with a handle, which knows the counts: leave do_cpu_sync out"
+        assert not asked.do_cpu_sync, (
+            "the CPU need not wait with a handle, which knows the counts: leave do_cpu_sync out"
+        )
         num_experts = _same("num_experts", num_experts, handle.num_experts)
         num_max_tokens = _same("num_max_tokens_per_rank", num_max_tokens, handle.num_max_tokens_per_rank)
         alignment = _same("expert_alignment", alignment, handle.expert_alignment)
-        host_assert(do_expand == handle.do_expand, f"do_expand must be {handle.do_expand}, as the handle's")
+        host_assert(asked.do_expand == handle.do_expand, f"do_expand must be {handle.do_expand}, as the handle's")
         num_sms = num_sms or handle.num_sms
     else:
         assert topk_idx is not None, "topk_idx must be given, or a handle that has it"
@@ -93,10 +103,10 @@ def agreed_terms(
         num_max_tokens=default_max_tokens if num_max_tokens is None else num_max_tokens,
         alignment=alignment,
         num_sms=num_sms,
-        do_expand=do_expand,
-        exact=do_cpu_sync is None or do_cpu_sync,
-        keep_copy=keep_copy,
-        tma_scales=tma_scales,
+        do_expand=asked.do_expand,
+        exact=asked.do_cpu_sync is None or asked.do_cpu_sync,
+        keep_copy=asked.keep_copy,
+        tma_scales=asked.tma_scales,
     )
 
 
@@ -105,75 +115,47 @@ def _same(name: str, given: int | None, handles: int) -> int:
     return handles
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tokens:
-    """The tensors of a dispatch, checked."""
-
-    x: torch.Tensor
-    """[T, H], any dtype; contiguous, as all but the scales"""
-    scales: torch.Tensor | None
-    """[T, G] of a 4-byte dtype, any strides"""
-    topk_idx: torch.Tensor
-    """[T, K]"""
-    topk_weights: torch.Tensor | None
-    """fp32 [T, K]"""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.x.shape[0]
-
-    def kind(self, num_experts: int) -> RowKind:
-        """Return what a native buffer must be made for; items wider than 8 bytes count as several."""
-        itemsize = min(self.x.itemsize, WIDEST_ITEM)
-        hidden = self.x.shape[1] * (self.x.itemsize // itemsize)
-        packs = 0 if self.scales is None else self.scales.shape[1]
-        return RowKind(hidden, itemsize, packs, self.topk_idx.shape[1], num_experts)
-
-
 def check_tokens(
     x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    topk_idx: torch.Tensor,
+    routing_shape: tuple[int, int],
     topk_weights: torch.Tensor | None,
     terms: Terms,
-) -> Tokens:
-    """Check a dispatch's tensors. RuntimeError for what upstream's host code refuses."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return rows, scales and weights of a dispatch, contiguous but for the scales; RuntimeError as upstream's host."""
     data, scales = x if isinstance(x, tuple) else (x, None)
     check_cpu("x", data)
     _require(data.dim() == 2 and data.shape[1] > 0, "x must be [T, H] with at least one channel", data)
     num_tokens = data.shape[0]
     most = terms.num_max_tokens
     _require(num_tokens <= most, f"x must have at most num_max_tokens_per_rank={most} tokens", data)
-    _check_routing(num_tokens, topk_idx, topk_weights)
+    host_assert(
+        num_tokens == routing_shape[0], f"topk_idx must be [T, K] with T={num_tokens}, got {list(routing_shape)}"
+    )
     if scales is not None:
         check_cpu("the scales", scales)
         _require(
-            scales.dim() == 2 and scales.shape[0] == num_tokens and scales.itemsize == 4,
+            scales.dim() == 2 and scales.shape[0] == num_tokens and scales.itemsize == 4 and scales.shape[1] > 0,
             f"scales must be [T, packs] of 4-byte numbers with T={num_tokens}",
             scales,
         )
-    return Tokens(
-        x=data.detach().contiguous(),
-        scales=scales,
-        topk_idx=topk_idx.contiguous(),
-        topk_weights=None if topk_weights is None else topk_weights.detach().contiguous(),
-    )
-
-
-def _check_routing(num_tokens: int, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None) -> None:
-    check_cpu("topk_idx", topk_idx)
-    _require(
-        topk_idx.dim() == 2 and topk_idx.shape[0] == num_tokens and topk_idx.shape[1] > 0,
-        f"topk_idx must be [T, K] with T={num_tokens}",
-        topk_idx,
-    )
-    _require(topk_idx.dtype in INDEX_DTYPES, "topk_idx must be int64 (deep_ep.topk_idx_t) or int32", topk_idx)
+        scales = scales.detach()
     if topk_weights is not None:
         check_cpu("topk_weights", topk_weights)
         _require(
-            topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
+            topk_weights.dtype == torch.float32 and topk_weights.shape == routing_shape,
             "topk_weights must be float32, and of topk_idx's shape",
             topk_weights,
         )
+        topk_weights = topk_weights.detach().contiguous()
+    return data.detach().contiguous(), scales, topk_weights
+
+
+def check_routing(topk_idx: torch.Tensor) -> torch.Tensor:
+    """Return ``topk_idx`` [T, K], contiguous; RuntimeError for others."""
+    check_cpu("topk_idx", topk_idx)
+    _require(topk_idx.dim() == 2 and topk_idx.shape[1] > 0, "topk_idx must be [T, K]", topk_idx)
+    _require(topk_idx.dtype in INDEX_DTYPES, "topk_idx must be int64 (deep_ep.topk_idx_t) or int32", topk_idx)
+    return topk_idx.contiguous()
 
 
 def check_stats(stats: torch.Tensor | None, num_local_experts: int) -> None:
@@ -201,7 +183,7 @@ def check_outputs(
         several_sums or not handle.do_expand,
         "topk_weights of an expanded batch need allow_multiple_reduction=True: leave them out",
     )
-    shape = [rows] if handle.do_expand else [rows, handle.topk_idx.shape[1]]
+    shape = [rows] if handle.do_expand else [rows, handle.kind.num_topk]
     _require(
         topk_weights.dtype == torch.float32 and list(topk_weights.shape) == shape,
         f"topk_weights must be float32 {shape}",

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from typing import NoReturn
 
 import torch
 
 from anyep.compat.deep_ep import elastic_sizes
 from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
-from anyep.compat.deep_ep.elastic_arguments import (
-    agreed_terms,
-    check_event,
-    check_outputs,
-    check_stats,
-    check_tokens,
-    unpack_bias,
-    wait_for,
-)
+from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats, wait_for
 from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
 from anyep.compat.deep_ep.elastic_combine import Outputs, combine
-from anyep.compat.deep_ep.elastic_dispatch import Rank, dispatch_again, dispatch_first
-from anyep.compat.deep_ep.elastic_natives import Natives
+from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch
+from anyep.compat.deep_ep.elastic_kinds import (
+    are_plain,
+    check_combine,
+    check_dispatch,
+    key_of_combine,
+    key_of_dispatch,
+)
+from anyep.compat.deep_ep.elastic_side import Side, elastic_loops, kernels
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT, logical_domain, physical_domain
 from anyep.compat.deep_ep.elastic_sms import (
     AUTO_QPS_DIRECT,
@@ -31,10 +31,14 @@ from anyep.compat.deep_ep.elastic_sms import (
 )
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.native import Natives
+from anyep.compat.deep_ep.underway import Underway
 from anyep.errors import ClosedError, Unavailable
+from anyep.transport.inprocess import Member
 from anyep.transport.rendezvous import find_rendezvous
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class ElasticBuffer(ElasticCollectives):
@@ -95,10 +99,27 @@ class ElasticBuffer(ElasticCollectives):
         self.num_bytes = num_bytes
         self.num_cpu_bytes = num_cpu_bytes
         self.timeout_s = float(num_cpu_timeout_secs)
-        self.runtime: Natives | None = Natives(group, self.num_ranks, float(num_cpu_timeout_secs))
+        self.runtime: Natives | None = Natives(
+            group,
+            timeout_s=self.timeout_s,
+            transport="inprocess" if isinstance(group, Member) else "shm",  # hosts that are played are one
+        )
+        self._side: Side | None = self._make_side(self.runtime)
         self._end = weakref.finalize(self, self.runtime.close)
         self._sms: dict[tuple[object, ...], int] = {}
         rendezvous.allgather(b"")  # all ranks have made theirs when a constructor returns, as upstream
+
+    def _make_side(self, natives: Natives) -> Side:
+        return Side(
+            natives=natives,
+            number=self.rank_idx,
+            num_ranks=self.num_ranks,
+            num_scaleup=self.num_scaleup_ranks,
+            keeps_order=self.deterministic or self.num_scaleup_ranks == self.num_ranks,
+            several_sums=self.allow_multiple_reduction,
+            kernels=kernels(),
+            loops=elastic_loops(),
+        )
 
     def destroy(self) -> None:
         """Release everything, when all ranks are here. Idempotent; AssertionError without ``explicitly_destroy``."""
@@ -106,10 +127,10 @@ class ElasticBuffer(ElasticCollectives):
             "this buffer ends by itself: make it with explicitly_destroy=True to call destroy()"
         )
         if self.runtime is not None:
-            self.runtime.barrier()
+            self.barrier()
             self.close_collectives()
             self._end()
-            self.runtime = None
+            self.runtime = self._side = None
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """Return (hosts, ranks a host)."""
@@ -134,7 +155,7 @@ class ElasticBuffer(ElasticCollectives):
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Wait until every rank is here."""
-        self._natives().barrier()
+        (self._side or self._no_side()).natives.barrier(self.num_ranks)
 
     def get_theoretical_num_sms(
         self,
@@ -165,7 +186,6 @@ class ElasticBuffer(ElasticCollectives):
         """Return how many queue pairs so many SMs would use, at most ``num_allocated_qps``."""
         return theoretical_num_qps(num_sms, hybrid=self.allow_hybrid_mode, allocated=self.num_allocated_qps)
 
-    @torch.no_grad()
     def dispatch(
         self,
         x: Rows,
@@ -197,43 +217,34 @@ class ElasticBuffer(ElasticCollectives):
         [N, K] as they were given, also in columns of other ranks, or [rows] of an expanded batch. Padding, and the
         tail of a batch that did not wait for the CPU, is 0, and -1 in topk_idx.
         """
-        check_torch_deterministic()
-        natives = self._natives()
-        terms = agreed_terms(
-            handle,
-            topk_idx,
-            num_experts=num_experts,
-            num_max_tokens=num_max_tokens_per_rank,
-            default_max_tokens=self.num_max_tokens_per_rank,
-            alignment=expert_alignment,
-            num_sms=num_sms,
-            automatic_num_sms=self.get_theoretical_num_sms,
-            do_cpu_sync=do_cpu_sync,
-            do_expand=do_expand,
-            keep_copy=do_handle_copy,
-            tma_scales=use_tma_aligned_col_major_sf,
+        if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
+            _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
+        side = self._side or self._no_side()
+        options = (
+            *(num_experts, num_max_tokens_per_rank, expert_alignment, num_sms, num_qps, do_cpu_sync, do_expand),
+            *(do_zero_padding, do_handle_copy, use_tma_aligned_col_major_sf),
         )
-        self._check_qps(num_qps, terms.num_sms)
         stats = cumulative_local_expert_recv_stats
-        host_assert(do_expand or not do_zero_padding, "do_zero_padding needs do_expand=True: pass both, or neither")
-        host_assert(stats is None or handle is None, "statistics are counted by a dispatch without a handle only")
-        check_event(previous_event, allocate_on_comm_stream)
-        wait_for(previous_event_before_epilogue)
-        check_stats(stats, terms.num_experts // self.num_ranks)
-        routing = topk_idx if handle is None else handle.topk_idx
-        assert routing is not None, "agreed_terms has asked for it"
-        tokens = check_tokens(x, routing, topk_weights, terms)
-        rank = self._rank()
-        if handle is None:
-            batch = dispatch_first(natives, rank, tokens, terms)
+        key = key_of_dispatch(x, topk_idx, topk_weights, stats, handle, options)
+        kind = side.natives.checked.get(key)
+        given = (*(x if isinstance(x, tuple) else (x, None)), topk_idx, topk_weights)
+        if kind is None:
+            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            side.natives.remember(key, kind)
         else:
-            batch = dispatch_again(natives, rank, tokens, terms, handle)
-        if stats is not None and batch.handle.num_unaligned_recv_tokens_per_expert is not None:
+            tokens = Tokens._make(given)
+        try:
+            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
+        except (TypeError, ValueError):
+            if are_plain(*given):
+                raise
+            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
+        if stats is not None:
             stats += batch.handle.num_unaligned_recv_tokens_per_expert
-        event = EventOverlap(EventHandle() if async_with_compute_stream else None)
-        return batch.x, batch.topk_idx, batch.topk_weights, batch.handle, event
+        rows, idx, weights, handle, underway = batch
+        return rows, idx, weights, handle, _event(underway)
 
-    @torch.no_grad()
     def combine(
         self,
         x: torch.Tensor,
@@ -252,30 +263,50 @@ class ElasticBuffer(ElasticCollectives):
         ``x`` bfloat16 [rows, H], a row for each that was received; ``topk_weights`` fp32 [rows, K], or [rows] of an
         expanded batch; ``bias``: one or two bfloat16 [T, H]. Returns (bfloat16 [T, H], fp32 [T, K] or None, event).
         """
-        check_torch_deterministic()
-        natives = self._natives()
-        self._check_qps(num_qps, num_sms or handle.num_sms)
-        check_event(previous_event, allocate_on_comm_stream)
-        wait_for(previous_event_before_epilogue)
-        several_sums = self.allow_multiple_reduction
-        checked, weights = check_outputs(x, handle, topk_weights, several_sums=several_sums)
-        biases = unpack_bias(bias, handle.topk_idx.shape[0], checked.shape[1])
-        outputs = Outputs(x=checked, topk_weights=weights, bias=biases)
-        sums = combine(natives, outputs, handle, several_sums=several_sums, ranks_per_host=self.num_scaleup_ranks)
-        return sums.x, sums.topk_weights, EventOverlap(EventHandle() if async_with_compute_stream else None)
+        if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
+            _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
+        side = self._side or self._no_side()
+        host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")
+        key = key_of_combine(x, topk_weights, bias, handle, num_sms, num_qps)
+        ep = side.natives.checked.get(key)
+        if ep is None:
+            self._check_qps(num_qps, num_sms or handle.num_sms)
+            ep, outputs = check_combine(side, x, handle, topk_weights, bias)
+            side.natives.remember(key, ep)
+        else:
+            outputs = Outputs(x, topk_weights, ())
+        try:
+            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
+        except (TypeError, ValueError):
+            if are_plain(x, topk_weights):
+                raise
+            ep, outputs = check_combine(side, x, handle, topk_weights, bias)
+            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
+        combined, weights, underway = sums
+        return combined, weights, _event(underway)
 
-    def _natives(self) -> Natives:
-        if self.runtime is None:
-            raise ClosedError("this buffer was destroyed; make a new one")
-        return self.runtime
-
-    def _rank(self) -> Rank:
-        return Rank(
-            number=self.rank_idx,
-            num_ranks=self.num_ranks,
-            num_scaleup=self.num_scaleup_ranks,
-            sorted=self.deterministic,
+    def _check(
+        self,
+        side: Side,
+        x: Rows,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        stats: torch.Tensor | None,
+        handle: EPHandle | None,
+        asked: Asked,
+    ) -> tuple[Kind, Tokens]:
+        """Check a dispatch in full. AssertionError and RuntimeError where upstream raises them."""
+        terms = agreed_terms(handle, topk_idx, asked, self.num_max_tokens_per_rank, self.get_theoretical_num_sms)
+        self._check_qps(asked.num_qps, terms.num_sms)
+        host_assert(
+            asked.do_expand or not asked.do_zero_padding, "do_zero_padding needs do_expand=True: pass both, or neither"
         )
+        host_assert(stats is None or handle is None, "statistics are counted by a dispatch without a handle only")
+        check_stats(stats, terms.num_experts // self.num_ranks)
+        return check_dispatch(side, x, topk_idx, topk_weights, handle, terms)
+
+    def _no_side(self) -> NoReturn:
+        raise ClosedError("this buffer was destroyed; make a new one")
 
     def _check_qps(self, num_qps: int, num_sms: int) -> None:
         wanted = num_qps or self.get_theoretical_num_qps(num_sms)
@@ -283,6 +314,18 @@ class ElasticBuffer(ElasticCollectives):
             f"num_qps={wanted} is more than the {self.num_allocated_qps} that were allocated: "
             "pass a larger num_allocated_qps to the constructor"
         )
+
+
+def _begin(previous_event: object, previous_event_before_epilogue: object, allocate_on_comm_stream: bool) -> None:
+    """Check torch's state, and wait for what comes before a call."""
+    check_torch_deterministic()
+    check_event(previous_event, allocate_on_comm_stream)
+    wait_for(previous_event_before_epilogue)
+
+
+def _event(underway: Underway | None) -> EventOverlap:
+    """Return the event of a call; None inside where it is over."""
+    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
 
 
 def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:

@@ -14,22 +14,23 @@ Legend: T tokens, H hidden, K top-k, N rows of the exchange, O hosts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from anyep.buffer import Buffer
 from anyep.compat.deep_ep.elastic_dispatch import served_rows
-from anyep.compat.deep_ep.elastic_natives import Natives
+from anyep.compat.deep_ep.elastic_routes import native_handle, static_rows_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle
+from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.exchange.handle import Combined, Handle
+from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.calls import Calls
+from anyep.exchange.handle import Handle
+from anyep.exchange.wire import carrying_wire
 from anyep.kernels.spec import Element, KernelSet
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outputs:
+class Outputs(NamedTuple):
     """What the experts of a rank return, checked."""
 
     x: torch.Tensor
@@ -45,54 +46,86 @@ class Sums(NamedTuple):
 
     x: torch.Tensor
     topk_weights: torch.Tensor | None
+    underway: Underway | None = None
+    """what fills them, where that is not over"""
 
 
-def combine(natives: Natives, outputs: Outputs, handle: EPHandle, *, several_sums: bool, ranks_per_host: int) -> Sums:
-    """Bring the experts' outputs back and sum them. ``several_sums``: also per rank and per host."""
-    native, kind = natives.for_sums(outputs.x.shape[1], handle)
-    if handle.do_expand and not several_sums:
-        return _sum_columns(natives, native, outputs, handle)
-    known = natives.recall(native, kind, handle)
-    returned = _return_rows(natives.kernels, native, outputs, handle, known)
-    weights = _owned_weights(natives, outputs, handle, native.num_ranks)
-    if several_sums and ranks_per_host < native.num_ranks:
-        return _sum_by_host(natives.kernels, native, outputs, returned, weights, known, ranks_per_host)
-    return _unpacked(native, returned, known, weights, outputs.bias)
+def combine(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, *, go_on: bool = False) -> Sums:
+    """Bring the experts' outputs back and sum them, with the buffer of :func:`buffer_for_sums`.
+
+    ``go_on``: return when the first half was sent.
+    """
+    kind = handle.kind
+    if kind.do_expand and not side.several_sums:
+        return _sum_columns(side, ep, outputs, handle, go_on)
+    native = native_handle(side, handle, ep)
+    places = places_from_handle(handle, side.num_ranks)
+    y, weights = outputs.x, outputs.topk_weights
+    if kind.do_expand or weights is not None:
+        served = served_rows(handle.recv_src_metadata[: handle.num_valid_tokens], places)
+        if weights is not None:
+            weights = _owned_weights(side, weights, served, native.num_rows)
+    if kind.do_expand:
+        y = ep.empty_output(native, torch.bfloat16)
+        _sum_rows(side.kernels, outputs.x, served, (), y)
+    elif places is not None:
+        y = y[places]
+    elif y.shape[0] != native.num_rows:
+        y = y[: native.num_rows]
+    if side.several_sums and side.num_scaleup < side.num_ranks:
+        return _sum_by_host(side, ep, y, weights, native, outputs.bias, go_on)
+    if go_on:
+        return _start(side, ep, y, native, weights, outputs.bias)
+    if weights is None:
+        return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column"), None)
+    return _summed(ep, y, native, weights, outputs.bias)
 
 
-def _unpacked(
-    native: Buffer, y: torch.Tensor, handle: Handle, weights: torch.Tensor | None, bias: tuple[torch.Tensor, ...]
+def buffer_for_sums(side: Side, hidden: int, handle: EPHandle) -> Calls:
+    """Return the buffer that sums rows of ``hidden`` bfloat16."""
+    wire = carrying_wire(torch.bfloat16, hidden, 0, torch.float32, by_column=True)
+    kind = handle.kind
+    return side.natives.variant(kind.num_experts, wire, kind.num_topk, static_rows=static_rows_of(side, kind))
+
+
+def _summed(
+    ep: Calls, y: torch.Tensor, native: Handle, weights: torch.Tensor | None, bias: tuple[torch.Tensor, ...]
 ) -> Sums:
     if weights is None:
-        return Sums(native.combine(y, handle, bias=bias, reduce="column"), None)
-    combined = native.combine(y, handle, bias=bias, topk_weights=weights, reduce="column")
-    assert isinstance(combined, Combined)
+        return Sums(ep.combine(y, native, bias=bias, reduce="column"), None)
+    combined = ep.combine(y, native, bias=bias, topk_weights=weights, reduce="column")
     return Sums(combined.x, combined.topk_weights)
 
 
-def _sum_columns(natives: Natives, native: Buffer, outputs: Outputs, handle: EPHandle) -> Sums:
+def _start(
+    side: Side,
+    ep: Calls,
+    y: torch.Tensor,
+    native: Handle,
+    weights: torch.Tensor | None,
+    bias: tuple[torch.Tensor, ...],
+    *,
+    reduce: str = "column",
+) -> Sums:
+    """Send the first half."""
+    side.natives.make_room()
+    pending = ep.combine(y, native, bias=bias, topk_weights=weights, reduce=reduce, wait=False)
+    targets = pending.targets
+    assert targets is not None, "a sum's place is always known"
+    return Sums(targets.x, targets.topk_weights, side.natives.start(pending))
+
+
+def _sum_columns(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, go_on: bool) -> Sums:
     """One sum only of an expanded batch: every row travels, and they are added in column order."""
-    if handle.announced_counts is None:
-        _, kind = natives.for_sums(outputs.x.shape[1], handle)
-        natives.recall(native, kind, handle)
+    native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
     assert handle.announced_counts is not None
-    known = native.handles.recall(
+    known = ep.handles.recall(
         handle.topk_idx, handle.announced_counts, layout="expert", expert_alignment=handle.expert_alignment
     )
-    return Sums(native.combine(outputs.x[: known.num_rows], known, bias=outputs.bias, reduce="expert"), None)
-
-
-def _return_rows(kernels: KernelSet, native: Buffer, outputs: Outputs, handle: EPHandle, known: Handle) -> torch.Tensor:
-    """Return one row for each of the exchange, bfloat16 [N, H]: the batch's, or stage A of an expanded batch."""
-    x, places = outputs.x, places_from_handle(handle, native.num_ranks)
-    if not handle.do_expand:
-        if places is None:
-            return x if x.shape[0] == known.num_rows else x[: known.num_rows]
-        return x[places]
-    sums = native.empty_output(known, torch.bfloat16)
-    served = served_rows(handle.recv_src_metadata[: known.num_rows], places)
-    _sum_rows(kernels, x, served, (), sums)
-    return sums
+    y = outputs.x[: known.num_rows]
+    if go_on:
+        return _start(side, ep, y, known, None, outputs.bias, reduce="expert")
+    return Sums(ep.combine(y, known, bias=outputs.bias, reduce="expert"), None)
 
 
 def _sum_rows(
@@ -107,41 +140,42 @@ def _sum_rows(
     kernels.fence()
 
 
-def _owned_weights(natives: Natives, outputs: Outputs, handle: EPHandle, num_ranks: int) -> torch.Tensor | None:
+def _owned_weights(side: Side, weights: torch.Tensor, served: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Return fp32 [N, K]: this rank's value in the columns that it serves, 0 elsewhere, so that a sum picks them."""
-    if outputs.topk_weights is None:
-        return None
-    places = places_from_handle(handle, num_ranks)
-    served = served_rows(handle.recv_src_metadata[: handle.num_valid_tokens], places)
-    owned = torch.empty(served.shape, dtype=torch.float32, device="cpu")
-    natives.loops.gather_weights(
-        *served.shape,
-        served.data_ptr(),
-        int(not handle.do_expand),
-        outputs.topk_weights.data_ptr(),
-        owned.data_ptr(),
-    )
+    num_valid, num_topk = served.shape
+    owned = torch.empty((num_rows, num_topk), dtype=torch.float32, device="cpu")
+    owned[num_valid:] = 0
+    by_column = int(weights.dim() == 2)
+    side.loops.gather_weights(num_valid, num_topk, served.data_ptr(), by_column, weights.data_ptr(), owned.data_ptr())
     return owned
 
 
 def _sum_by_host(
-    kernels: KernelSet,
-    native: Buffer,
-    outputs: Outputs,
-    returned: torch.Tensor,
+    side: Side,
+    ep: Calls,
+    y: torch.Tensor,
     weights: torch.Tensor | None,
-    known: Handle,
-    ranks_per_host: int,
+    native: Handle,
+    bias: tuple[torch.Tensor, ...],
+    go_on: bool,
 ) -> Sums:
     """Stage B, a sum for each (token, host), and then the last one."""
-    grouped, host_order = native.handles.by_group(known, ranks_per_host)
-    partial = _unpacked(native, returned, grouped, weights, ())
-    num_hosts = native.num_ranks // ranks_per_host
-    first_T1 = torch.arange(0, partial.x.shape[0], num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)
-    rows = torch.where(host_order >= 0, host_order + first_T1, host_order)
-    out = torch.empty((rows.shape[0], returned.shape[1]), dtype=torch.bfloat16, device="cpu")
-    _sum_rows(kernels, partial.x, rows, outputs.bias, out)
-    if partial.topk_weights is None:
-        return Sums(out, None)
-    by_host = partial.topk_weights.view(rows.shape[0], num_hosts, partial.topk_weights.shape[1])
-    return Sums(out, by_host.sum(1))
+    grouped, host_order = ep.handles.by_group(native, side.num_scaleup)
+    num_hosts, num_tokens = side.num_ranks // side.num_scaleup, host_order.shape[0]
+    partial = _start(side, ep, y, grouped, weights, ()) if go_on else _summed(ep, y, grouped, weights, ())
+    out = torch.empty((num_tokens, y.shape[1]), dtype=torch.bfloat16, device="cpu")
+    weights_out = None
+    if partial.topk_weights is not None:
+        weights_out = torch.empty((num_tokens, partial.topk_weights.shape[1]), dtype=torch.float32, device="cpu")
+
+    def sum_hosts() -> None:
+        first_T1 = torch.arange(0, num_tokens * num_hosts, num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)
+        rows = torch.where(host_order >= 0, host_order + first_T1, host_order)
+        _sum_rows(side.kernels, partial.x, rows, bias, out)
+        if partial.topk_weights is not None and weights_out is not None:
+            torch.sum(partial.topk_weights.view(num_tokens, num_hosts, weights_out.shape[1]), 1, out=weights_out)
+
+    if partial.underway is None:
+        sum_hosts()
+        return Sums(out, weights_out)
+    return Sums(out, weights_out, partial.underway.then(sum_hosts))

@@ -1,203 +1,284 @@
-"""A V2 dispatch: compact rows with their scales, raw weights and numbers beside them; expanded here where asked for.
+"""A V2 dispatch: compact rows with their scales and raw weights beside them; expanded here where asked for.
 
 Legend: T tokens, H hidden, K top-k, N rows of the exchange, L local experts, G packs of scales, R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from anyep.compat.deep_ep.elastic_arguments import Terms, Tokens
-from anyep.compat.deep_ep.elastic_natives import RAW_DTYPES, Natives, RowKind
-from anyep.compat.deep_ep.elastic_rows import (
-    empty_scales,
-    laid_out,
-    places_by_scaleup_rank,
-    places_from_handle,
-    scatter_rows,
-)
-from anyep.compat.deep_ep.elastic_sizes import align
-from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.exchange.handle import Received
+from anyep.compat.deep_ep.elastic_arguments import Terms
+from anyep.compat.deep_ep.elastic_fields import Late, Origin, describe_rows, expanded_rows, slab_starts
+from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
+from anyep.compat.deep_ep.elastic_rows import empty_scales, fill_rows, places_from_handle, places_of, scatter_rows
+from anyep.compat.deep_ep.elastic_side import Side
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
+from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.calls import Calls
+from anyep.exchange.event import Targets
+from anyep.exchange.handle import Handle, Received
+
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class Rank(NamedTuple):
-    """Who dispatches, and how it orders what it receives."""
+class Kind(NamedTuple):
+    """A kind of dispatch that passed its checks."""
 
-    number: int
-    num_ranks: int
-    num_scaleup: int
-    """groups of the row order: all ranks, unless several hosts take part"""
-    sorted: bool
-    """order by the tokens' numbers at large, whatever the groups"""
+    native: Calls
+    """the buffer that moves such rows"""
+    terms: Terms
+    num_packs: int
+    """G; 0 without scales"""
+    has_weights: bool
+    handle: HandleKind
+    """of the handles that such dispatches leave"""
+    lands: bool
+    """whether a batch is what lands: compact, in the order of the exchange, with scales or weights but not both"""
+
+
+class Tokens(NamedTuple):
+    """What is sent: contiguous, but for the scales."""
+
+    x: torch.Tensor
+    """[T, H], any dtype"""
+    scales: torch.Tensor | None
+    """[T, G] of a 4-byte dtype"""
+    topk_idx: torch.Tensor | None
+    """[T, K]; None where a handle has it"""
+    topk_weights: torch.Tensor | None
+    """fp32 [T, K]"""
 
 
 class RecvBatch(NamedTuple):
     """What dispatch returns, but for the event."""
 
-    x: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    x: Rows
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     handle: EPHandle
+    underway: Underway | None = None
+    """what fills the batch, where it is not over"""
 
 
-def dispatch_first(natives: Natives, rank: Rank, tokens: Tokens, terms: Terms) -> RecvBatch:
+def dispatch(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle | None, *, go_on: bool) -> RecvBatch:
+    """Send tokens to their experts' ranks, or where an earlier dispatch sent its own; ``go_on``: it may not be over."""
+    if handle is None:
+        return (begin_first if go_on else dispatch_first)(side, kind, tokens)
+    return (begin_again if go_on else dispatch_again)(side, kind, tokens, handle)
+
+
+def dispatch_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
     """Send tokens to their experts' ranks and return the batch with a new handle."""
-    kind = tokens.kind(terms.num_experts)
-    native = natives.for_rows(kind)
-    received = native.dispatch(_wired(natives, rank, tokens, kind, terms.num_max_tokens), tokens.topk_idx)
-    handle, places = _describe(natives, rank, tokens, terms, received)
-    natives.remember(handle, native, native.handles.adopt(received.handle))
-    return _batch(natives, tokens, terms, received, handle, places)
-
-
-def dispatch_again(natives: Natives, rank: Rank, tokens: Tokens, terms: Terms, handle: EPHandle) -> RecvBatch:
-    """Send other tokens where an earlier dispatch sent its own."""
-    kind = tokens.kind(terms.num_experts)
-    native = natives.for_rows(kind)
-    known = natives.recall(native, kind, handle)
-    received = native.dispatch(_wired(natives, rank, tokens, kind, terms.num_max_tokens), handle=known)
-    places = places_from_handle(handle, rank.num_ranks)
-    return _batch(natives, tokens, terms, received, handle, places)
-
-
-def _wired(
-    natives: Natives, rank: Rank, tokens: Tokens, kind: RowKind, max_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows as a raw wire takes them, and the side words."""
-    scales, weights = tokens.scales, tokens.topk_weights
-    words = kind.num_packs + kind.num_topk + 1
-    side = torch.empty((tokens.num_tokens, words), dtype=torch.int32, device="cpu")
-    scales_addr, strides = (0, (0, 0)) if scales is None else (scales.data_ptr(), scales.stride())
-    natives.loops.pack_side(
-        tokens.num_tokens,
-        kind.num_packs,
-        kind.num_topk,
-        scales_addr,
-        *strides,
-        0 if weights is None else weights.data_ptr(),
-        rank.number * max_tokens,
-        side.data_ptr(),
-    )
-    return tokens.x.view(RAW_DTYPES[kind.itemsize]), side
-
-
-def _describe(
-    natives: Natives, rank: Rank, tokens: Tokens, terms: Terms, received: Received
-) -> tuple[EPHandle, torch.Tensor | None]:
-    """Fill a handle from what arrived; also return where rows of the exchange stand in the batch."""
-    announced = received.handle.announced
-    assert announced is not None, "buffers with a raw wire keep what was announced"
-    counts = torch.from_numpy(announced)
-    slabs = _count(natives, rank, terms, counts)
-    places = None
-    if not rank.sorted and rank.num_scaleup < rank.num_ranks:
-        places = places_by_scaleup_rank(announced[:, rank.number].tolist(), rank.num_scaleup)
-    aligned_L = [align(count, terms.alignment) for count in received.counts] if terms.exact else []
-    num_rows, num_expanded = _batch_rows(rank, terms, tokens.topk_idx.shape[1], received, sum(aligned_L))
-    handle = EPHandle(
-        do_expand=terms.do_expand,
-        num_experts=terms.num_experts,
-        expert_alignment=terms.alignment,
-        num_max_tokens_per_rank=terms.num_max_tokens,
-        num_sms=terms.num_sms,
-        topk_idx=tokens.topk_idx.clone() if terms.keep_copy else tokens.topk_idx,
-        num_recv_tokens=num_rows,
-        num_expanded_tokens=num_expanded,
-        num_recv_tokens_per_expert_list=aligned_L,
-        psum_num_recv_tokens_per_scaleup_rank=slabs.sums,
-        psum_num_recv_tokens_per_expert=slabs.ends,
-        num_unaligned_recv_tokens_per_expert=slabs.counts,
-        recv_src_metadata=_metadata(natives, tokens, terms, received, places, slabs.starts, num_rows),
-        dst_buffer_slot_idx=_slots(natives, rank, tokens, terms),
-        announced_counts=counts,
-    )
-    return handle, places
-
-
-class _Slabs(NamedTuple):
-    """Counts of a batch, int32; elastic_loops.py: count_rows."""
-
-    sums: torch.Tensor
-    counts: torch.Tensor
-    ends: torch.Tensor
-    starts: torch.Tensor
-
-
-def _count(natives: Natives, rank: Rank, terms: Terms, announced: torch.Tensor) -> _Slabs:
-    num_local = terms.num_experts // rank.num_ranks
-    sizes = (rank.num_scaleup, num_local, num_local, num_local)
-    memory = torch.empty((sum(sizes),), dtype=torch.int32, device="cpu")
-    slabs = _Slabs(*torch.split_with_sizes(memory, sizes))
-    natives.loops.count_rows(
-        announced.data_ptr(),
-        rank.num_ranks,
-        terms.num_experts,
-        rank.number,
-        rank.num_scaleup,
-        num_local,
-        terms.alignment,
-        int(terms.do_expand),
-        *[part.data_ptr() for part in slabs],
-    )
-    return slabs
-
-
-def _batch_rows(rank: Rank, terms: Terms, num_topk: int, received: Received, expanded: int) -> tuple[int, int]:
-    """Return the rows of a batch, compact and expanded: what arrived, or the most that can arrive."""
-    if terms.exact:
-        return received.x.shape[0], expanded
-    most, num_local = rank.num_ranks * terms.num_max_tokens, len(received.counts)
-    padding = (terms.alignment - 1) * num_local
-    return most, align(most * min(num_topk, num_local) + padding, terms.alignment)
-
-
-def _metadata(
-    natives: Natives,
-    tokens: Tokens,
-    terms: Terms,
-    received: Received,
-    places: torch.Tensor | None,
-    starts: torch.Tensor,
-    num_rows: int,
-) -> torch.Tensor:
-    assert received.topk_idx is not None
-    assert received.scales is not None
-    valid, num_topk = received.topk_idx.shape
-    metadata = torch.empty((num_rows, num_topk + 2), dtype=torch.int32, device="cpu")
-    if valid < num_rows:
-        metadata[valid:] = -1
-    natives.loops.describe_rows(
-        received.topk_idx.data_ptr(),
-        received.topk_idx.itemsize,
-        valid,
-        num_topk,
-        received.scales.data_ptr(),
-        received.scales.shape[1],
-        max(1, terms.num_max_tokens),
-        0 if places is None else places.data_ptr(),
-        starts.data_ptr() if terms.do_expand else 0,
-        metadata.data_ptr(),
-    )
-    return metadata
-
-
-def _slots(natives: Natives, rank: Rank, tokens: Tokens, terms: Terms) -> torch.Tensor:
     idx = tokens.topk_idx
-    slots = torch.empty(idx.shape, dtype=torch.int32, device="cpu")
-    natives.loops.number_slots(
-        idx.data_ptr(),
-        idx.itemsize,
-        *idx.shape,
-        rank.num_ranks,
-        terms.num_experts // rank.num_ranks,
-        rank.number * terms.num_max_tokens,
-        slots.data_ptr(),
+    assert idx is not None
+    received = kind.native.dispatch(_wired(side, kind, tokens), idx)
+    native, arrived = received.handle, received.topk_idx
+    assert arrived is not None
+    if kind.lands:
+        origin = Origin(side, kind.terms, native, arrived.numpy().copy(), received.source_token)
+        handle = EPHandle.made(kind.handle, origin, native.num_rows)
+        if not kind.terms.keep_copy:
+            _keep_indices(handle, native, idx)
+        if not kind.num_packs:
+            return RecvBatch(received.x, arrived, received.scales, handle)
+        assert received.scales is not None
+        return RecvBatch((received.x, received.scales), arrived, None, handle)
+    places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
+    origin = Origin(side, kind.terms, native, None, received.source_token)
+    metadata = describe_rows(origin, arrived.data_ptr(), places)
+    handle = EPHandle.made(kind.handle, origin, metadata.shape[0])
+    handle.fields["recv_src_metadata"] = metadata
+    if not kind.terms.keep_copy:
+        _keep_indices(handle, native, idx)
+    expanded = expanded_rows(side, kind.terms, native) if kind.terms.do_expand else 0
+    room = _room(kind, tokens, received, metadata.shape[0], expanded, places)
+    _fill(side, kind, room, received, metadata if kind.terms.do_expand else None)
+    return _finished(room, handle)
+
+
+def dispatch_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> RecvBatch:
+    """Send other tokens where an earlier dispatch sent its own."""
+    received = kind.native.dispatch(_wired(side, kind, tokens), handle=native_handle(side, handle, kind.native))
+    places = places_from_handle(handle, side.num_ranks)
+    if kind.lands and places is None and handle.num_recv_tokens == received.x.shape[0]:
+        if not kind.num_packs:
+            return RecvBatch(received.x, received.topk_idx, received.scales, handle)
+        assert received.scales is not None
+        return RecvBatch((received.x, received.scales), received.topk_idx, None, handle)
+    expanded = handle.num_expanded_tokens if kind.terms.do_expand else 0
+    room = _room(kind, tokens, received, handle.num_recv_tokens, expanded, places)
+    _fill(side, kind, room, received, handle.recv_src_metadata if kind.terms.do_expand else None)
+    return _finished(room, handle)
+
+
+def begin_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
+    """The same, but return when the sizes are known: rows are there when ``underway`` was waited for."""
+    idx = tokens.topk_idx
+    assert idx is not None
+    side.natives.make_room()
+    pending = kind.native.dispatch(_wired(side, kind, tokens), idx, wait="sizes")
+    landing = pending.targets
+    assert landing is not None
+    assert landing.handle is not None
+    native, late = landing.handle, Late()
+    places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
+    origin = Origin(side, kind.terms, native, None, landing.source_token, late)
+    compact = native.num_rows if kind.terms.exact else side.num_ranks * kind.terms.num_max_tokens
+    expanded = expanded_rows(side, kind.terms, native) if kind.terms.do_expand else 0
+    room = _room(kind, tokens, landing, compact, expanded, places)
+    handle = EPHandle.made(kind.handle, origin, compact)
+    if not kind.terms.keep_copy:
+        _keep_indices(handle, native, idx)
+
+    def fill(received: Received) -> None:
+        assert received.topk_idx is not None
+        late.metadata = describe_rows(origin, received.topk_idx.data_ptr(), places)
+        _fill(side, kind, room, received, late.metadata if kind.terms.do_expand else None)
+
+    late.underway = side.natives.start(pending, fill)
+    return _finished(room, handle)._replace(underway=late.underway)
+
+
+def begin_again(side: Side, kind: Kind, tokens: Tokens, handle: EPHandle) -> RecvBatch:
+    """Send other tokens where an earlier dispatch sent its own, and return at once."""
+    native, places = native_handle(side, handle, kind.native), places_from_handle(handle, side.num_ranks)
+    metadata = handle.recv_src_metadata if kind.terms.do_expand else None  # waits for the first, if that goes on
+    side.natives.make_room()
+    pending = kind.native.dispatch(_wired(side, kind, tokens), handle=native, wait=False)
+    landing = pending.targets
+    if landing is None:
+        pending.wait()
+        raise AssertionError("a rank without memory refuses")
+    expanded = handle.num_expanded_tokens if kind.terms.do_expand else 0
+    room = _room(kind, tokens, landing, handle.num_recv_tokens, expanded, places)
+    underway = side.natives.start(pending, lambda received: _fill(side, kind, room, received, metadata))
+    return _finished(room, handle)._replace(underway=underway)
+
+
+def _wired(side: Side, kind: Kind, tokens: Tokens) -> Rows:
+    """Return the rows, and what travels beside them: scales or weights as they are, or both as side words."""
+    x, scales, _, weights = tokens
+    if scales is None:
+        return x if weights is None else (x, weights)
+    if weights is None:
+        return x, scales
+    if not (scales.is_cpu and weights.is_cpu):
+        raise ValueError("scales and weights must be on the CPU")  # told in full by who checks the call
+    weights = weights.contiguous()
+    words = torch.empty((x.shape[0], kind.num_packs + weights.shape[1]), dtype=torch.int32, device="cpu")
+    side.loops.pack_side(
+        x.shape[0],
+        kind.num_packs,
+        weights.shape[1],
+        scales.data_ptr(),
+        *scales.stride(),
+        weights.data_ptr(),
+        words.data_ptr(),
     )
-    return slots
+    return x, words
+
+
+class _Room(NamedTuple):
+    """A batch's tensors: those that rows land in, or others that are filled from these."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    places: torch.Tensor | None
+    """int64 [N]: where rows of the exchange stand in a compact batch; None: in the same order"""
+
+
+def _room(
+    kind: Kind, tokens: Tokens, landing: Received | Targets, compact: int, expanded: int, places: torch.Tensor | None
+) -> _Room:
+    """Return the tensors of a batch of so many rows, compact or expanded."""
+    if kind.terms.do_expand:
+        x = torch.empty((expanded, tokens.x.shape[1]), dtype=tokens.x.dtype, device="cpu")
+        weights = torch.zeros((expanded,), dtype=torch.float32, device="cpu") if kind.has_weights else None
+        return _Room(x, _room_for_scales(kind, tokens, expanded), None, weights, places)
+    idx = landing.topk_idx
+    assert idx is not None
+    if places is None and compact == idx.shape[0]:
+        return _Room(landing.x, *_beside(kind, tokens, landing), None)
+    x = torch.empty((compact, tokens.x.shape[1]), dtype=tokens.x.dtype, device="cpu")
+    weights = torch.zeros((compact, idx.shape[1]), dtype=torch.float32, device="cpu") if kind.has_weights else None
+    room_for_idx = torch.empty((compact, idx.shape[1]), dtype=idx.dtype, device="cpu")
+    return _Room(x, _room_for_scales(kind, tokens, compact), room_for_idx, weights, places)
+
+
+def _beside(
+    kind: Kind, tokens: Tokens, landing: Received | Targets
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return a compact batch's scales, indices and weights: where they land, if they travel alone and in that order."""
+    idx = landing.topk_idx
+    assert idx is not None
+    if not kind.num_packs:
+        return None, idx, landing.scales if kind.has_weights else None
+    if not kind.has_weights and not kind.terms.tma_scales:
+        return landing.scales, idx, None
+    weights = torch.zeros(idx.shape, dtype=torch.float32, device="cpu") if kind.has_weights else None
+    return _room_for_scales(kind, tokens, idx.shape[0]), idx, weights
+
+
+def _room_for_scales(kind: Kind, tokens: Tokens, rows: int) -> torch.Tensor | None:
+    if tokens.scales is None:
+        return None
+    return empty_scales(rows, kind.num_packs, tokens.scales.dtype, tma=kind.terms.tma_scales)
+
+
+def _fill(side: Side, kind: Kind, room: _Room, received: Received, metadata: torch.Tensor | None) -> None:
+    """Lay out what has arrived, now that all of it has; what nobody sent is 0, and -1 in indices.
+
+    ``metadata`` of an expanded batch says where each (row, column) goes.
+    """
+    if metadata is not None:
+        _spread(side, kind, room, received, metadata)
+        return
+    if room.x.data_ptr() != received.x.data_ptr():
+        assert received.topk_idx is not None
+        assert room.topk_idx is not None
+        fill_rows(room.x, received.x, room.places)
+        fill_rows(room.topk_idx, received.topk_idx, room.places, -1)
+    beside = received.scales
+    if beside is None or (kind.lands and room.places is None and room.x.shape[0] == beside.shape[0]):
+        return
+    side.loops.take_side(
+        beside.shape[0],
+        kind.num_packs,
+        beside.shape[1] - kind.num_packs,
+        beside.data_ptr(),
+        0 if room.places is None else room.places.data_ptr(),
+        *_addresses(room.scales),
+        0 if room.topk_weights is None else room.topk_weights.data_ptr(),
+    )
+
+
+def _spread(side: Side, kind: Kind, room: _Room, received: Received, metadata: torch.Tensor) -> None:
+    """Give every (row, column) of a local expert a row of its own."""
+    terms, num_rows = kind.terms, received.x.shape[0]
+    served = served_rows(metadata[:num_rows], room.places)
+    ends_L = (slab_starts(terms, received.handle) + received.handle.send.numbers("counts")).tolist()
+    scatter_rows(side.kernels, received.x, served, room.x, ends_L, terms.alignment)
+    beside = received.scales
+    if beside is not None:
+        side.loops.spread_side(
+            num_rows,
+            kind.num_packs,
+            served.shape[1],
+            beside.data_ptr(),
+            served.data_ptr(),
+            int(kind.has_weights),
+            *_addresses(room.scales),
+            0 if room.topk_weights is None else room.topk_weights.data_ptr(),
+        )
+
+
+def _addresses(scales: torch.Tensor | None) -> tuple[int, int, int]:
+    """Return address and strides."""
+    return (0, 0, 0) if scales is None else (scales.data_ptr(), scales.stride(0), scales.stride(1))
 
 
 def served_rows(metadata: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
@@ -205,76 +286,12 @@ def served_rows(metadata: torch.Tensor, places: torch.Tensor | None) -> torch.Te
     return (metadata if places is None else metadata[places])[:, 2:].contiguous()
 
 
-def _batch(
-    natives: Natives,
-    tokens: Tokens,
-    terms: Terms,
-    received: Received,
-    handle: EPHandle,
-    places: torch.Tensor | None,
-) -> RecvBatch:
-    """Lay the rows out as the handle says; what nobody sent is 0, and -1 in indices."""
-    if terms.do_expand:
-        return _expanded_batch(natives, tokens, terms, received, handle, places)
-    total, num_topk, idx = handle.num_recv_tokens, tokens.topk_idx.shape[1], received.topk_idx
-    assert idx is not None
-    scales, weights = _side_tensors(tokens, terms, (total,), (num_topk,), filled=total == idx.shape[0])
-    place_addr = 0 if places is None else places.data_ptr()
-    _unpack_side(natives.loops.take_side, received, num_topk, place_addr, scales, weights)
-    x = laid_out(received.x, places, total).view(tokens.x.dtype)
-    return RecvBatch(x if scales is None else (x, scales), laid_out(idx, places, total, -1), weights, handle)
+def _keep_indices(handle: EPHandle, native: Handle, topk_idx: torch.Tensor) -> None:
+    """Let the handle have the caller's own indices, to which it may write."""
+    handle.fields["topk_idx"] = topk_idx
+    route_of(handle, native).note("topk_idx", topk_idx)
 
 
-def _expanded_batch(
-    natives: Natives,
-    tokens: Tokens,
-    terms: Terms,
-    received: Received,
-    handle: EPHandle,
-    places: torch.Tensor | None,
-) -> RecvBatch:
-    """Give every (row, column) of a local expert a row of its own."""
-    total, num_topk = handle.num_expanded_tokens, tokens.topk_idx.shape[1]
-    served = served_rows(handle.recv_src_metadata[: received.x.shape[0]], places)
-    ends_L = handle.psum_num_recv_tokens_per_expert.tolist()
-    x = scatter_rows(natives.kernels, received.x, served, total, ends_L, terms.alignment).view(tokens.x.dtype)
-    scales, weights = _side_tensors(tokens, terms, (total,), (), filled=False)
-    _unpack_side(natives.loops.spread_side, received, num_topk, served.data_ptr(), scales, weights)
-    return RecvBatch(x if scales is None else (x, scales), None, weights, handle)
-
-
-def _side_tensors(
-    tokens: Tokens, terms: Terms, rows: tuple[int], columns: tuple[int, ...], *, filled: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the memory of a batch's scales and weights; zeros unless every row will be ``filled``."""
-    scales = weights = None
-    if tokens.scales is not None:
-        scales = empty_scales(*rows, tokens.scales.shape[1], tokens.scales.dtype, tma=terms.tma_scales)
-    if tokens.topk_weights is not None:
-        make = torch.empty if filled else torch.zeros
-        weights = make(rows + columns, dtype=torch.float32, device="cpu")
-    return scales, weights
-
-
-def _unpack_side(
-    loop: Callable[..., None],
-    received: Received,
-    num_topk: int,
-    where_addr: int,
-    scales: torch.Tensor | None,
-    weights: torch.Tensor | None,
-) -> None:
-    """Let a loop bring the side words where they belong; ``where``: what it is told of the rows' places."""
-    if scales is None and weights is None:
-        return
-    side = received.scales
-    assert side is not None
-    loop(
-        side.shape[0],
-        side.shape[1] - num_topk - 1 if scales is not None else 0,
-        num_topk,
-        side.data_ptr(),
-        where_addr,
-        *((0, 0, 0) if scales is None else (scales.data_ptr(), *scales.stride())),
-        0 if weights is None else weights.data_ptr(),
-    )
+def _finished(room: _Room, handle: EPHandle) -> RecvBatch:
+    x = room.x if room.scales is None else (room.x, room.scales)
+    return RecvBatch(x, room.topk_idx, room.topk_weights, handle)

@@ -10,9 +10,11 @@ Legend: N rows of the exchange, K top-k, L local experts, S scale-up ranks, G pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
@@ -22,19 +24,20 @@ TMA_WORDS = 4
 """Columns of scales begin at multiples of 16 bytes where a tensor memory accelerator shall read them."""
 
 
-def places_by_scaleup_rank(rows_R: Sequence[int], num_scaleup: int) -> torch.Tensor | None:
-    """Return int64 [N]: row n of the exchange is row ``places[n]`` of the batch; None where the orders are the same.
+def places_of(rows_R: NDArray[np.int32], num_scaleup: int) -> torch.Tensor:
+    """Return int64 [N]: row n of the exchange is row ``places[n]`` of a batch that is grouped by scale-up rank.
 
     ``rows_R``: rows from each source rank.
     """
-    if num_scaleup == len(rows_R):
-        return None
     source_N = np.repeat(np.arange(len(rows_R)), rows_R)
     return _inverse(np.argsort(source_N % num_scaleup, kind="stable"))
 
 
 def places_from_handle(handle: EPHandle, num_ranks: int) -> torch.Tensor | None:
     """Return the same from a handle's metadata: tokens' numbers at large ascend in the order of the exchange."""
+    source: Any = handle.source
+    if handle.untouched and source.side.keeps_order:
+        return None
     if handle.psum_num_recv_tokens_per_scaleup_rank.shape[0] == num_ranks:
         return None
     metadata = handle.recv_src_metadata[: handle.num_valid_tokens]
@@ -50,19 +53,15 @@ def _inverse(order_N: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.
     return torch.from_numpy(places_N)
 
 
-def laid_out(rows: torch.Tensor, places: torch.Tensor | None, total: int, fill: int = 0) -> torch.Tensor:
-    """Return the batch of ``total`` rows; without places or a tail that is ``rows`` itself."""
+def fill_rows(batch: torch.Tensor, rows: torch.Tensor, places: torch.Tensor | None, fill: int = 0) -> None:
+    """Copy ``rows`` to their places, or to the batch's beginning; the rest of it becomes ``fill``."""
     num_rows = rows.shape[0]
-    if places is None and total == num_rows:
-        return rows
-    batch = torch.empty((total, *rows.shape[1:]), dtype=rows.dtype, device="cpu")
     if places is None:
         batch[:num_rows] = rows
     else:
         batch[places] = rows
-    if num_rows < total:
+    if num_rows < batch.shape[0]:
         batch[num_rows:] = fill
-    return batch
 
 
 def empty_scales(rows: int, num_packs: int, dtype: torch.dtype, *, tma: bool) -> torch.Tensor:
@@ -73,13 +72,17 @@ def empty_scales(rows: int, num_packs: int, dtype: torch.dtype, *, tma: bool) ->
 
 
 def scatter_rows(
-    kernels: KernelSet, rows: torch.Tensor, served: torch.Tensor, total: int, ends_L: Sequence[int], alignment: int
-) -> torch.Tensor:
-    """Give each row of ``rows`` [N, H] the places in a batch of ``total`` rows that ``served`` int32 [N, K] names.
+    kernels: KernelSet,
+    rows: torch.Tensor,
+    served: torch.Tensor,
+    batch: torch.Tensor,
+    ends_L: Sequence[int],
+    alignment: int,
+) -> None:
+    """Give each row of ``rows`` [N, H] the places in ``batch`` [rows, H] that ``served`` int32 [N, K] names.
 
     ``ends_L``: where each expert's rows end; up to the next multiple of ``alignment``, and behind the last, are zeros.
     """
-    batch = torch.empty((total, rows.shape[1]), dtype=rows.dtype, device="cpu")
     table = torch.tensor([batch.data_ptr()], dtype=torch.int64, device="cpu")
     ranks = served.clamp(max=0)  # 0 where a row is named, -1 where none is
     row_bytes = rows.shape[1] * rows.itemsize
@@ -90,4 +93,3 @@ def scatter_rows(
         if end % alignment:
             batch[end : align(end, alignment)] = 0
     batch[align(ends_L[-1], alignment) if ends_L else 0 :] = 0
-    return batch

@@ -16,7 +16,8 @@ from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.masks import Masks
-from anyep.compat.deep_ep.native import LowLatencyKept, Natives, Underway
+from anyep.compat.deep_ep.native import LowLatencyKept, Natives
+from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire

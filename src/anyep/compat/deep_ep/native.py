@@ -6,12 +6,11 @@ experts, on all ranks, since all make the same calls; everything else (hidden si
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 import anyep
 from anyep.compat.deep_ep.layout import loops
+from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending
 from anyep.exchange.handle import Handle
@@ -33,40 +33,7 @@ _SLOT_HIDDEN, _SLOT_TOKENS = 1024, 128
 """A pair's small batches take up to so many bytes: 256 KiB, of which R^2 times 8 are committed on a host."""
 _MOST_VARIANTS = 64
 _MOST_KINDS = 4096
-
-
-class Underway:
-    """A call whose second half comes later: once, whoever asks first; its error reaches who waits for it."""
-
-    def __init__(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> None:
-        self._pending: Pending[Any] | None = pending
-        self._fill = fill
-        self._error: BaseException | None = None
-        self._turn = threading.Lock()
-
-    def finish(self) -> None:
-        """Do the second half; remember what went wrong."""
-        with self._turn:
-            pending, self._pending = self._pending, None
-            if pending is None:
-                return
-            try:
-                result = pending.wait()
-                if self._fill is not None:
-                    self._fill(result)
-            except Exception as error:
-                self._error = error
-            self._fill = None
-
-    def wait(self) -> None:
-        """Finish, and raise what went wrong, each time."""
-        self.finish()
-        if self._error is not None:
-            raise self._error
-
-    @property
-    def finished(self) -> bool:
-        return self._pending is None
+Served = TypeVar("Served")
 
 
 @dataclass(eq=False, slots=True)
@@ -113,12 +80,15 @@ class LowLatencyKept(Kept):
 class Natives:
     """The buffers of one group, their variants, and the handles that their dispatches left."""
 
-    def __init__(self, group: object) -> None:
+    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S, transport: str = "auto") -> None:
+        """``group``, ``timeout_s`` and ``transport`` as :class:`anyep.Buffer` takes them."""
         self._group = group
+        self._timeout_s = timeout_s
+        self._transport = transport
         self._buffers: dict[int, anyep.Buffer] = {}
         self._variants: OrderedDict[Hashable, Calls] = OrderedDict()
         self._underway: deque[Underway] = deque()
-        self.checked: dict[Hashable, Calls] = {}
+        self.checked: dict[Hashable, Any] = {}
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self._kept: dict[int, Kept] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
@@ -138,7 +108,8 @@ class Natives:
                 num_experts=num_experts,
                 num_topk=1,
                 arena_bytes=0,
-                timeout_s=_TIMEOUT_S,
+                timeout_s=self._timeout_s,
+                transport=self._transport,
                 max_in_flight=_IN_FLIGHT,
                 hidden=_SLOT_HIDDEN,
                 max_tokens_per_rank=_SLOT_TOKENS,
@@ -169,11 +140,12 @@ class Natives:
                 self._variants.popitem(last=False)
         return known
 
-    def remember(self, kind: Hashable, ep: Calls) -> Calls:
-        """Note which buffer serves calls of a kind that was checked."""
+    def remember(self, kind: Hashable, ep: Served) -> Served:
+        """Note which buffer serves calls of a kind that was checked, and how; None: of no kind."""
         if len(self.checked) >= _MOST_KINDS:
             self.checked.clear()
-        self.checked[kind] = ep
+        if kind is not None:
+            self.checked[kind] = ep
         return ep
 
     def make_room(self) -> None:
@@ -185,6 +157,10 @@ class Natives:
         """Go on without these ranks in every buffer that there is."""
         for buffer in self._buffers.values():
             buffer.leave_out(ranks)
+
+    def barrier(self, num_ranks: int) -> None:
+        """Wait until every rank is here, on any buffer: the first that there is, on all ranks alike."""
+        self.buffer(next(iter(self._buffers), num_ranks)).barrier()
 
     def start(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> Underway:
         """Note a call under way."""

@@ -11,7 +11,8 @@ from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.handles import INTERNODE, INTRANODE, NormalHandle, Origin, find_handle
-from anyep.compat.deep_ep.native import Kept, Natives, Underway
+from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
 from anyep.exchange.wire import Wire, carrying_wire
 

@@ -85,6 +85,9 @@ class DeviceCombine:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
+    def size_up(self) -> None:
+        """Sizes are learnt with the rest: the device works them out."""
+
     def targets(self) -> Targets:
         """Return where the sums go."""
         return Targets(x=self._back.out, topk_weights=self._back.weights_out)

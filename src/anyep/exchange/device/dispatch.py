@@ -71,6 +71,9 @@ class DeviceDispatch:
         """Whether every rank's announcement is here."""
         return self._end.transport.arrived(self._end.lanes.open, self._epoch)
 
+    def size_up(self) -> None:
+        """Sizes are learnt with the rest: the device works them out."""
+
     def targets(self) -> Targets | None:
         """Return the tensors of a padded batch, whose size is known."""
         if self._landing is None or not self._geometry.padded:

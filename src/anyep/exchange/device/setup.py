@@ -63,7 +63,7 @@ def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host
 
 
 def _check_what_devices_do(options: BufferOptions) -> None:
-    if options.make_wire().raw:
+    if options.make_wire().by_column:
         raise Unavailable(f"wire={options.wire!r} goes with CPU tensors; a device has bf16, fp16, fp32 and fp8")
     if options.record is not None:
         raise Unavailable("record goes with CPU tensors; a device's routing does not come to the host")

@@ -1,0 +1,184 @@
+"""A handle's fields, made from what its dispatch left when somebody looks at one: most programs never do.
+
+Legend: T tokens, K top-k, E experts, L local experts, R ranks, S scale-up ranks, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anyep.compat.deep_ep.elastic_arguments import Terms
+from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
+from anyep.compat.deep_ep.elastic_side import Side
+from anyep.compat.deep_ep.elastic_sizes import align
+from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.handle import Handle
+
+
+class Late:
+    """What a dispatch that goes on brings besides its batch; waiting for it is waiting for the dispatch."""
+
+    __slots__ = ("metadata", "underway")
+
+    def __init__(self) -> None:
+        self.underway: Underway | None = None
+        self.metadata: torch.Tensor | None = None
+
+    def wait(self) -> torch.Tensor:
+        """Return the metadata, when the dispatch is over."""
+        assert self.underway is not None, "set by who began the dispatch"
+        self.underway.wait()
+        assert self.metadata is not None
+        return self.metadata
+
+
+class Origin(NamedTuple):
+    """What a dispatch left: its own records, which no caller can write to."""
+
+    side: Side
+    terms: Terms
+    native: Handle
+    indices: NDArray[Any] | None
+    """local experts of each row [N, K], as they were when the caller got them; None: the metadata is made already"""
+    token: torch.Tensor | None
+    """int32 [N]: each row's token at its source"""
+    late: Late | None = None
+    """where the dispatch goes on when the handle is made"""
+
+    def make(self, handle: EPHandle, name: str) -> Any:
+        """Return a handle's field."""
+        value = _MAKERS[name](self)
+        if name in ROUTING:
+            route_of(handle, self.native).note(name, value)
+        return value
+
+    def describe(self) -> torch.Tensor:
+        """Return ``recv_src_metadata``."""
+        if self.late is not None:
+            return self.late.wait()
+        assert self.indices is not None
+        return describe_rows(self, self.indices.ctypes.data, None)
+
+
+def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) -> torch.Tensor:
+    """Return ``recv_src_metadata``, from what the dispatch knows of the rows; ``idx`` [N, K]: their local experts."""
+    side, terms, plan = origin.side, origin.terms, origin.native.send
+    assert origin.token is not None, "the variants of these calls bring source tokens"
+    num_topk = plan.geometry.num_topk
+    rows = origin.native.num_rows if terms.exact else side.num_ranks * terms.num_max_tokens
+    metadata = torch.empty((rows, num_topk + 2), dtype=torch.int32, device="cpu")
+    cursors = slab_starts(terms, origin.native) if terms.do_expand else None
+    side.loops.describe_rows(
+        idx_addr,
+        plan.idx_bytes,
+        rows,
+        num_topk,
+        origin.token.data_ptr(),
+        plan.field("pair_rows"),
+        side.num_ranks,
+        side.number,
+        max(1, terms.num_max_tokens),
+        0 if places is None else places.data_ptr(),
+        0 if cursors is None else cursors.__array_interface__["data"][0],
+        metadata.data_ptr(),
+    )
+    return metadata
+
+
+def _counts(origin: Origin) -> NDArray[np.int32]:
+    return origin.native.send.numbers("counts")
+
+
+def _aligned(origin: Origin) -> NDArray[np.int32]:
+    counts_L, alignment = _counts(origin), origin.terms.alignment
+    return counts_L if alignment == 1 else -(-counts_L // alignment) * alignment
+
+
+def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
+    """Return a tensor on the array; of an empty one numpy's strides are no good for views."""
+    return torch.from_numpy(array) if array.size else torch.empty(array.shape, dtype=torch.int32, device="cpu")
+
+
+def _topk_idx(origin: Origin) -> torch.Tensor:
+    return origin.native.topk_idx().clone()
+
+
+def _aligned_list(origin: Origin) -> list[int]:
+    return _aligned(origin).tolist() if origin.terms.exact else []
+
+
+def expanded_rows(side: Side, terms: Terms, native: Handle) -> int:
+    """Return the rows of an expanded batch: what arrived, or the most that can arrive."""
+    num_local = native.send.geometry.shape.num_local
+    if terms.exact:
+        counts_L, alignment = native.send.numbers("counts"), terms.alignment
+        return int((-(-counts_L // alignment) * alignment).sum())
+    most, padding = side.num_ranks * terms.num_max_tokens, (terms.alignment - 1) * num_local
+    return align(most * min(native.send.geometry.num_topk, num_local) + padding, terms.alignment)
+
+
+def slab_starts(terms: Terms, native: Handle) -> NDArray[np.int32]:
+    """Return int32 [L]: where each expert's rows begin in an expanded batch."""
+    counts_L, alignment = native.send.numbers("counts"), terms.alignment
+    aligned_L = -(-counts_L // alignment) * alignment
+    return np.cumsum(aligned_L, dtype=np.int32) - aligned_L
+
+
+def _sums_by_source(origin: Origin) -> torch.Tensor:
+    rows_R = origin.native.pair_rows[:, origin.side.number]
+    by_host_OS = rows_R.reshape(-1, origin.side.num_scaleup)
+    return torch.from_numpy(np.cumsum(by_host_OS.sum(0), dtype=np.int32))
+
+
+def _ends(origin: Origin) -> torch.Tensor:
+    if origin.terms.do_expand:
+        return torch.from_numpy(slab_starts(origin.terms, origin.native) + _counts(origin))
+    return torch.from_numpy(np.cumsum(_aligned(origin), dtype=np.int32))
+
+
+def _slots(origin: Origin) -> torch.Tensor:
+    plan, side, terms = origin.native.send, origin.side, origin.terms
+    slots_TK = np.empty((plan.num_tokens, plan.geometry.num_topk), np.int32)
+    side.loops.number_slots(
+        plan.idx_addr,
+        plan.idx_bytes,
+        *slots_TK.shape,
+        side.num_ranks,
+        terms.num_experts // side.num_ranks,
+        side.number * terms.num_max_tokens,
+        slots_TK.__array_interface__["data"][0],
+    )
+    return _tensor(slots_TK)
+
+
+def _announced(origin: Origin) -> torch.Tensor:
+    announced = origin.native.announced
+    assert announced is not None, "wires with sums by column keep what was announced"
+    return torch.from_numpy(announced.copy())
+
+
+_MAKERS: dict[str, Callable[[Origin], Any]] = {
+    "do_expand": lambda origin: origin.terms.do_expand,
+    "num_experts": lambda origin: origin.terms.num_experts,
+    "expert_alignment": lambda origin: origin.terms.alignment,
+    "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
+    "num_sms": lambda origin: origin.terms.num_sms,
+    "topk_idx": _topk_idx,
+    "num_expanded_tokens": lambda origin: expanded_rows(origin.side, origin.terms, origin.native),
+    "num_recv_tokens_per_expert_list": _aligned_list,
+    "psum_num_recv_tokens_per_scaleup_rank": _sums_by_source,
+    "psum_num_recv_tokens_per_expert": _ends,
+    "num_unaligned_recv_tokens_per_expert": lambda origin: torch.from_numpy(_counts(origin).copy()),
+    "recv_src_metadata": lambda origin: origin.describe(),
+    "dst_buffer_slot_idx": _slots,
+    "announced_counts": _announced,
+    "token_metadata_at_forward": lambda _: None,
+    "channel_linked_list": lambda _: None,
+    "cached_recv_src_metadata_before_sort": lambda _: None,
+}

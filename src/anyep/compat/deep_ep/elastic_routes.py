@@ -1,0 +1,97 @@
+"""The way of rows behind a handle: known from its dispatch, or worked out again from its fields.
+
+Legend: T tokens, K top-k, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anyep.compat.deep_ep.elastic_side import Side
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
+from anyep.exchange.calls import Calls
+from anyep.exchange.handle import Handle
+from anyep.exchange.wire import carrying_wire
+
+ROUTING = ("topk_idx", "announced_counts")
+"""Fields that say where rows go."""
+
+
+class Route:
+    """A native handle, and the fields it stands for with how often they had been written to."""
+
+    __slots__ = ("native", "versions")
+
+    def __init__(self, native: Handle) -> None:
+        self.native = native
+        self.versions: dict[str, tuple[Any, int]] = {}
+
+    def note(self, name: str, value: torch.Tensor) -> None:
+        """Remember a field's tensor; -1 where torch does not count what is written to it, as in inference mode."""
+        self.versions[name] = value, -1 if value.is_inference() else value._version
+
+    def fits(self, handle: EPHandle) -> bool:
+        """Whether the fields are as they were."""
+        announced = self.native.announced
+        if announced is None or handle.num_experts != announced.shape[1] - announced.shape[0]:
+            return False
+        for name in ROUTING:
+            noted = self.versions.get(name)
+            if noted is None or handle.fields.get(name) is not noted[0]:
+                return False
+        return self.unwritten()
+
+    def unwritten(self) -> bool:
+        """Whether nobody has written to the fields that were looked at."""
+        return all(version >= 0 and value._version == version for value, version in self.versions.values())
+
+
+def route_of(handle: EPHandle, native: Handle) -> Route:
+    """Return what is noted of a handle's fields."""
+    if handle.route is None:
+        handle.route = Route(native)
+    route: Route = handle.route
+    return route
+
+
+def static_rows_of(side: Side, kind: HandleKind) -> int | None:
+    """Return the rows of a batch of fixed size, which the exchange keeps; None where it knows those that arrived."""
+    return kind.static_rows if kind.static_rows >= 0 and side.keeps_order and not kind.do_expand else None
+
+
+def native_handle(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+    """Return the handle of the dispatch, as ``ep`` takes it: the dispatch's own, or from the handle's fields."""
+    source: Any = handle.source
+    if handle.untouched and handle.route is None:  # nobody has looked at a field
+        native: Handle = source.native
+        return native if source.side.natives is side.natives else ep.handles.adopt(native)
+    return _from_fields(side, handle, ep)
+
+
+def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+    """Return the same from what was noted of fields, or from the fields. Exchanges something in one case alone:
+
+    ``announced_counts`` is None. All ranks tell theirs then, by a dispatch whose rows nobody reads.
+    """
+    route: Route | None = handle.route
+    if route is not None and (route.unwritten() if handle.untouched else route.fits(handle)):
+        return ep.handles.adopt(route.native)
+    topk_idx = handle.topk_idx
+    if handle.announced_counts is None:
+        handle.announced_counts = _ask_for_counts(side, handle.num_experts, topk_idx)
+    recalled = ep.handles.recall(topk_idx, handle.announced_counts)
+    handle.route = route = Route(recalled)
+    for name in ROUTING:
+        route.note(name, getattr(handle, name))
+    return recalled
+
+
+def _ask_for_counts(side: Side, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
+    nothing = carrying_wire(torch.uint8, 1, 0, torch.float32, by_column=True)
+    ep = side.natives.variant(num_experts, nothing, topk_idx.shape[1])
+    x = torch.zeros((topk_idx.shape[0], 1), dtype=torch.uint8, device="cpu")
+    announced = ep.dispatch(x, topk_idx).handle.announced
+    assert announced is not None, "wires with sums by column keep what was announced"
+    return torch.from_numpy(announced)
