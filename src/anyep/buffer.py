@@ -47,8 +47,8 @@ class Buffer(Calls):
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
     hosts, ``"nixl"`` or ``"gloo"``; ``interface``: the network interface it uses on this rank.
     ``device``: ``"cuda"`` or one of several, for CUDA tensors (docs/gpu.md); None: CPU tensors. ``num_sms``: on how
-    many of its multiprocessors rows are moved at a time. ``kernels``: ``"cpu"``, ``"gpu"`` or ``"reference"``, by
-    default the device's.
+    many of its multiprocessors rows are moved at a time. ``concurrent``: ranks of a device have streams of their own.
+    ``kernels``: ``"cpu"``, ``"gpu"`` or ``"reference"``, by default the device's.
     ``record``: a file for the routing of every dispatch (see docs/routing-traces.md).
 
     Raises TypeError and ValueError for bad arguments, on every rank if one rank's are bad; CapacityError when the
@@ -88,6 +88,7 @@ class Buffer(Calls):
         side_words: int = 0,
         device: torch.device | str | None = None,
         num_sms: int | None = None,
+        concurrent: bool = False,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -112,6 +113,7 @@ class Buffer(Calls):
             side_words=side_words,
             device=device_name(kernels, device),
             num_sms=num_sms,
+            concurrent=concurrent,
         )
         opened = open_endpoint(group, options)
         self._options = options

@@ -48,7 +48,7 @@ class Scene:
                     counts = np.full(R, 10 * rank + epoch, np.int32)
                     self.kernels.signal(table.ctypes.data, R, epoch + 1, counts.ctypes.data)
                 where = (self.counts[rank].ctypes.data, self.errors[rank].ctypes.data)
-                self.kernels.wait(self.words[rank, epoch].ctypes.data, R, epoch + 1, limit, *where)
+                self.kernels.wait(self.words[rank, epoch].ctypes.data, R, epoch + 1, limit, *where, 8)
                 received, copied = self.rows[rank, epoch], self.found[rank, epoch]
                 self.kernels.copy(received.ctypes.data, copied.ctypes.data, received.nbytes)
 

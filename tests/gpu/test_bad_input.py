@@ -184,6 +184,7 @@ def test_a_graph_of_what_the_host_must_wait_for_is_refused(device):
     [
         ({"device": "cuda", "kernels": "cpu"}, ValueError, "kernels='cpu' work on host memory, got device='cuda'"),
         ({"num_sms": 4}, ValueError, "num_sms goes with device='cuda'"),
+        ({"concurrent": True}, ValueError, "concurrent goes with device='cuda'"),
         ({"device": "cuda", "num_sms": 0}, ValueError, "num_sms must be at least 1"),
         ({"device": "cuda", "wire": "raw8"}, Unavailable, "a device has bf16, fp16, fp32 and fp8"),
         ({"device": "cuda", "record": "somewhere.npz"}, Unavailable, "record goes with CPU tensors"),

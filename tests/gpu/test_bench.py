@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyep.testing.pretend_device import PretendDevice, pretended
+from anyep.testing.pretend_device import LazyDevice, pretended
 from benchmarks.gpu import __main__ as bench
 from benchmarks.gpu import measure
 from benchmarks.gpu.stopwatch import HostStopwatch
@@ -23,9 +23,10 @@ def test_without_a_gpu_nothing_is_written_and_the_reason_is_said(tmp_path, capsy
 
 
 def _measure(layout):
-    with pretended(PretendDevice()):
+    device = LazyDevice(1, waits=False)
+    with pretended(device):
         return bench.measure(
-            HostStopwatch(), [Work(name="small", layout=layout, **SMALL)], rounds=2, copy_bytes=1 << 10
+            HostStopwatch(device.catch_up), [Work(name="small", layout=layout, **SMALL)], rounds=2, copy_bytes=1 << 10
         )
 
 
@@ -33,7 +34,13 @@ def _measure(layout):
 def test_works_are_checked_against_torch_and_timed_beside_it(layout):
     rows = _measure(layout)
     named = {row.what: row for row in rows if row.work == "small 2 x 5"}
-    assert {"dispatch, graph", "dispatch, torch", "combine, graph", "combine, torch"} <= named.keys()
+    assert {
+        "dispatch, graph",
+        "dispatch, torch",
+        "combine, graph",
+        "combine, torch",
+        "combine, concurrent",
+    } <= named.keys()
     assert ("dispatch, host waits for counts" in named) == (layout == "compact")
     assert named["dispatch, graph"].bytes == named["dispatch, torch"].bytes > 2 * 5 * 2 * 256
     assert all(row.rounds == 2 for row in rows)

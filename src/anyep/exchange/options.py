@@ -48,6 +48,8 @@ class BufferOptions:
     device: str | None = None
     """None: the host's memory"""
     num_sms: int | None = None
+    concurrent: bool = False
+    """whether ranks of one device have streams of their own"""
 
     @property
     def ring(self) -> int:
@@ -100,6 +102,8 @@ class BufferOptions:
             raise ValueError(f"kernels={self.kernels!r} work on {place}, got device={self.device!r}; leave kernels out")
         if self.device is None and self.num_sms is not None:
             raise ValueError("num_sms goes with device='cuda'; num_threads is what CPU tensors are moved by")
+        if self.device is None and self.concurrent:
+            raise ValueError("concurrent goes with device='cuda'; ranks on a CPU always are")
 
     def _check_timeout(self) -> None:
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)):

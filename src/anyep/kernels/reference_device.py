@@ -185,6 +185,28 @@ class ReferenceDeviceKernels(ReferenceKernels):
             _put(entry_rank_addr, [-1] * num_entries)
             _put(counts_addr, [0] * num_local)
 
+    def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
+        counts = read(counts_addr, torch.int32, num_ranks).tolist() if counts_addr else [0] * num_ranks
+        for word, count in zip(read(peer_word_addr, torch.int64, num_ranks).tolist(), counts, strict=True):
+            if word:
+                write(word, torch.tensor([epoch << 32 | count]))
+
+    def wait(
+        self,
+        words_addr: int,
+        num_ranks: int,
+        epoch: int,
+        limit: int,
+        counts_addr: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        for rank, word in enumerate(read(words_addr, torch.int64, num_ranks).tolist()):  # nobody writes meanwhile
+            if word >> 32 < epoch:
+                write(errors_addr + rank * error_bytes, torch.tensor([epoch << 32 | word >> 32]))
+            elif counts_addr:
+                write(counts_addr + 4 * rank, torch.tensor([word & 0xFFFFFFFF], dtype=torch.int32))
+
 
 def _tables(heads: Lists, base: list[int], *, settled: bool) -> Lists:
     def address(head: list[int], origin: int, part: int) -> int:

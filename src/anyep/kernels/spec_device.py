@@ -183,3 +183,34 @@ class DeviceKernels(KernelSet, Protocol):
         >>> # summary=[STATIC_TOO_SMALL, ., ., .], entry_rank=[0, 1], counts=[3]: entry_rank=[-1, -1], counts=[0]
         """
         ...
+
+    def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
+        """Publish all that was launched before: write ``epoch << 32 | counts[r]`` to the word of every rank.
+
+        ``peer_word`` is a peer table, 0 to skip a rank; ``counts`` int32 [R], or 0 for none. kernels/gpu/flags.py has
+        the memory order.
+
+        >>> # epoch=3, counts=[5, 7], peer_word=[a, 0]: word at a: (3 << 32) + 5
+        """
+        ...
+
+    def wait(
+        self,
+        words_addr: int,
+        num_ranks: int,
+        epoch: int,
+        limit: int,
+        counts_addr: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        """Let what is launched after this wait until every sender's word has reached ``epoch``.
+
+        ``words`` are int64 [R]; their counts go to int32 [R] ``counts`` (0: nowhere). Where a word has not come after
+        ``limit`` looks, the int64 that is r * ``error_bytes`` behind ``errors`` takes ``epoch << 32 | the epoch that
+        the word holds``, and the count is not written. Errors of words that did come are not touched.
+
+        >>> # epoch=3, limit=2, error_bytes=8, words=[(3 << 32) + 5, (1 << 32) + 9]
+        >>> # counts=[5, .] errors=[., (3 << 32) + 1]
+        """
+        ...

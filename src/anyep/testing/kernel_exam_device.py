@@ -130,12 +130,34 @@ def exam_withdraw(case: Case) -> None:
     case.run("withdraw", summary, where[0], entries, where[1], local)
 
 
+def exam_signal(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    R = int(rng.choice([1, 2, 8, 33]))
+    words = [stretch.cut(f"word {rank}", 8, 8) for rank in range(R)]
+    table = stretch.put_table("peer_word", [0 if rng.random() < 0.2 else one for one in words])
+    counts = stretch.put("counts", rng.integers(0, 1 << 31, R, dtype=np.int32)) if rng.random() < 0.5 else 0
+    case.run("signal", table, R, int(rng.integers(1, 1 << 30)), counts)
+
+
+def exam_wait(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    R, epoch = int(rng.choice([1, 2, 8, 33])), int(rng.integers(2, 1 << 30))
+    seen_R = rng.choice([0, epoch - 1, epoch, epoch + 1], R)
+    words = stretch.put("words", (seen_R.astype(np.int64) << 32) | rng.integers(0, 1 << 31, R))
+    counts = stretch.cut("counts", 4 * R, 4) if rng.random() < 0.5 else 0
+    error_bytes = int(rng.choice([8, 1120]))
+    errors = stretch.cut("errors", R * error_bytes, 8)
+    case.run("wait", words, R, epoch, 3, counts, errors, error_bytes)
+
+
 _EXAMS: dict[str, Callable[[Case], None]] = {
     "begin_route": exam_begin_route,
     "announce": exam_announce,
     "settle": exam_settle,
     "connect": exam_connect,
     "withdraw": exam_withdraw,
+    "signal": exam_signal,
+    "wait": exam_wait,
 }
 DEVICE_FUNCTIONS = tuple(_EXAMS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -14,8 +15,12 @@ from anyep.exchange.device import devices
 from anyep.exchange.device.devices import Event, Fetch, Stream
 from anyep.kernels.gpu.target import SM_90
 from anyep.kernels.reference_device import ReferenceDeviceKernels
+from anyep.kernels.reference_memory import read
 from anyep.kernels.spec_device import DeviceKernels
 from anyep.transport.base import Words
+
+_NAP_S = 0.0005
+_FOREVER = 1 << 60
 
 
 class _Here:
@@ -70,6 +75,9 @@ class PretendDevice:
     def free_bytes(self) -> int:
         return self._free_bytes
 
+    def looks_in(self, seconds: float) -> int:
+        return max(1, int(seconds / _NAP_S))
+
     def check_fp8(self) -> None:
         self.target.check_fp8()
 
@@ -93,17 +101,35 @@ class _OneByOne:
         return launch
 
 
+class _LazyLaunch:
+    """Something on a stream; it may begin when ``ready`` says so."""
+
+    def __init__(self, act: Callable[[], object], ready: Callable[[], bool] = lambda: True, looks: int = 1) -> None:
+        self.act = act
+        self.ready = ready
+        self.looks = looks
+        """how often nothing may happen before it begins all the same"""
+
+
 class _LazyStream:
     """Launches that wait until somebody needs them, and how many of them are done."""
 
     def __init__(self) -> None:
-        self.launches: list[Callable[[], object]] = []
+        self.launches: list[_LazyLaunch] = []
         self.num_done = 0
+        self.is_running = False
+
+    @property
+    def next(self) -> _LazyLaunch | None:
+        return self.launches[self.num_done] if self.num_done < len(self.launches) else None
 
 
 class _LazyEvent(NamedTuple):
     stream: _LazyStream
     position: int
+
+    def is_over(self) -> bool:
+        return self.stream.num_done >= self.position
 
 
 class LazyDevice(PretendDevice):
@@ -119,7 +145,7 @@ class LazyDevice(PretendDevice):
         self._chance = random.Random(seed)
         self._streams: list[_LazyStream] = []
         self._local = threading.local()
-        self._turn = threading.RLock()
+        self._turn = threading.Lock()
 
     def new_stream(self) -> Stream:
         with self._turn:
@@ -140,41 +166,59 @@ class LazyDevice(PretendDevice):
         finally:
             self._local.current = before
 
-    def launch(self, what: Callable[[], object]) -> None:
-        with self._turn:
-            self.current_stream().launches.append(what)
-
     def launch_kernel(self, name: str, numbers: tuple[int, ...]) -> None:
         kernel = getattr(self._inner, name)
-        self.launch(lambda: kernel(*numbers))
+        if name != "wait":
+            self._launch(_LazyLaunch(lambda: kernel(*numbers)))
+            return
+        words_addr, num_ranks, epoch, limit, *_ = numbers
+
+        def ready() -> bool:
+            return all(word >> 32 >= epoch for word in read(words_addr, torch.int64, num_ranks).tolist())
+
+        self._launch(_LazyLaunch(lambda: kernel(*numbers), ready, limit))
+
+    def _launch(self, launch: _LazyLaunch) -> None:
+        self.current_stream().launches.append(launch)
 
     def mark(self, stream: Stream) -> Event:
         return _LazyEvent(stream, len(stream.launches))
 
     def follow(self, stream: Stream, event: Event) -> None:
-        with self._turn:
-            stream.launches.append(lambda: self._run(event))
-            if stream is getattr(self._local, "own", None):
-                self._run(self.mark(stream))
+        stream.launches.append(_LazyLaunch(lambda: None, event.is_over, _FOREVER))
+        if stream is getattr(self._local, "own", None):
+            self.run(self.mark(stream))
 
     def fetch(self, words: torch.Tensor) -> Fetch:
         held: list[Words] = []
-        self.launch(lambda: held.append(words.numpy().copy()))
+        self._launch(_LazyLaunch(lambda: held.append(words.numpy().copy())))
         return _LazyFetch(self, self.mark(self.current_stream()), held)
 
     def run(self, event: Event) -> None:
-        """Run all that comes before an event, and by chance more."""
-        with self._turn:
-            for stream in self._chance.sample(self._streams, len(self._streams)):
-                if self._chance.random() < 0.5:
-                    self._run(_LazyEvent(stream, self._chance.randint(0, len(stream.launches))))
-            self._run(event)
+        """Run launches, of any streams, until all that comes before an event is done."""
+        while not event.is_over():
+            streams = list(self._streams)
+            if not any(self._step(stream) for stream in self._chance.sample(streams, len(streams))):
+                time.sleep(_NAP_S)
 
-    def _run(self, event: _LazyEvent) -> None:
-        stream = event.stream
-        while stream.num_done < event.position:
-            stream.num_done += 1
-            stream.launches[stream.num_done - 1]()
+    def _step(self, stream: _LazyStream) -> bool:
+        """Run the next launch of a stream, unless it must wait or one is running; say whether."""
+        with self._turn:
+            launch = stream.next
+            if launch is None or stream.is_running:
+                return False
+            if not launch.ready():
+                launch.looks -= 1
+                if launch.looks > 0:
+                    return False
+            stream.is_running = True
+        try:
+            launch.act()
+        finally:
+            with self._turn:
+                stream.num_done += 1
+                stream.is_running = False
+        return True
 
 
 class _LazyFetch:
@@ -207,7 +251,7 @@ class _Launches:
 def pretended(device: devices.Device) -> Iterator[devices.Device]:
     """Let buffers that are made with ``device="cuda"`` meanwhile find ``device``."""
     original = devices.find_device
-    devices.find_device = lambda name, num_sms=None: device
+    devices.find_device = lambda name, num_sms=None, at_once=1: device
     try:
         yield device
     finally:

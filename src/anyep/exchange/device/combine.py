@@ -95,6 +95,7 @@ class DeviceCombine:
     def post(self, epoch: int) -> None:
         """Launch what says where this rank's rows lie; then tell the others."""
         end, back = self._end, self._back
+        end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         self._visit = Visit.begin(end.device, end.stream)
         weights = back.topk_weights
@@ -125,8 +126,11 @@ class DeviceCombine:
         with end.device.on(end.stream):
             end.device.kernels.connect(
                 *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.rank, end.num_ranks),
-                *(end.base_addr, 0, 0, 0, 0, 0, tables_addr, words.data_ptr(), 0, 0, 0, 0),
+                *(end.base_addr, 0, 0, 0, 0, 0, tables_addr, words.data_ptr(), end.faults.addr, 0, 0, 0),
             )
+            if end.order.is_concurrent:  # a rank may be silent: then no table has an address, and nothing may be read
+                num_entries = plan.num_tokens * plan.width
+                end.device.kernels.withdraw(words.data_ptr(), plan.entry_rank_addr, num_entries, 0, 0)
             rows_addr = plan.entry_row_addr
             if self._scratch.rows is not None:
                 rows_addr = self._scratch.rows.data_ptr()
@@ -157,6 +161,9 @@ class DeviceCombine:
             end.order.drop(turn)
             check_agreement(self._header, opened_RW, self._step)
         end.order.launch(turn)
+        if end.order.is_concurrent:
+            with end.device.on(end.stream):
+                end.faults.ask()
         assert self._visit is not None
         self._visit.end([back.out, back.weights_out])
         end.counters.combined(0, back.row_bytes)

@@ -17,6 +17,8 @@ from anyep.transport.base import Words
 Stream = Any
 Event = Any
 
+_MEASURED_LOOKS = 20_000
+
 
 class Fetch(Protocol):
     """Words on their way from the device to the host."""
@@ -70,6 +72,10 @@ class Device(Protocol):
         """Return how much memory is not taken."""
         ...
 
+    def looks_in(self, seconds: float) -> int:
+        """Return how often a wait looks in that time."""
+        ...
+
     def check_fp8(self) -> None:
         """Raise Unavailable where kernels cannot convert to FP8."""
         ...
@@ -97,6 +103,7 @@ class CudaDevice:
     def __init__(self, where: torch.device, kernels: DeviceKernels) -> None:
         self.where = where
         self.kernels = kernels
+        self._us_a_look: float | None = None
 
     def new_stream(self) -> Stream:
         return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
@@ -127,12 +134,30 @@ class CudaDevice:
         held = torch.cuda.memory_reserved(self.where) - torch.cuda.memory_allocated(self.where)
         return int(free) + int(held)
 
+    def looks_in(self, seconds: float) -> int:
+        """Measure how long looks take: this device, once."""
+        if self._us_a_look is None:
+            words = torch.zeros(3, dtype=torch.int64, device=self.where)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self.where):
+                self.kernels.wait(words.data_ptr(), 1, 1, 1, 0, words.data_ptr() + 8, 8)
+                begin.record()
+                self.kernels.wait(words.data_ptr(), 1, 1, _MEASURED_LOOKS, 0, words.data_ptr() + 8, 8)
+                end.record()
+                end.synchronize()
+            self._us_a_look = max(1e-3, begin.elapsed_time(end) * 1e3 / _MEASURED_LOOKS)
+        return max(1, int(seconds * 1e6 / self._us_a_look))
+
     def check_fp8(self) -> None:
         target_of(self.where).check_fp8()
 
 
-def find_device(name: str, num_sms: int | None = None) -> Device:
-    """Return the CUDA device of that name, ready. ValueError for another kind, Unavailable where there is none."""
+def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Device:
+    """Return the CUDA device of that name, ready, for ``at_once`` ranks that move rows at a time.
+
+    ``num_sms``: for each of them; None: an equal share, and no bound for one. ValueError for another kind of device,
+    Unavailable where there is none.
+    """
     try:
         where = torch.device(name)
     except RuntimeError:
@@ -146,6 +171,8 @@ def find_device(name: str, num_sms: int | None = None) -> Device:
         if number >= torch.cuda.device_count():
             raise Unavailable(f"device {name!r} does not exist: this process sees {torch.cuda.device_count()} devices")
         where = torch.device("cuda", number)
+        if num_sms is None and at_once > 1:
+            num_sms = max(1, torch.cuda.get_device_properties(where).multi_processor_count // at_once)
     return CudaDevice(where, load_gpu(where, num_sms))
 
 

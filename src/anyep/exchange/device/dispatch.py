@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from anyep.errors import CapacityError
+from anyep.errors import CapacityError, PeerTimeout
 from anyep.exchange.device.arrival import ARRIVALS, arrive
 from anyep.exchange.device.devices import Fetch
 from anyep.exchange.device.endpoint import DeviceEndpoint
@@ -88,6 +88,7 @@ class DeviceDispatch:
     def post(self, epoch: int) -> None:
         """Allocate the batch and launch the announcement; then tell the others."""
         end = self._end
+        end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
@@ -158,7 +159,7 @@ class DeviceDispatch:
         with end.device.on(end.stream):
             if self._turned is not None:
                 arrive(end, self._plan, geometry, batch, self._turned)
-            if not self._waits and self._out.cached is None:
+            if end.order.is_concurrent or (not self._waits and self._out.cached is None):
                 end.faults.ask()
         self._visit.end([*batch.parts, self._turned])
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
@@ -175,6 +176,8 @@ class DeviceDispatch:
             words = self._record.wait()
             summary = words[:SUMMARY_WORDS]
             error = refusal(self._step, summary, self._end.faults.limits)
+            if isinstance(error, PeerTimeout):
+                raise error
             if error is not None:
                 raise RefusedError(error)
             self._plan.keep_record(words)

@@ -14,7 +14,7 @@ def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
     choices = (
         Choice(topic="device", chosen=str(end.where), reason="tensors of another device are refused"),
         Choice(topic="mode", chosen="every row straight to its final place", reason="ranks share the device's memory"),
-        Choice(topic="order", chosen="phase-split", reason="all ranks launch on one stream, so that nothing waits"),
+        _order(end),
         Choice(topic="host waits", chosen=waits, reason=counts),
         Choice(topic="transport", chosen=end.transport.name, reason=f"for headers; {transport_reason}"),
         Choice(
@@ -25,3 +25,11 @@ def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
         Choice(topic="kernels", chosen=end.device.kernels.name, reason="what device memory is worked on with"),
     )
     return Explanation(choices=choices, memory=end.account)
+
+
+def _order(end: DeviceEndpoint) -> Choice:
+    if end.order.is_concurrent:
+        return Choice(
+            topic="order", chosen="concurrent", reason="asked for: each rank has a stream and waits for words"
+        )
+    return Choice(topic="order", chosen="phase-split", reason="all ranks launch on one stream, so that nothing waits")

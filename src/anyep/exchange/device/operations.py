@@ -41,12 +41,21 @@ class DeviceOperations:
         self._end.faults.look()
         if expert_rows is not None:
             raise Unavailable("expert_rows goes with CPU tensors; on a device topk_idx is counted")
+        self._check_order()
         if handle is not None:
             out = sending.prepare_cached(self._end, x, topk_idx, topk_weights, handle)
         else:
             self._check_capture(layout)
             out = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, make=make_plan)
         return DeviceDispatch(self._end, out, buffer=buffer)
+
+    def _check_order(self) -> None:
+        """Raise Unavailable where a graph is recorded and ranks wait for one another's words."""
+        if self._end.order.is_concurrent and self._end.device.capturing():
+            raise Unavailable(
+                "a graph is being captured, and with concurrent=True ranks wait for words that count calls, which a "
+                "replay does not: capture a buffer without it"
+            )
 
     def _check_capture(self, layout: str) -> None:
         """Raise Unavailable where a graph is recorded and the host would have to wait for counts."""
@@ -69,6 +78,7 @@ class DeviceOperations:
         group: object,
     ) -> Operation[torch.Tensor | Combined]:
         self._end.faults.look()
+        self._check_order()
         if group:
             raise Unavailable("group sums ranks of hosts, and a device's ranks are on one; leave group out")
         back = returning.prepare(

@@ -1,14 +1,18 @@
 """How the ranks' halves follow one another on a device.
 
+An order launches a rank's second half when all ranks' first halves are on their way, so that it finds what they
+announced, and lets what is launched later find all that they wrote.
+
 *Phase-split*, for ranks that share one stream: all first halves, then all second halves, then what comes after. Who has
-heard from all ranks first launches the second half of each, in rank order; the others find them launched.
+heard from all ranks first launches the second half of each, in rank order; the others find them launched. The other is
+``concurrent.py``.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 Half = Callable[[], None]
 
@@ -20,8 +24,29 @@ class Turn(NamedTuple):
     number: int
 
 
+class Order(Protocol):
+    """How halves follow one another, as one rank sees it."""
+
+    is_concurrent: bool
+    """whether ranks wait for one another on the device"""
+
+    def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
+        """Say what is to be launched for a rank that has launched its announcement, before it tells the others so."""
+        ...
+
+    def launch(self, turn: Turn) -> None:
+        """Launch the half, when all have told. Every rank calls this once."""
+        ...
+
+    def drop(self, turn: Turn) -> None:
+        """Forget what was handed in: all ranks refuse the operation."""
+        ...
+
+
 class PhaseSplit:
     """One object for all ranks of a group. Ranks are threads, or calls of one thread."""
+
+    is_concurrent = False
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks

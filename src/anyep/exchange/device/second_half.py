@@ -53,7 +53,7 @@ class SecondHalf:
         end, plan = self._end, self._plan
         end.device.kernels.connect(
             *(*self._board, *self._ranks, end.base_addr, 0, num_rows, 0, 0, 0, plan.tables_addr, plan.summary_addr),
-            *(0, 0, 0, 0),
+            *(end.faults.addr, 0, 0, 0),
         )
 
     def withdraw(self) -> None:

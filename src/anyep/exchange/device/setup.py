@@ -10,11 +10,13 @@ import torch
 from anyep.errors import CapacityError, Unavailable
 from anyep.exchange import setup as host
 from anyep.exchange.device import devices
+from anyep.exchange.device.boards import Boards
+from anyep.exchange.device.concurrent import Concurrent
 from anyep.exchange.device.devices import Device, Stream
-from anyep.exchange.device.endpoint import Boards, DeviceEndpoint
+from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.explain import explain_device
 from anyep.exchange.device.faults import Faults, Limits
-from anyep.exchange.device.order import PhaseSplit
+from anyep.exchange.device.order import Order, PhaseSplit
 from anyep.exchange.endpoint import Endpoint, ExpertTables
 from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.workers import Workers
@@ -35,6 +37,19 @@ class Shared:
     order: PhaseSplit
 
 
+def _order_of(
+    device: Device, stream: Stream, boards: Boards, member: Member, shared: Shared, faults: Faults, timeout_s: float
+) -> Order:
+    """Return the order of halves on ``stream``: that of all ranks, or this rank's own. Collective."""
+    if stream is shared.stream:
+        return shared.order
+    order = Concurrent(
+        device, stream, boards, member.rank, limit=device.looks_in(timeout_s), late_addr=faults.late_addr
+    )
+    order.meet(member.exchange(order.first_addr))
+    return order
+
+
 def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host.Opened:
     """Collective. A rank that cannot take part makes every rank raise, and is named."""
     found: list[Device] = []
@@ -49,7 +64,7 @@ def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host
                 "processes CPU tensors are exchanged"
             )
         if rendezvous.rank == 0:
-            found.append(_find(options))
+            found.append(_find(options, rendezvous.size))
         host.load_books()
         return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
 
@@ -73,10 +88,10 @@ def _check_what_devices_do(options: BufferOptions) -> None:
         )
 
 
-def _find(options: BufferOptions) -> Device:
+def _find(options: BufferOptions, num_ranks: int) -> Device:
     """Load the device and its kernels; Unavailable where it lacks what the wire needs."""
     assert options.device is not None
-    device = devices.find_device(options.device, options.num_sms)
+    device = devices.find_device(options.device, options.num_sms, num_ranks if options.concurrent else 1)
     if options.wire == "fp8":
         device.check_fp8()
     return device
@@ -134,22 +149,26 @@ def _on_device(
         num_experts=experts,
         static_rows=-1 if options.static_rows is None else options.static_rows,
         block_rows=ranks * options.max_tokens_per_rank,
+        timeout_s=options.timeout_s,
     )
+    stream = device.new_stream() if options.concurrent else shared.stream
+    faults = Faults(device, stream, limits, ranks)
+    order = _order_of(device, stream, boards, member, shared, faults, options.timeout_s)
     inherited = {field.name: getattr(base, field.name) for field in fields(base)}
     tables = ExpertTables(rank_addr=owner.data_ptr(), local_addr=local.data_ptr(), kept=base.tables.kept)
     workers = Workers(1)  # a device has no use for threads
     endpoint = DeviceEndpoint(
         **inherited | {"tables": tables, "workers": workers},
         device=device,
-        stream=shared.stream,
-        order=shared.order,
+        stream=stream,
+        order=order,
         boards=boards,
         base_addr=bases.data_ptr(),
         account=account,
-        faults=Faults(device, shared.stream, limits),
+        faults=faults,
         kept=(owner, local, bases),
     )
     # tables were written on this thread's stream, and all ranks' exchange may begin on another
-    device.follow(shared.stream, device.mark(device.current_stream()))
+    device.follow(stream, device.mark(device.current_stream()))
     member.exchange(None)
     return endpoint

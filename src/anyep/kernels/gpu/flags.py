@@ -22,12 +22,7 @@ from anyep.kernels.gpu.memory import i32_at, i64_at
 
 @kernel
 def signal(peer_word_addr: tl.int64, epoch: tl.int64, counts_addr: tl.int64):
-    """Grid (R): write ``epoch << 32 | counts[r]`` to the word that the table names for rank r, unless it names none.
-
-    ``peer_word`` is a peer table, ``counts`` int32 [R] or 0 for none.
-
-    >>> # epoch=3, counts=[5, 7], peer_word=[a, 0]: word at a: (3 << 32) + 5
-    """
+    """Grid (R)."""
     rank = tl.program_id(0)
     word_addr = tl.load(i64_at(peer_word_addr) + rank)
     count = tl.load(i32_at(counts_addr) + rank, mask=counts_addr != 0, other=0).to(tl.int64)
@@ -38,14 +33,15 @@ def signal(peer_word_addr: tl.int64, epoch: tl.int64, counts_addr: tl.int64):
 
 
 @kernel
-def wait(words_addr: tl.int64, epoch: tl.int64, limit: tl.int64, counts_addr: tl.int64, errors_addr: tl.int64):
-    """Grid (R): wait until every sender's word has reached ``epoch``; write the counts to int32 [R] (0: nowhere).
-
-    ``words`` are int64 [R]. Where a word has not come after ``limit`` looks, ``errors`` int64 [R] takes ``epoch << 32 |
-    the epoch that the word holds``, and the count is not written. Words of errors that did come are not touched.
-
-    >>> # epoch=3, limit=2, words=[(3 << 32) + 5, (1 << 32) + 9]: counts=[5, .], errors=[., (3 << 32) + 1]
-    """
+def wait(
+    words_addr: tl.int64,
+    epoch: tl.int64,
+    limit: tl.int64,
+    counts_addr: tl.int64,
+    errors_addr: tl.int64,
+    error_bytes: tl.int64,
+):
+    """Grid (R): look at a sender's word until it has reached ``epoch``, at most ``limit`` times."""
     rank = tl.program_id(0)
     word = i64_at(words_addr) + rank
     nothing = tl.cast(limit, tl.int64) * 0
@@ -56,6 +52,6 @@ def wait(words_addr: tl.int64, epoch: tl.int64, limit: tl.int64, counts_addr: tl
         left -= 1
     tl.debug_barrier()
     if (seen >> 32) < epoch:
-        tl.store(i64_at(errors_addr) + rank, (tl.cast(epoch, tl.int64) << 32) | (seen >> 32))
+        tl.store(i64_at(errors_addr + rank * error_bytes), (tl.cast(epoch, tl.int64) << 32) | (seen >> 32))
     elif counts_addr != 0:
         tl.store(i32_at(counts_addr) + rank, (seen & 0xFFFFFFFF).to(tl.int32))

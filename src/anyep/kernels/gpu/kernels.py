@@ -15,17 +15,22 @@ class GpuKernels(NumberLaunches, SettleLaunches):
 
     Calls launch and return; ``route`` alone waits, as it returns what the device found (``begin_route`` does not).
     They launch on the stream that is torch's current one for the device, in the order of the calls.
-
-    Beyond the spec a device signals and waits by itself: :meth:`signal`, :meth:`wait`.
     """
 
     name = "gpu"
 
     def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
-        """Publish all that was launched before: ``epoch << 32 | count`` to every rank (kernels/gpu/flags.py)."""
         self._launch(flags.signal, (num_ranks,), peer_word_addr, epoch, counts_addr, threads=_ONE_WARP)
 
-    def wait(self, words_addr: int, num_ranks: int, epoch: int, limit: int, counts_addr: int, errors_addr: int) -> None:
-        """Let what is launched after wait for every rank's word, ``limit`` looks at most (kernels/gpu/flags.py)."""
-        numbers = (words_addr, epoch, limit, counts_addr, errors_addr)
+    def wait(
+        self,
+        words_addr: int,
+        num_ranks: int,
+        epoch: int,
+        limit: int,
+        counts_addr: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        numbers = (words_addr, epoch, limit, counts_addr, errors_addr, error_bytes)
         self._launch(flags.wait, (num_ranks,), *numbers, threads=_ONE_WARP)

@@ -1,0 +1,80 @@
+"""Ranks on streams of their own: each launches its own halves, and waits on the device for the others' words.
+
+A rank says *announced* when its message is on all boards, and *done* when it has written all its rows or read all that
+it sums. Words only grow (kernels/gpu/flags.py). A wait that outlasts its limit marks the silent rank's message on the
+own board as at fault, so that nothing is written for an operation that not all have begun, or leaves an error word
+where it was the end that did not come. Neither traps nor hangs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from anyep.exchange.device.boards import Boards
+from anyep.exchange.device.devices import Device, Stream
+from anyep.exchange.device.order import Half, Turn
+from anyep.kernels.spec_device import FAULT
+
+_ANNOUNCED, _DONE = 0, 1
+_STAGES = 2
+_MOST_TURNS = 2
+"""Of an operation: memory that was offered again is enough."""
+
+
+class Concurrent:
+    """The order of one rank's halves. ``limit``: how often a wait looks."""
+
+    is_concurrent = True
+
+    def __init__(
+        self, device: Device, stream: Stream, boards: Boards, rank: int, *, limit: int, late_addr: int
+    ) -> None:
+        self._device = device
+        self._stream = stream
+        self._boards = boards
+        self._rank = rank
+        self._limit = limit
+        self._late_addr = late_addr
+        self._halves: dict[Turn, Half] = {}
+        self._words = torch.zeros((_MOST_TURNS, _STAGES, boards.num_ranks), dtype=torch.int64, device=device.where)
+        self.first_addr = self._words.data_ptr()
+
+    def meet(self, first_addr_R: list[int]) -> None:
+        """Learn where every rank's words begin."""
+        ranks = self._boards.num_ranks
+        kinds = range(_MOST_TURNS * _STAGES)
+        own = [[first + 8 * (kind * ranks + self._rank) for first in first_addr_R] for kind in kinds]
+        self._peers = torch.tensor(own, dtype=torch.int64, device=self._device.where)
+
+    def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
+        """Say on the device that this rank has announced; ``half`` is for later."""
+        self._halves[turn] = half
+        with self._device.on(self._stream):
+            self._signal(turn, _ANNOUNCED)
+
+    def launch(self, turn: Turn) -> None:
+        """Launch this rank's half between waits for all ranks."""
+        half = self._halves.pop(turn)
+        boards = self._boards
+        with self._device.on(self._stream):
+            self._wait(turn, _ANNOUNCED, boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
+            half()
+            self._signal(turn, _DONE)
+            self._wait(turn, _DONE, self._late_addr, 8)
+
+    def drop(self, turn: Turn) -> None:
+        """Forget what was handed in: all ranks refuse the operation."""
+        self._halves.pop(turn, None)
+
+    def _kind_bytes(self, turn: Turn, stage: int) -> int:
+        assert turn.number < _MOST_TURNS, "the second offer is large enough"
+        return 8 * self._boards.num_ranks * (turn.number * _STAGES + stage)
+
+    def _signal(self, turn: Turn, stage: int) -> None:
+        peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
+        self._device.kernels.signal(peers, self._boards.num_ranks, turn.epoch, 0)
+
+    def _wait(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
+        words = self.first_addr + self._kind_bytes(turn, stage)
+        ranks = self._boards.num_ranks
+        self._device.kernels.wait(words, ranks, turn.epoch, self._limit, 0, errors_addr, error_bytes)
