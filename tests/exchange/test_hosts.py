@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyep
-from anyep.exchange import rows_across, setup, sums_across
+from anyep.exchange import across, courier, setup, sums_in
 from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks, map_hosts
 from anyep.transport import registry
@@ -76,8 +78,7 @@ def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per
 
 def cut_small(patch, num_bytes: int) -> None:
     """Let rows cross in pieces of this size."""
-    patch.setattr(rows_across, "CHUNK_BYTES", num_bytes)
-    patch.setattr(sums_across, "CHUNK_BYTES", num_bytes)
+    patch.setattr(across, "CHUNK_BYTES", num_bytes)
 
 
 @settings(max_examples=25, **PATIENT)
@@ -236,3 +237,47 @@ def test_what_was_chosen_is_told(played):
     assert all("(ranks 0-1; rank 2)" in text for text, _ in outcomes)
     assert [stats.far_rows for _, stats in outcomes] == [2, 1, 3]  # rank 2 owns expert 3, rank 0 expert 0
     assert all(stats.network_bytes > 0 for _, stats in outcomes)
+
+
+class Pieces:
+    """Stands for the memory of pieces: poisoned, and counted by what of it is alive."""
+
+    def __init__(self):
+        self.alive = self.most = 0
+        self._counting = threading.Lock()
+
+    def make(self, num_bytes: int) -> np.ndarray:
+        memory = np.full(num_bytes, 0xFF, np.uint8)
+        with self._counting:
+            self.alive += num_bytes
+            self.most = max(self.most, self.alive)
+        weakref.finalize(memory, self._gone, num_bytes)
+        return memory
+
+    def _gone(self, num_bytes: int) -> None:
+        with self._counting:
+            self.alive -= num_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_on_its_way_is_as_much_as_the_account_says_at_most(played, monkeypatch, layout):
+    """400 tokens of 128 bytes a rank in pieces of 700 bytes: eight a stream, and not the rows of a batch."""
+    played(2)
+    cut_small(monkeypatch, 700)
+    pieces = Pieces()
+    monkeypatch.setattr(courier, "piece_memory", pieces.make)
+    monkeypatch.setattr(sums_in, "piece_memory", pieces.make)
+    tokens = torch.arange(400)
+    idx = torch.stack([tokens % 8, (tokens + 3) % 8], 1)
+
+    def rank_main(member):
+        x = (torch.arange(400.0)[:, None] + member.rank).expand(400, 64).bfloat16().contiguous()
+        with anyep.Buffer(member, hidden=64, num_experts=8, num_topk=2, max_tokens_per_rank=400) as ep:
+            received = ep.dispatch(x, idx, torch.full((400, 2), 0.5), layout=layout)
+            out = ep.combine(received.x, received.handle, topk_weights=received.topk_weights)
+            assert torch.equal(out if layout == "padded" else out.x, x if layout == "padded" else 2 * x)
+            return ep.explain().memory.crossing_bytes
+
+    bounds = anyep.local_group(4).run(rank_main)
+    assert 2 * 700 < pieces.most <= sum(bounds)
+    assert sum(bounds) < 4 * 2 * 400 * 128, "less than the rows that cross"

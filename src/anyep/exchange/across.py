@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from anyep.exchange.ledger import NEAR
 from anyep.layout.hosts import HostMap, group_ranks
+from anyep.layout.pieces import CHUNK_BYTES, window_for
 from anyep.layout.placement import Placement
+from anyep.layout.regions import ALIGNMENT_BYTES, RowBytes
 from anyep.transport.base import Words
 from anyep.transport.hierarchical import HierarchicalTransport
 
-CHUNK_BYTES = 1 << 20
-"""Rows cross in pieces of about this size; at 1 Gbit/s one takes 8 ms."""
-WINDOW = 2
-"""Pieces of one pair of ranks on their way: one crosses while the other is packed, or unpacked."""
+PIECE_GAPS = 3 * ALIGNMENT_BYTES
+"""Between the parts of a piece, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +32,8 @@ class Across:
     """the first rank of each host"""
     nobody_R: Words
     """[R]: NEAR for ranks of this host, 0 for others"""
+    chunk_bytes: int
+    """what a piece has at most, unless a single token has more"""
 
     @property
     def hosts(self) -> HostMap:
@@ -47,14 +49,27 @@ class Across:
 
     @property
     def num_far_pairs(self) -> int:
-        """Pairs of ranks, both ways, between which rows cross here."""
+        """Streams of rows of one operation, both ways, that begin or end here."""
         rank = self.transport.rank
         return len(self.hosts.far_hosts(rank)) + len(self.hosts.sources_of(rank))
 
     @property
-    def chunk_memory_bytes(self) -> int:
-        """What the pieces that are on their way take at most, in one operation."""
-        return self.num_far_pairs * WINDOW * CHUNK_BYTES
+    def window(self) -> int:
+        """Pieces of one stream on their way."""
+        return window_for(self.num_far_pairs)
+
+    def bound_bytes(self, row: RowBytes, num_topk: int, max_tokens: int) -> int:
+        """Return what one operation keeps of rows that cross, at most.
+
+        Pieces of all streams, each of ``chunk_bytes`` or of a single token: as many rows as it has columns; for each
+        stream that is summed here as if it crossed, one more. And the columns of the tokens of the sources for which
+        this rank forwards, for a plan is made of whole batches.
+        """
+        widest = max(row.sent, num_topk * (row.y + row.topk_weights))
+        pieces = (self.num_far_pairs * self.window + self.hosts.num_hosts) * (
+            max(self.chunk_bytes, widest) + PIECE_GAPS
+        )
+        return pieces + len(self.hosts.sources_of(self.transport.rank)) * max_tokens * row.topk_idx
 
 
 def look_across(transport: HierarchicalTransport, placement: Placement) -> Across:
@@ -67,4 +82,5 @@ def look_across(transport: HierarchicalTransport, placement: Placement) -> Acros
         number_E=np.arange(placement.num_experts, dtype=np.int32),
         first_M=np.array([members[0] for members in hosts.members], np.int32),
         nobody_R=np.where(near_R, NEAR, 0).astype(np.int64),
+        chunk_bytes=CHUNK_BYTES,
     )

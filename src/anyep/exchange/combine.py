@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.combine_across import CombineAcross, Entries
+from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
 from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
@@ -132,11 +132,10 @@ class Combine:
         moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
         rows_addr = self._rows(desk, moved)
         if end.across is None:
-            weights = self._sum(_own_entries(back, rows_addr), desk.lent.addr)
+            self._sum(_own_entries(back, rows_addr), desk.lent.addr, 0, back.handle.num_tokens)
         else:
-            crossing = CombineAcross(end, end.across, back, self._epoch, self._step)
-            terms = crossing.bring_together(opened_RW, desk.lent, rows_addr, self._moved_rows)
-            weights = self._sum(terms.entries, terms.tables.addr)
+            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed())
+            CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
@@ -145,7 +144,7 @@ class Combine:
             end.transport.check(self._epoch, self._step)
         self._loans = []  # kept until here: peers were reading them
         end.counters.combined(num_rows, back.row_bytes)
-        return back.out if weights is None else Combined(x=back.out, topk_weights=weights)
+        return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
     def _send_back(self, desk: Desk) -> None:
         """Copy rows, and weights, to the slots of their origins."""
@@ -212,8 +211,16 @@ class Combine:
         place_at(end, plan, desk.starts_addr, rows_addr)
         return rows_addr
 
-    def _sum(self, entries: Entries, tables: Sequence[int]) -> torch.Tensor | None:
-        """Sum the rows that ``entries`` name, in the peer tables of rows and of weights."""
+    def _moved_or_placed(self) -> NDArray[np.int32]:
+        """Return what :meth:`_rows` has found, [T, W]."""
+        plan = self._back.handle.send
+        rows = self._moved_rows
+        if rows is None:
+            rows = plan.words(plan.entry_row_addr, plan.num_tokens * plan.width)
+        return rows.reshape(plan.num_tokens, plan.width)
+
+    def _sum(self, entries: Entries, tables: Sequence[int], begin: int, last: int) -> None:
+        """Sum the rows of tokens [begin, last) that ``entries`` name, in the peer tables of rows and of weights."""
         end, back, plan = self._end, self._back, self._back.handle.send
         weights = back.weights_out
         bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
@@ -229,12 +236,12 @@ class Combine:
         )
         if back.group and end.across is None:
             sum_by_groups(end, back, tables[0], entries.row_addr)
-            self._sum_weights(0, plan.num_tokens, sums)
+            self._sum_weights(begin, last, sums)
         elif end.workers.num_threads == 1:
-            self._sum_tokens(0, plan.num_tokens, sums)
+            self._sum_tokens(begin, last, sums)
         else:
-            end.workers.over(plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums))
-        return weights
+            token_bytes = back.row_bytes * plan.width
+            end.workers.over(last - begin, token_bytes, lambda a, b: self._sum_tokens(begin + a, begin + b, sums))
 
     def _sum_tokens(self, first: int, last: int, sums: _Sums) -> None:
         end, back = self._end, self._back

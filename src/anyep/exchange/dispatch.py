@@ -19,7 +19,7 @@ from dataclasses import replace
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
-from anyep.exchange.courier import carry
+from anyep.exchange.courier import Part, carry
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
@@ -39,7 +39,9 @@ from anyep.exchange.receive import (
     settle_down,
     wrap,
 )
-from anyep.exchange.rows_across import RowsIn, RowsOut
+from anyep.exchange.rows_across import RowsOut
+from anyep.exchange.rows_in import RowsIn
+from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
@@ -150,7 +152,7 @@ class Dispatch:
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
         self._connect(desk, opened_RW, offered_RW, offer)
-        came_rows, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
+        came_rows, _, _, num_from, num_rows, _ = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
@@ -158,18 +160,13 @@ class Dispatch:
             batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
         else:
             batch, turned = self._ahead
-        if self._direct_rows:
-            place(end, plan)
-            final = Route(
-                plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert)
-            )
-            send_rows(end, out, final, desk.direct.addr, self._geometry.row)
-        if num_to:
-            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
-        if came_rows:
-            self._unpack(desk, batch)
         if end.across is not None:
             self._cross(end.across, desk, opened_RW, offered_RW, offer)
+        elif self._direct_rows:
+            send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)
+            self._say_done(desk)
+        if came_rows:
+            self._unpack(desk, batch)
         fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
@@ -178,6 +175,16 @@ class Dispatch:
         end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, num_rows, out)
         handle = self._handle(num_rows, opened_RW) if out.cached is None else self._known(out.cached)
         return wrap(end, batch, handle, self._geometry, turned)
+
+    def _final_route(self) -> Route:
+        plan = self._out.plan
+        place(self._end, plan)
+        return Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert))
+
+    def _say_done(self, desk: Desk) -> None:
+        """Tell those to whom this rank wrote, if there are any."""
+        if num_to := int(desk.tally[ledger.NUM_TO]):
+            self._end.transport.post(self._end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
 
     def _known(self, handle: Handle) -> Handle:
         """Return the handle of a cached dispatch, with its own weights where combine will want them."""
@@ -215,7 +222,7 @@ class Dispatch:
             part.advance()
 
     def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
-        """Send the rest of what goes to other hosts, and pass on what comes from them."""
+        """Send the rest of what goes to other hosts, pass on what comes from them, and write to this host's ranks."""
         end, out, epoch = self._end, self._out, self._epoch
         known = {} if out.cached is None else {proxy.source: proxy for proxy in out.cached.proxies}
         self._connect(desk, opened_RW, offered_RW, offer, forward=True)
@@ -234,7 +241,11 @@ class Dispatch:
             for source in across.hosts.sources_of(end.rank)
             if opened_RW[source, BODY + ledger.WAY]
         ]
-        carry([*self._crossing_out, *incoming], across.transport, epoch, self._step)
+        parts: list[Part] = [*self._crossing_out, *incoming]
+        if self._direct_rows:
+            near = self._final_route(), desk.direct.addr
+            parts.append(RowsNear(end, out, *near, then=lambda: self._say_done(desk)))
+        carry(parts, across.transport, epoch, self._step)
         self._crossing_out = []
         self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
 

@@ -57,4 +57,16 @@ def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads
         Choice(topic="kernels", chosen=end.kernels.name, reason=f"{end.workers.num_threads} threads a rank: {threads}"),
         *(Choice(topic=topic, chosen=fact, reason="so the transport says") for topic, fact in facts.items()),
     ]
-    return Explanation(choices=tuple(choices), memory=memory)
+    return Explanation(choices=(*choices, *_between_hosts(end, memory)), memory=memory)
+
+
+def _between_hosts(end: Endpoint, memory: MemoryAccount) -> list[Choice]:
+    if end.across is None:
+        return []
+    chunk_kib, window, pairs = end.across.chunk_bytes / 1024, end.across.window, end.across.num_far_pairs
+    pieces = Choice(
+        topic="pieces",
+        chosen=f"rows cross in pieces of {chunk_kib:g} KiB, {window} of a stream on their way",
+        reason=f"{pairs} streams an operation: up to {memory.crossing_bytes / 2**20:.1f} MiB",
+    )
+    return [pieces]

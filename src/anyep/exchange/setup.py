@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,9 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         opened.transport.leave(blame_for(error, rendezvous.rank))
         opened.transport.close()
         raise
+    if endpoint.across is not None:
+        crossing = endpoint.across.bound_bytes(options.row_bytes(), options.num_topk, options.max_tokens_per_rank)
+        account = replace(account, crossing_bytes=crossing)
     return Opened(endpoint=endpoint, explanation=explain(endpoint, account, opened.reason, options.num_threads is None))
 
 
