@@ -6,15 +6,15 @@ numbers (not in a cached dispatch); then pieces of x, scales, weights and token 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anyep.exchange.courier import DATA, ROUTING, Outbox
 from anyep.exchange.crossing import Crossing, address_of
 from anyep.exchange.scatter import Route
-from anyep.layout.pieces import rows_a_piece
-from anyep.layout.regions import RowBytes, aligned, row_region
+from anyep.layout.pieces import pack_rows, rows_a_piece
+from anyep.layout.regions import RowBytes
 from anyep.transport.base import Words
 from anyep.transport.engine import Transfer
 
@@ -25,36 +25,11 @@ if TYPE_CHECKING:
     from anyep.exchange.outgoing import Outgoing
 
 
-class Piece(NamedTuple):
-    """Where the parts of a piece begin: x at 0, then these."""
-
-    scales: int
-    weights: int
-    token: int
-    num_bytes: int
-
-
 def crossing_row(geometry: Geometry, *, cached: bool) -> RowBytes:
     """Return what crosses in pieces: token numbers only if the forwarder does not know them yet."""
     row = geometry.row
     token = 0 if cached else row.token
     return RowBytes(x=row.x, scales=row.scales, topk_idx=0, topk_weights=row.topk_weights, token=token, y=0)
-
-
-def piece_of(row: RowBytes, num_rows: int) -> Piece:
-    """Lay out a piece.
-
-    >>> piece_of(RowBytes(x=100, scales=4, topk_idx=0, topk_weights=8, token=4, y=0), 3)
-    Piece(scales=384, weights=512, token=640, num_bytes=652)
-    """
-    region = row_region(row, num_rows)
-    routing = aligned(region.data_bytes) if region.routing_bytes else region.data_bytes
-    return Piece(
-        region.scales_offset,
-        routing + region.weights_offset,
-        routing + region.token_offset,
-        routing + region.routing_bytes,
-    )
 
 
 def idx_row_bytes(geometry: Geometry) -> int:
@@ -126,12 +101,12 @@ class RowsOut:
         end, rows, row = self._end, self._out.rows, self._row
         begin = number * self._piece_tokens
         count = min(self._piece_tokens, len(self._tokens) - begin)
-        piece = piece_of(row, count)
+        piece = pack_rows(row, count)
         memory = self._box.memory(piece.num_bytes)
         first, (width, ranks, slots, _) = address_of(memory), self._entries()
         x_table, x_addr = self._table(first - begin * row.x)
         scales_table, scales_addr = self._table(first + piece.scales - begin * row.scales)
-        weights_table, weights_addr = self._table(first + piece.weights - begin * row.topk_weights)
+        weights_table, weights_addr = self._table(first + piece.topk_weights - begin * row.topk_weights)
         token_table, token_addr = self._table(first + piece.token - begin * row.token)
         tokens = self._span(begin, count)
         span = (*tokens, width, ranks, slots)

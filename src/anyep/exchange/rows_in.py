@@ -9,8 +9,8 @@ import numpy as np
 from anyep.exchange.courier import DATA, ROUTING, Inbox
 from anyep.exchange.crossing import address_of
 from anyep.exchange.proxy import Proxy, make_proxy
-from anyep.exchange.rows_across import crossing_row, idx_row_bytes, piece_of
-from anyep.layout.pieces import rows_a_piece
+from anyep.exchange.rows_across import crossing_row, idx_row_bytes
+from anyep.layout.pieces import pack_rows, rows_a_piece
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes, Transfer
 
@@ -87,7 +87,7 @@ class RowsIn:
             else:
                 begin = self._asked * self._piece_tokens
                 count = min(self._piece_tokens, self._num_tokens - begin)
-                self._box.ask(DATA, self._asked, piece_of(self._row, count).num_bytes)
+                self._box.ask(DATA, self._asked, pack_rows(self._row, count).num_bytes)
             self._asked += 1
 
     def _write(self, message: Bytes) -> None:
@@ -96,13 +96,13 @@ class RowsIn:
         end, plan, row, places = self._end, proxy.plan, self._row, self._places.addr
         begin = self._taken * self._piece_tokens
         count = min(self._piece_tokens, self._num_tokens - begin)
-        first, piece = address_of(message), piece_of(row, count)
+        first, piece = address_of(message), pack_rows(row, count)
         span = (begin, begin + count, plan.width, plan.entry_rank_addr, plan.entry_row_addr)
         end.kernels.scatter(first - begin * row.x, row.x, *span, places[0])
         if row.scales:
             end.kernels.scatter(first + piece.scales - begin * row.scales, row.scales, *span, places[1])
         if row.topk_weights or self._geometry.row.topk_idx:
-            self._write_routing(begin, count, first + piece.weights - begin * row.topk_weights)
+            self._write_routing(begin, count, first + piece.topk_weights - begin * row.topk_weights)
         if proxy.tokens is not None:
             if row.token:
                 proxy.tokens[begin : begin + count] = message[piece.token : piece.token + 4 * count].view(np.int32)

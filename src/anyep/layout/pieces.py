@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
+
+from anyep.layout.regions import RowBytes, aligned, row_region
 
 CHUNK_BYTES = 256 << 10
 """Rows cross in pieces of at most this size, or of one token where that is more; at 1 Gbit/s one takes 2 ms."""
@@ -45,3 +49,34 @@ def cut_tokens(rows_T: NDArray[np.int64], most_rows: int) -> list[int]:
             most = int(np.searchsorted(before, begun, side="right"))
         edges.append(most)
     return [*edges[:-1], len(rows_T)] if len(edges) > 1 else [0, len(rows_T)]
+
+
+class Packed(NamedTuple):
+    """Where the parts of rows begin that travel in one message: x at 0, then these."""
+
+    scales: int
+    topk_idx: int
+    topk_weights: int
+    token: int
+    num_bytes: int
+
+    def parts(self) -> list[int]:
+        """Return the offsets of the five parts, in the order in which they lie."""
+        return [0, *self[:4]]
+
+
+def pack_rows(row: RowBytes, num_rows: int) -> Packed:
+    """Lay out rows in one message.
+
+    >>> pack_rows(RowBytes(x=100, scales=4, topk_idx=0, topk_weights=8, token=4, y=0), 3)
+    Packed(scales=384, topk_idx=512, topk_weights=512, token=640, num_bytes=652)
+    """
+    region = row_region(row, num_rows)
+    routing = aligned(region.data_bytes) if region.routing_bytes else region.data_bytes
+    return Packed(
+        scales=region.scales_offset,
+        topk_idx=routing,
+        topk_weights=routing + region.weights_offset,
+        token=routing + region.token_offset,
+        num_bytes=routing + region.routing_bytes,
+    )
