@@ -54,6 +54,8 @@ class Buffer:
 
     ``max_in_flight``: how many results of ``wait=False`` may be waited for at a time. ``eager_bytes``: up to how many
     bytes the rows of a pair of ranks come along with the announcement (0: never); measured if None.
+    ``straight_bytes``: up to how many bytes a rank sends straight to the ranks of another host, where nobody then
+    forwards them (0: everything is forwarded); measured if None.
 
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
@@ -96,6 +98,7 @@ class Buffer:
         eager_bytes: int | None = None,
         interface: str | None = None,
         side_words: int = 0,
+        straight_bytes: int | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -118,6 +121,7 @@ class Buffer:
             eager_bytes=eager_bytes,
             interface=interface,
             side_words=side_words,
+            straight_bytes=straight_bytes,
         )
         opened = open_endpoint(group, options)
         self._options = options

@@ -111,7 +111,8 @@ def test_a_stopped_rank_of_another_host_is_a_timeout_that_names_it(tmp_path):
         name, culprits, step, text, _ = outcomes[rank].value
         assert (name, culprits) == ("PeerTimeout", (3,)), text
         assert step.startswith("dispatch 3"), step
-    assert outcomes[3].value[0] in ("PeerTimeout", "PeerLost"), "the sleeper learns that the others gave up"
+    learned = outcomes[3].value  # nothing, if all that it awaits had come straight before the others gave up
+    assert learned is None or learned[0] in ("PeerTimeout", "PeerLost")
 
 
 def outlive(group, rank):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.ledger import NEAR
+from anyep.exchange.straight_rule import StraightRule
 from anyep.layout.hosts import HostMap, group_ranks
 from anyep.layout.pieces import CHUNK_BYTES, window_for
 from anyep.layout.placement import Placement
@@ -34,6 +35,8 @@ class Across:
     """[R]: NEAR for ranks of this host, 0 for others"""
     chunk_bytes: int
     """what a piece has at most, unless a single token has more"""
+    straight: StraightRule
+    """which rows are not forwarded"""
 
     @property
     def hosts(self) -> HostMap:
@@ -62,17 +65,27 @@ class Across:
         """Return what one operation keeps of rows that cross, at most.
 
         Pieces of all streams, each of ``chunk_bytes`` or of a single token: as many rows as it has columns; for each
-        stream that is summed here as if it crossed, one more. And the columns of the tokens of the sources for which
-        this rank forwards, for a plan is made of whole batches.
+        stream that is summed here as if it crossed, one more. Besides the columns of the tokens of the sources for
+        which this rank forwards, for a plan is made of whole batches; and what goes straight.
         """
         widest = max(row.sent, num_topk * (row.y + row.topk_weights))
         pieces = (self.num_far_pairs * self.window + self.hosts.num_hosts) * (
             max(self.chunk_bytes, widest) + PIECE_GAPS
         )
-        return pieces + len(self.hosts.sources_of(self.transport.rank)) * max_tokens * row.topk_idx
+        columns = len(self.hosts.sources_of(self.transport.rank)) * max_tokens * row.topk_idx
+        return pieces + columns + self.straight_bound_bytes
+
+    @property
+    def straight_bound_bytes(self) -> int:
+        """Return what goes straight and comes straight in one operation at most.
+
+        Twice what the rule says: experts may return rows that are twice as wide as expected.
+        """
+        far_ranks = self.transport.size - len(self.hosts.near(self.transport.rank))
+        return 2 * self.straight.most_bytes * (self.hosts.num_hosts - 1 + far_ranks) if far_ranks else 0
 
 
-def look_across(transport: HierarchicalTransport, placement: Placement) -> Across:
+def look_across(transport: HierarchicalTransport, placement: Placement, straight: StraightRule) -> Across:
     """Return the tables of one rank."""
     hosts = transport.hosts
     near_R = hosts.host_R == hosts.host_R[transport.rank]
@@ -83,4 +96,5 @@ def look_across(transport: HierarchicalTransport, placement: Placement) -> Acros
         first_M=np.array([members[0] for members in hosts.members], np.int32),
         nobody_R=np.where(near_R, NEAR, 0).astype(np.int64),
         chunk_bytes=CHUNK_BYTES,
+        straight=straight,
     )

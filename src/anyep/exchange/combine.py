@@ -38,6 +38,7 @@ from anyep.exchange.opening import (
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
+from anyep.exchange.straight_back import StraightBack
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Words
 
@@ -60,6 +61,7 @@ class Combine:
         self._limit_rows = 0
         self._moved_rows: NDArray[np.int32] | None = None
         self._weights_offset = 0
+        self._straight: StraightBack | None = None
         self._header = end.handle_header(
             back.handle.epoch,
             kind=Kind.COMBINE,
@@ -115,12 +117,16 @@ class Combine:
             desk.tally,
         )
         eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
-        if eager_rows:
+        self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
+        straight_rows = 0 if self._straight is None else self._straight.open(desk.back)
+        if eager_rows + straight_rows:
             self._send_back(desk)
-        if direct_rows + far_rows:
+        if direct_rows + far_rows - straight_rows:
             self._lend(desk)
         end.counters.sent_back(eager_rows, direct_rows, far_rows)
         end.announce(epoch, desk.places_RW)
+        if self._straight is not None:
+            self._straight.send()
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -128,13 +134,16 @@ class Combine:
         opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step, self._no_memory)
+        if self._straight is not None:
+            self._straight.ask()
         self._connect(desk, opened_RW)
         moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
         rows_addr = self._rows(desk, moved)
         if end.across is None:
             self._sum(_own_entries(back, rows_addr), desk.lent.addr, 0, back.handle.num_tokens)
         else:
-            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed())
+            assert self._straight is not None
+            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
             CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
@@ -151,6 +160,10 @@ class Combine:
         end, back, plan = self._end, self._back, self._back.handle.send
         bins = (end.num_ranks, plan.geometry.shape.num_recv_bins, plan.field("recv_rows"), plan.field("recv_start"))
         rows_slot, weights_slot = desk.back.addr
+        if back.wire != "none":  # nothing is eager then
+            assert self._straight is not None
+            self._straight.encode()
+            return
         end.kernels.pack(back.row_bytes, *bins, back.y.data_ptr(), rows_slot)
         if back.topk_weights is not None:
             end.kernels.pack(4 * end.num_topk, *bins, back.topk_weights.data_ptr(), weights_slot)
@@ -193,12 +206,14 @@ class Combine:
                 desk.starts_addr,
                 desk.to_R,
                 desk.from_R,
-                end.far_R,
+                end.far_R if self._straight is None else self._straight.far_R,
                 desk.tally,
             )
             if unknown < 0:
-                return
+                break
             end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
+        if self._straight is not None:
+            self._straight.find(desk.lent)
 
     def _rows(self, desk: Desk, moved: int) -> int:
         """Return where it says where this rank's rows lie, int32 [T, W]: as the dispatch placed them, or moved."""

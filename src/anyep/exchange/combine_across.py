@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
-from anyep.exchange.courier import carry
+from anyep.exchange.courier import Part, carry
 from anyep.exchange.crossing import Crossing, address_of
 from anyep.exchange.endpoint import AddressTable, Endpoint
 from anyep.exchange.opening import BODY
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.scatter import place_at
+from anyep.exchange.straight_back import StraightBack
 from anyep.exchange.sums_in import Summing, SumsHere, SumsIn, Supply, cut
 from anyep.exchange.sums_out import SumsOut, back_row, each_by_itself, terms_of
 from anyep.exchange.wire import ELEMENTS
@@ -38,12 +39,14 @@ class Entries(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """Where rows of ranks of this host lie."""
+    """Where rows of ranks lie that are summed here."""
 
     tables: AddressTable
     """of rows and of weights, [R]"""
     rows_TW: NDArray[np.int32]
     """the entries' rows there"""
+    straight: StraightBack
+    """ranks of other hosts whose rows are brought here like a neighbour's"""
 
 
 AddUp = Callable[[Entries, list[int], int, int], None]
@@ -69,21 +72,23 @@ class CombineAcross:
         end, across, plan = self._end, self._across, self._back.handle.send
         self._tables.values[:, : end.num_ranks] = near.tables.values
         outgoing = [self._forward(proxy, opened_RW) for proxy in self._back.handle.proxies]
-        incoming = self._incoming()
+        incoming, straight = self._incoming(near.straight), near.straight
+        assert straight.incoming is not None
+        assert straight.outgoing is not None
         supplies: dict[int, Supply] = dict(incoming)
-        if self._back.group:
-            supplies |= self._summed_here(across.own_host, near)
-        here_M = np.zeros(across.hosts.num_hosts, np.int32)
-        here_M[across.own_host] = not self._back.group
-        entries, kept = self._fold(near.rows_TW, here_M)
+        for host in self._summed_hosts(straight):
+            supplies |= self._summed_here(host, near)
+        entries, kept = self._fold(near)
         summing = Summing(
             plan.num_tokens,
             supplies,
             (self._tables.values[0], self._tables.values[1]),
             end.num_ranks,
             lambda first, last: add_up(entries, self._tables.addr, first, last),
+            begin=lambda: straight.incoming is None or straight.incoming.arrived,
         )
-        carry([*outgoing, *incoming.values(), summing], across.transport, self._epoch, self._step)
+        parts: list[Part] = [*outgoing, *incoming.values(), straight.outgoing, straight.incoming, summing]
+        carry(parts, across.transport, self._epoch, self._step)
         del kept  # until here: entries point into it
 
     def _crossing(self) -> Crossing:
@@ -91,11 +96,15 @@ class CombineAcross:
         assert crossing is not None, "plans of several hosts have one"
         return crossing
 
-    def _incoming(self) -> dict[int, SumsIn]:
+    def _summed_hosts(self, straight: StraightBack) -> list[int]:
+        """Return the hosts whose ranks' rows are summed here as if they crossed."""
+        return [self._across.own_host] * bool(self._back.group) + ([] if self._each else straight.hosts)
+
+    def _incoming(self, straight: StraightBack) -> dict[int, SumsIn]:
         """Open the streams from other hosts that have rows of this rank's tokens."""
         end, across = self._end, self._across
         supplies = {}
-        for host in across.hosts.far_hosts(end.rank):
+        for host in set(across.hosts.far_hosts(end.rank)).difference(straight.hosts):
             rows_T = self._rows_of(host)
             if rows_T.any():
                 cuts = cut(rows_T, self._row, across.chunk_bytes)
@@ -112,16 +121,19 @@ class CombineAcross:
         rows_T: NDArray[np.int64] = named.sum(axis=1)
         return rows_T
 
-    def _fold(self, rows_TW: NDArray[np.int32], here_M: NDArray[np.int32]) -> tuple[Entries, NDArray[np.int32]]:
+    def _fold(self, near: Neighbours) -> tuple[Entries, NDArray[np.int32]]:
         """Return what a token's sum takes, and the memory in which that stands."""
-        across, plan = self._across, self._back.handle.send
+        across, plan, straight = self._across, self._back.handle.send, near.straight
+        here_M = np.zeros(across.hosts.num_hosts, np.int32)
+        here_M[[across.own_host, *straight.hosts]] = 1
+        here_M[self._summed_hosts(straight)] = 0
         terms = np.empty((3, max(1, plan.num_tokens * plan.width)), np.int32)
         keys, ranks, rows = (address_of(one) for one in terms)
         self._end.books.fold(
             plan.num_tokens,
             plan.width,
             plan.entry_rank_addr,
-            address_of(rows_TW),
+            address_of(near.rows_TW),
             across.hosts.host_R,
             across.first_M,
             here_M,
@@ -132,7 +144,18 @@ class CombineAcross:
             rows,
         )
         by_rank = int(self._each and self._back.reduce == "rank")
+        if by_rank:
+            self._rename(straight, terms)
         return Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), terms
+
+    def _rename(self, straight: StraightBack, terms: NDArray[np.int32]) -> None:
+        """Let rows that came straight stand where they would if they had been forwarded: as their host's, by column."""
+        _, ranks, rows = terms
+        for host in straight.hosts:
+            theirs = np.isin(ranks, self._across.hosts.members[host])
+            rows[theirs] += straight.first_row_R[ranks[theirs]]
+            ranks[theirs] = self._end.num_ranks + host
+            self._tables.values[0, self._end.num_ranks + host] = straight.first_address(host)
 
     def _summed_here(self, host: int, near: Neighbours) -> dict[int, Supply]:
         """Sum a host's rows of the tokens that it serves here, as if the sums crossed."""

@@ -16,10 +16,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
-from anyep.exchange.courier import Part, carry
+from anyep.exchange.courier import Part, carry, piece_memory
+from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
@@ -43,6 +46,8 @@ from anyep.exchange.rows_across import RowsOut
 from anyep.exchange.rows_in import RowsIn
 from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
+from anyep.exchange.straight import StraightIn, StraightOut, straight_sources
+from anyep.layout.pieces import pack_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
@@ -72,6 +77,9 @@ class Dispatch:
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
         self._crossing_out: list[RowsOut] = []
+        self._straight_out: StraightOut | None = None
+        self._straight_in: StraightIn | None = None
+        self._straight_from: tuple[int, ...] = ()
         self._proxies: tuple[Proxy, ...] = ()
         self._early = early and out.geometry.padded
         self._ahead: Ahead | None = None
@@ -134,7 +142,9 @@ class Dispatch:
             desk.tally,
         )
         self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
-        if self._eager_rows:
+        if end.across is not None:
+            self._open_straight(end.across, desk)
+        if self._eager_rows or self._straight_out is not None:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW)
@@ -167,6 +177,7 @@ class Dispatch:
             self._say_done(desk)
         if came_rows:
             self._unpack(desk, batch)
+        self._straight_in = None  # kept until here: it was unpacked
         fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
@@ -206,17 +217,49 @@ class Dispatch:
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
             proxies=self._proxies,
+            straight_from=self._straight_from,
             announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
         )
+
+    def _open_straight(self, across: Across, desk: Desk) -> None:
+        """Let the rows that go straight to ranks of other hosts be written into their messages like eager ones."""
+        plan, row = self._out.plan, self._geometry.eager_row
+        assert plan.crossing is not None, "plans of several hosts have one"
+        rows_R = plan.numbers("rank_rows")
+        packed = {rank: pack_rows(row, int(rows_R[rank])) for rank in plan.crossing.straight_ranks}
+        if not packed:
+            return
+        sizes = {rank: one.num_bytes for rank, one in packed.items()}
+        self._straight_out = StraightOut(across.transport, sizes, self._epoch)
+        for rank, memory in self._straight_out.memory.items():
+            desk.eager.values[:, rank] = address_of(memory) + np.array(packed[rank].parts())
+
+    def _await_straight(self, across: Across, opened_RW: Words) -> StraightIn:
+        """Ask for the rows of other hosts' ranks that come straight."""
+        rows_R = self._out.plan.numbers("source_rows")
+        sources = straight_sources(across, opened_RW, rows_R)
+        row, self._straight_from = self._geometry.eager_row, tuple(sources)
+        memory = {source: piece_memory(pack_rows(row, int(rows_R[source])).num_bytes) for source in sources}
+        return StraightIn(across.transport, memory, self._epoch)
+
+    def _find_straight(self, desk: Desk, straight: StraightIn) -> None:
+        """Let them be unpacked like eager ones."""
+        rows_R = self._out.plan.numbers("source_rows")
+        for source, memory in straight.memory.items():
+            packed = pack_rows(self._geometry.eager_row, int(rows_R[source]))
+            desk.arrived.values[:, source] = address_of(memory) + np.array(packed.parts())
 
     def _begin_to_cross(self, across: Across) -> None:
         """Send other hosts what needs no answer: the routing, and as many rows as may be on their way."""
         end, crossing = self._end, self._out.plan.crossing
         assert crossing is not None, "plans of several hosts have one"
+        if self._straight_out is not None:
+            self._straight_out.send()
+            end.counters.add(straight_rows=int(self._out.plan.numbers("rank_rows")[crossing.straight_ranks].sum()))
         self._crossing_out = [
             RowsOut(end, across, self._out, crossing, host, self._epoch)
             for host in across.hosts.far_hosts(end.rank)
-            if crossing.tokens_M[host]
+            if crossing.tokens_M[host] and not crossing.straight_M[host]
         ]
         for part in self._crossing_out:
             part.advance()
@@ -239,14 +282,18 @@ class Dispatch:
                 known=known.get(source),
             )
             for source in across.hosts.sources_of(end.rank)
-            if opened_RW[source, BODY + ledger.WAY]
+            if opened_RW[source, BODY + ledger.WAY] > 0
         ]
-        parts: list[Part] = [*self._crossing_out, *incoming]
+        straight = self._straight_in = self._await_straight(across, opened_RW)
+        parts: list[Part] = [*self._crossing_out, *incoming, straight]
+        if self._straight_out is not None:
+            parts.append(self._straight_out)
         if self._direct_rows:
             near = self._final_route(), desk.direct.addr
             parts.append(RowsNear(end, out, *near, then=lambda: self._say_done(desk)))
         carry(parts, across.transport, epoch, self._step)
-        self._crossing_out = []
+        self._find_straight(desk, straight)
+        self._crossing_out, self._straight_out = [], None
         self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
 
     def _settle(self, opened_RW: Words) -> bool:

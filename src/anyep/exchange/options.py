@@ -45,6 +45,7 @@ class BufferOptions:
     eager_bytes: int | None = None
     interface: str | None = None
     side_words: int = 0
+    straight_bytes: int | None = None
 
     @property
     def ring(self) -> int:
@@ -64,6 +65,7 @@ class BufferOptions:
             ("static_rows", self.static_rows, 0),
             ("num_threads", self.num_threads, 1),
             ("eager_bytes", self.eager_bytes, 0),
+            ("straight_bytes", self.straight_bytes, 0),
             ("arena_bytes", self.arena_bytes, 0),
         ):
             if value is not None:

@@ -129,21 +129,25 @@ class Summing:
         tables: tuple[Words, Words],
         first_host: int,
         add_up: Callable[[int, int], None],
+        begin: Callable[[], bool],
     ) -> None:
         """``tables``: of rows and of weights, [R + M]; host h stands at ``first_host`` + h in them.
 
-        ``add_up``: sum tokens [first, last).
+        ``add_up``: sum tokens [first, last). ``begin``: whether everything else is here that sums take.
         """
         self._num_tokens = num_tokens
         self._supplies = supplies
         self._rows_table, self._weights_table = tables
         self._first_host = first_host
         self._add_up = add_up
+        self._may_begin = begin
         self._reached = dict.fromkeys(supplies, 0)
         self._next = 0
 
     def advance(self) -> bool:
         moved = False
+        if self._next == 0 and not self._may_begin():
+            return False
         while self._next < self._num_tokens and self._reach():
             last = min(self._reached.values(), default=self._num_tokens)
             self._add_up(self._next, last)

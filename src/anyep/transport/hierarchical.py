@@ -1,7 +1,8 @@
 """Ranks on several hosts: shared memory inside a host, an engine between hosts, one numbering of ranks.
 
 A message to all ranks goes to the neighbours directly, and once to each other host: to the forwarder there, who posts
-it in the sender's name to its own host. A message to some ranks only goes to neighbours.
+it in the sender's name to its own host. Or straight to every rank, each of which posts it to itself
+(:meth:`HierarchicalTransport.announce_straight`). A message to some ranks only goes to neighbours.
 
 Whoever waits for messages of all ranks first passes on what it has to forward. So messages cross while everybody does
 what it does anyhow, and no thread runs in the background.
@@ -56,17 +57,31 @@ class HierarchicalTransport:
         self.engine = engine
         self.timeout_s = timeout_s
         self._local = local
-        self._to = [hosts.forwarder(self.rank, host) for host in hosts.far_hosts(self.rank)]
-        self._from = hosts.sources_of(self.rank)
+        self._to: list[int] = []
+        self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
         local.messengers = {
             source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
             for source in range(self.size)
             if hosts.host_R[source] != hosts.host_R[self.rank]
         }
-        self._farewell = _Farewells(engine, {*self._to, *self._from})
+        self._farewell = _Farewells(engine, set(local.messengers))
+        self.announce_straight(False)
         self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
         self._awaited: dict[tuple[int, int], dict[int, tuple[Transfer, Bytes]]] = {}
+
+    def announce_straight(self, straight: bool) -> None:
+        """Choose how messages to all ranks go to other hosts from now on, all ranks alike between the same two."""
+        hosts, rank = self.hosts, self.rank
+        self._is_straight = straight
+        if straight:
+            near = {*hosts.near(rank)}
+            others = [other for other in range(rank + 1, rank + self.size) if other % self.size not in near]
+            self._to = [other % self.size for other in others]
+            self._from = tuple(sorted(self._to))
+        else:
+            self._to = [hosts.forwarder(rank, host) for host in hosts.far_hosts(rank)]
+            self._from = hosts.sources_of(rank)
 
     def allocate(self, num_bytes: int) -> Block:
         return self._local.allocate(num_bytes)
@@ -178,11 +193,12 @@ class HierarchicalTransport:
             self.await_transfers(missing, epoch, step, began_ns)
 
     def _post_awaited(self, lane: Lane, epoch: int) -> None:
+        to = np.array([self.rank], np.int64) if self._is_straight else None
         for source, (_, memory) in self._awaited.pop((lane.index, epoch)).items():
             message = memory.view(np.int64)
             row = message[1 : 1 + int(message[0])]
             words = np.ascontiguousarray(np.broadcast_to(row, (self.size, row.size)))
-            self._local.post_for(source, lane, epoch, words)
+            self._local.post_for(source, lane, epoch, words, to)
 
     def _give_up(
         self, late: list[int], epoch: int, step: str, elapsed_s: float, departures: Mapping[int, Departure]
