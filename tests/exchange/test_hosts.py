@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -172,6 +173,36 @@ def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end, strai
             group.run(rank_main)
     else:
         group.run(rank_main)
+
+
+@pytest.mark.parametrize("idle", ["forwarder", "source"])
+def test_a_forwarder_that_computes_is_named_and_not_the_source_that_has_sent(played, idle):
+    """Rank 1 forwards for rank 3. Rank 0 misses rank 3's rows; who computes for longer than timeout_s is to blame."""
+    played(2)
+    idler = {"forwarder": 1, "source": 3}[idle]
+
+    def rank_main(member):
+        late = member.rank == idler
+        options = {"hidden": 64, "num_experts": 4, "num_topk": 1, "max_tokens_per_rank": 8, "straight_bytes": 0}
+        with anyep.Buffer(member, timeout_s=6.0 if late else 1.0, **options) as ep:
+            tokens = 8 * (member.rank == 3)
+            x, idx = torch.ones(tokens, 64).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int64)
+            if late and idle == "source":
+                time.sleep(2.0)
+            pending = ep.dispatch(x, idx, layout="padded", wait=False)
+            if late:
+                time.sleep(2.0)
+                with pytest.raises(anyep.PeerError):
+                    pending.wait()
+            elif member.rank == 0:
+                with pytest.raises(anyep.PeerTimeout) as caught:
+                    pending.wait()
+                assert caught.value.ranks == (idler,)
+            else:
+                with contextlib.suppress(anyep.PeerError):
+                    pending.wait()
+
+    anyep.local_group(4).run(rank_main)
 
 
 def test_a_rank_that_fails_while_buffers_are_made_is_named_everywhere(played, monkeypatch):

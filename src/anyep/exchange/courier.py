@@ -34,6 +34,11 @@ class Part(Protocol):
 
 def carry(parts: Sequence[Part], transport: HierarchicalTransport, epoch: int, step: str) -> None:
     """Advance all parts to their ends. Raises PeerLost and PeerTimeout, naming the rank that does not come."""
+    with transport.passing_on():
+        _carry(parts, transport, epoch, step)
+
+
+def _carry(parts: Sequence[Part], transport: HierarchicalTransport, epoch: int, step: str) -> None:
     began_ns = time.monotonic_ns()
     while True:
         moved = [part.advance() for part in parts]

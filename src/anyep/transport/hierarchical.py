@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class HierarchicalTransport:
         self._to: list[int] = []
         self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
+        self._num_passing = 0
         local.messengers = {
             source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
             for source in range(self.size)
@@ -110,7 +112,8 @@ class HierarchicalTransport:
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
         if ranks is None:
-            self._pass_on(lane, epoch, step)
+            with self.passing_on():
+                self._pass_on(lane, epoch, step)
         return self._local.wait(lane, epoch, step, ranks)
 
     def arrived(self, lane: Lane, epoch: int) -> bool:
@@ -142,6 +145,19 @@ class HierarchicalTransport:
             "hosts": f"{self.hosts.num_hosts} ({hosts}); a token crosses once a host",
             **self.engine.describe(),
         }
+
+    @contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """Look after what comes from other hosts, in one thread or several; neighbours that miss it may know."""
+        with self._turn:
+            self._num_passing += 1
+            self._local.say_passing_on(True)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._num_passing -= 1
+                self._local.say_passing_on(self._num_passing > 0)
 
     def is_done(self, transfer: Transfer) -> bool:
         """Return whether a message has come through; False too when it never will: waiting for it tells why."""
