@@ -25,6 +25,7 @@ from anyep.exchange.explain import Explanation
 from anyep.exchange.handle import Combined, Handle, Received
 from anyep.exchange.options import memory_account
 from anyep.exchange.stats import Stats
+from anyep.transport.generations import Generations
 from anyep.transport.inprocess import local_group
 from anyep.version import __version__
 
@@ -35,6 +36,7 @@ __all__ = [
     "ClosedError",
     "Combined",
     "Explanation",
+    "Generations",
     "Handle",
     "PeerError",
     "PeerLost",

@@ -41,6 +41,8 @@ class Buffer(Calls):
 
     ``max_in_flight``: how many results of ``wait=False`` may be waited for at a time. ``eager_bytes``: up to how many
     bytes the rows of a pair of ranks come along with the announcement (0: never); measured if None.
+    ``straight_bytes``: up to how many bytes a rank sends straight to the ranks of another host, where nobody then
+    forwards them (0: everything is forwarded); measured if None.
 
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
@@ -89,6 +91,7 @@ class Buffer(Calls):
         device: torch.device | str | None = None,
         num_sms: int | None = None,
         concurrent: bool = False,
+        straight_bytes: int | None = None,
     ) -> None:
         self._closed = True
         options = BufferOptions(
@@ -114,6 +117,7 @@ class Buffer(Calls):
             device=device_name(kernels, device),
             num_sms=num_sms,
             concurrent=concurrent,
+            straight_bytes=straight_bytes,
         )
         opened = open_endpoint(group, options)
         self._options = options

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from anyep.cli.bench.hosts import carry_out
 from anyep.cli.bench.hosts.plan import far_tokens, least_bytes
+from anyep.cli.bench.launch import BenchmarkError
 from anyep.cli.bench.plan import Workload
 from anyep.cli.main import run
 from anyep.errors import Unavailable
@@ -69,6 +71,22 @@ def test_without_root_the_reason_is_told(capsys, monkeypatch):
     assert "Unavailable: network namespaces need root" in capsys.readouterr().err
 
 
+def test_what_other_links_gave_is_written_when_one_fails(tmp_path, monkeypatch, capsys):
+    def launch(plan):
+        if plan.link_mbit is None:
+            raise BenchmarkError("rank 3 died with exit code -9")
+        return []
+
+    monkeypatch.setattr(carry_out, "check_hosts", lambda: None)
+    monkeypatch.setattr(carry_out, "_launch", launch)
+    file = tmp_path / "hosts.json"
+    assert run(["bench", "--hosts", "2x2", "--link", "1gbit,none", "--tokens", "8", "--json", str(file)]) == 1
+    result = json.loads(file.read_text())
+    assert result["partial"] is True
+    assert result["failures"] == ["links without a limit: rank 3 died with exit code -9"]
+    assert "FAILED links without a limit" in capsys.readouterr().out
+
+
 def test_hosts_are_measured_verified_and_counted(tmp_path):
     try:
         Hosts(1).close()
@@ -82,6 +100,7 @@ def test_hosts_are_measured_verified_and_counted(tmp_path):
     assert list(rows) == ["dispatch", "combine", "dispatch_combine", "gloo", "gloo-ranks"]
     assert all(row["verified"] for row in rows.values())
     assert result["mismatches"] == []
+    assert result["partial"] is False
     assert 1.0 < rows["combine"]["over_least"] < 1.3, "headers, and little else"
     assert rows["gloo"]["over_least"] > rows["gloo-ranks"]["over_least"] > rows["dispatch_combine"]["over_least"]
     assert len(rows["dispatch"]["link_shares"]) == 4, "two hosts, both ways"

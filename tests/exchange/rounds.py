@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 import anyep
-from anyep.exchange import receive, setup
+from anyep.exchange import courier, receive, setup, sums_in
 from anyep.layout.hosts import HostMap
 from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows, expected_sum
 from anyep.transport.registry import open_transport
@@ -59,6 +60,7 @@ def poison_arenas() -> None:
     """From now on this process's buffers fill memory with 0xFF before it is used: what nobody writes is seen."""
     setup.open_transport = partial(open_transport, poison=True)
     receive.fresh = poisoned
+    courier.piece_memory = sums_in.piece_memory = poisoned_bytes
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -66,6 +68,11 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") ->
     tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.reshape(-1).view(torch.uint8).fill_(0xFF)
     return tensor
+
+
+def poisoned_bytes(num_bytes: int) -> np.ndarray:
+    """Stands for the memory of a piece that crosses."""
+    return np.full(num_bytes, 0xFF, np.uint8)
 
 
 def open_buffer(case: Case, group: object, **options: object) -> anyep.Buffer:

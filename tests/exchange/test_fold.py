@@ -13,9 +13,12 @@ def folded(entries: list[tuple[int, int]], host_R: list[int], *, own_host: int =
     """Return the terms of one token."""
     ranks, rows = (np.array(column, np.int32) for column in zip(*entries, strict=True))
     first_M = np.array([host_R.index(host) for host in range(max(host_R) + 1)], np.int32)
+    here_M = np.arange(len(first_M), dtype=np.int32) == own_host
     hosts, terms = np.array(host_R, np.int32), np.full((3, len(entries)), 99, np.int32)
     read, written = (address_of(ranks), address_of(rows)), (address_of(one) for one in terms)
-    load_books().fold(1, len(entries), *read, hosts, first_M, own_host, each, np.zeros_like(first_M), *written)
+    load_books().fold(
+        1, len(entries), *read, hosts, first_M, here_M.astype(np.int32), each, np.zeros_like(first_M), *written
+    )
     return [(int(rank), int(row)) if rank >= 0 else None for rank, row in zip(*terms[1:], strict=True)]
 
 

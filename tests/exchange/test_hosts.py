@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import anyep
-from anyep.exchange import rows_across, setup, sums_across
+from anyep.exchange import across, courier, setup, sums_in
 from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks, map_hosts
 from anyep.transport import registry
@@ -33,9 +36,13 @@ def played():
         yield lambda number: patch.setenv("ANYEP_RANKS_PER_HOST", str(number))
 
 
-def run(case: Case, kernels: str = "cpu") -> list:
+STRAIGHT_BYTES = st.sampled_from([0, 0, 3000, 50_000, 1 << 20, None])
+"""Everything forwarded, rows of some pairs of ranks and hosts straight, of more, of all; measured."""
+
+
+def run(case: Case, straight_bytes: int | None = 0, kernels: str = "cpu") -> list:
     def rank_main(member):
-        with open_buffer(case, member, kernels=kernels) as ep:
+        with open_buffer(case, member, kernels=kernels, straight_bytes=straight_bytes) as ep:
             return play(case, ep)
 
     return anyep.local_group(case.num_ranks).run(rank_main)
@@ -46,28 +53,29 @@ def test_an_exchange_between_hosts_is_exact(played, layout):
     """3 x 50 cases."""
 
     @settings(max_examples=50, **PATIENT)
-    @given(cases(layouts=[layout]), st.integers(1, 4))
-    def property_holds(case, ranks_per_host):
+    @given(cases(layouts=[layout]), st.integers(1, 4), STRAIGHT_BYTES)
+    def property_holds(case, ranks_per_host, straight_bytes):
         played(ranks_per_host)
-        check(case, run(case), group_ranks(case.num_ranks, ranks_per_host))
+        check(case, run(case, straight_bytes), group_ranks(case.num_ranks, ranks_per_host))
 
     property_holds()
 
 
 @settings(max_examples=10, **PATIENT)
-@given(cases(), st.integers(1, 3))
-def test_the_reference_kernels_cross_hosts_alike(played, case, ranks_per_host):
+@given(cases(), st.integers(1, 3), STRAIGHT_BYTES)
+def test_the_reference_kernels_cross_hosts_alike(played, case, ranks_per_host, straight_bytes):
     played(ranks_per_host)
-    check(case, run(case, kernels="reference"), group_ranks(case.num_ranks, ranks_per_host))
+    check(case, run(case, straight_bytes, kernels="reference"), group_ranks(case.num_ranks, ranks_per_host))
 
 
 @settings(max_examples=40, **PATIENT)
-@given(programs(), st.integers(1, 3))
-def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per_host):
+@given(programs(), st.integers(1, 3), STRAIGHT_BYTES)
+def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per_host, straight_bytes):
     played(ranks_per_host)
 
     def rank_main(member):
-        with open_buffer(program.base, member, max_in_flight=program.max_in_flight) as ep:
+        options = {"max_in_flight": program.max_in_flight, "straight_bytes": straight_bytes}
+        with open_buffer(program.base, member, **options) as ep:
             return Player(program, ep).play()
 
     diaries = anyep.local_group(program.base.num_ranks).run(rank_main)
@@ -76,17 +84,17 @@ def test_operations_in_flight_between_hosts_are_exact(played, program, ranks_per
 
 def cut_small(patch, num_bytes: int) -> None:
     """Let rows cross in pieces of this size."""
-    patch.setattr(rows_across, "CHUNK_BYTES", num_bytes)
-    patch.setattr(sums_across, "CHUNK_BYTES", num_bytes)
+    patch.setattr(across, "CHUNK_BYTES", num_bytes)
 
 
 @settings(max_examples=25, **PATIENT)
-@given(programs(), st.integers(1, 3), st.sampled_from([64, 700, 5000]))
-def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_host, chunk_bytes):
+@given(programs(), st.integers(1, 3), st.sampled_from([64, 700, 5000]), st.sampled_from([0, 0, 3000]))
+def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_host, chunk_bytes, straight_bytes):
     played(ranks_per_host)
 
     def rank_main(member):
-        with open_buffer(program.base, member, max_in_flight=program.max_in_flight) as ep:
+        options = {"max_in_flight": program.max_in_flight, "straight_bytes": straight_bytes}
+        with open_buffer(program.base, member, **options) as ep:
             return Player(program, ep).play()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,14 +104,14 @@ def test_rows_that_cross_in_many_pieces_are_exact(played, program, ranks_per_hos
 
 
 @settings(max_examples=30, **PATIENT)
-@given(cases(layouts=["compact", "expert"]), st.lists(st.sampled_from("abc"), min_size=9, max_size=9))
-def test_hosts_whose_ranks_take_turns_are_exact(played, case, names):
+@given(cases(), st.lists(st.sampled_from("abc"), min_size=9, max_size=9), STRAIGHT_BYTES)
+def test_hosts_whose_ranks_take_turns_are_exact(played, case, names, straight_bytes):
     """A host's sum stands where its first rank would: the order of addition is one that can be written down."""
     played(1)
     hosts = map_hosts(names[: case.num_ranks])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "group_ranks", lambda *_: hosts)
-        outcomes = run(case)
+        outcomes = run(case, straight_bytes)
     check(case, outcomes, hosts)
 
 
@@ -127,7 +135,7 @@ def test_pieces_that_leave_right_after_a_look_are_followed_by_the_rest(played, m
 
     def rank_main(member):
         options = {"hidden": 64, "num_experts": 2, "num_topk": 1, "max_tokens_per_rank": 9, "timeout_s": 3.0}
-        with anyep.Buffer(member, **options) as ep:
+        with anyep.Buffer(member, straight_bytes=0, **options) as ep:
             tokens = 9 * (member.rank == 0)
             x = torch.arange(float(tokens))[:, None].expand(tokens, 64).bfloat16()
             received = ep.dispatch(x, torch.ones(tokens, 1, dtype=torch.int64), layout=layout)
@@ -137,15 +145,16 @@ def test_pieces_that_leave_right_after_a_look_are_followed_by_the_rest(played, m
     anyep.local_group(2).run(rank_main)
 
 
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
 @pytest.mark.parametrize("end", ["raises", "closes", "sleeps"])
-def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end):
-    """Rank 3 of 4 does not come to combine; rank 1 forwards for it, so that rank 0 hears of it at second hand."""
+def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end, straight_bytes):
+    """Rank 3 of 4 does not come to combine; rank 1 may forward for it, so that rank 0 hears of it at second hand."""
     played(2)
     kind = anyep.PeerTimeout if end == "sleeps" else anyep.PeerLost
 
     def rank_main(member):
         options = {"hidden": 64, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 8, "timeout_s": 1.0}
-        with anyep.Buffer(member, **options) as ep:
+        with anyep.Buffer(member, straight_bytes=straight_bytes, **options) as ep:
             tokens = torch.arange(8)
             received = ep.dispatch(torch.ones(8, 64).bfloat16(), torch.stack([tokens, (tokens + 3) % 8], 1))
             if member.rank == 3:
@@ -164,6 +173,36 @@ def test_a_rank_of_another_host_that_ends_is_named_everywhere(played, end):
             group.run(rank_main)
     else:
         group.run(rank_main)
+
+
+@pytest.mark.parametrize("idle", ["forwarder", "source"])
+def test_a_forwarder_that_computes_is_named_and_not_the_source_that_has_sent(played, idle):
+    """Rank 1 forwards for rank 3. Rank 0 misses rank 3's rows; who computes for longer than timeout_s is to blame."""
+    played(2)
+    idler = {"forwarder": 1, "source": 3}[idle]
+
+    def rank_main(member):
+        late = member.rank == idler
+        options = {"hidden": 64, "num_experts": 4, "num_topk": 1, "max_tokens_per_rank": 8, "straight_bytes": 0}
+        with anyep.Buffer(member, timeout_s=6.0 if late else 1.0, **options) as ep:
+            tokens = 8 * (member.rank == 3)
+            x, idx = torch.ones(tokens, 64).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int64)
+            if late and idle == "source":
+                time.sleep(2.0)
+            pending = ep.dispatch(x, idx, layout="padded", wait=False)
+            if late:
+                time.sleep(2.0)
+                with pytest.raises(anyep.PeerError):
+                    pending.wait()
+            elif member.rank == 0:
+                with pytest.raises(anyep.PeerTimeout) as caught:
+                    pending.wait()
+                assert caught.value.ranks == (idler,)
+            else:
+                with contextlib.suppress(anyep.PeerError):
+                    pending.wait()
+
+    anyep.local_group(4).run(rank_main)
 
 
 def test_a_rank_that_fails_while_buffers_are_made_is_named_everywhere(played, monkeypatch):
@@ -193,7 +232,7 @@ def test_rows_of_a_rank_that_gave_up_do_not_cross(played):
 
     def rank_main(member):
         options = {"hidden": 64, "num_experts": 4, "num_topk": 1, "max_tokens_per_rank": 8, "timeout_s": 5.0}
-        with anyep.Buffer(member, eager_bytes=0, **options) as ep:
+        with anyep.Buffer(member, eager_bytes=0, straight_bytes=0, **options) as ep:
             tokens = 8 * (member.rank == 0)
             x = torch.ones(tokens, 64).bfloat16()
             received = ep.dispatch(x, torch.full((tokens, 1), 3), layout="padded")
@@ -234,5 +273,78 @@ def test_what_was_chosen_is_told(played):
     outcomes = anyep.local_group(3).run(rank_main)
     assert all("ANYEP_RANKS_PER_HOST=2: threads play 2 hosts" in text for text, _ in outcomes)
     assert all("(ranks 0-1; rank 2)" in text for text, _ in outcomes)
+    assert all("rows cross in pieces of 256 KiB, 8 of a stream on their way" in text for text, _ in outcomes)
+    assert all("up to 1024.0 KiB to another host that need not take" in text for text, _ in outcomes)
+    assert all("a round of announcements takes" in text for text, _ in outcomes)
     assert [stats.far_rows for _, stats in outcomes] == [2, 1, 3]  # rank 2 owns expert 3, rank 0 expert 0
     assert all(stats.network_bytes > 0 for _, stats in outcomes)
+
+
+@pytest.mark.parametrize(("straight_bytes", "straight_rows"), [(0, [0, 0]), (80, [0, 0]), (200, [6, 6])])
+def test_rows_go_straight_to_another_host_up_to_as_many_bytes_as_were_asked_for(played, straight_bytes, straight_rows):
+    """Three rows of 16 bytes each way, with an index of 16 bytes."""
+    played(1)
+
+    def rank_main(member):
+        sizes = {"hidden": 8, "num_experts": 2, "num_topk": 2, "max_tokens_per_rank": 4}
+        with anyep.Buffer(member, straight_bytes=straight_bytes, **sizes) as ep:
+            received = ep.dispatch(torch.ones(3, 8).bfloat16(), torch.tensor([[1, 0]] * 3))
+            ep.combine(received.x, received.handle)
+            return ep.stats().straight_rows
+
+    assert anyep.local_group(2).run(rank_main) == straight_rows
+
+
+def test_all_ranks_choose_the_same_way_for_announcements(played):
+    played(2)
+
+    def rank_main(member):
+        with anyep.Buffer(member, hidden=8, num_experts=4, num_topk=2, max_tokens_per_rank=4) as ep:
+            return {choice.topic: choice.reason for choice in ep.explain().choices}["straight"]
+
+    assert len(set(anyep.local_group(5).run(rank_main))) == 1
+
+
+class Pieces:
+    """Stands for the memory of pieces: poisoned, and counted by what of it is alive."""
+
+    def __init__(self):
+        self.alive = self.most = 0
+        self._counting = threading.Lock()
+
+    def make(self, num_bytes: int) -> np.ndarray:
+        memory = np.full(num_bytes, 0xFF, np.uint8)
+        with self._counting:
+            self.alive += num_bytes
+            self.most = max(self.most, self.alive)
+        weakref.finalize(memory, self._gone, num_bytes)
+        return memory
+
+    def _gone(self, num_bytes: int) -> None:
+        with self._counting:
+            self.alive -= num_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_on_its_way_is_as_much_as_the_account_says_at_most(played, monkeypatch, layout):
+    """400 tokens of 128 bytes a rank in pieces of 700 bytes: eight a stream, and not the rows of a batch."""
+    played(2)
+    cut_small(monkeypatch, 700)
+    pieces = Pieces()
+    monkeypatch.setattr(courier, "piece_memory", pieces.make)
+    monkeypatch.setattr(sums_in, "piece_memory", pieces.make)
+    tokens = torch.arange(400)
+    idx = torch.stack([tokens % 8, (tokens + 3) % 8], 1)
+
+    def rank_main(member):
+        x = (torch.arange(400.0)[:, None] + member.rank).expand(400, 64).bfloat16().contiguous()
+        sizes = {"hidden": 64, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 400}
+        with anyep.Buffer(member, straight_bytes=0, **sizes) as ep:
+            received = ep.dispatch(x, idx, torch.full((400, 2), 0.5), layout=layout)
+            out = ep.combine(received.x, received.handle, topk_weights=received.topk_weights)
+            assert torch.equal(out if layout == "padded" else out.x, x if layout == "padded" else 2 * x)
+            return ep.explain().memory.crossing_bytes
+
+    bounds = anyep.local_group(4).run(rank_main)
+    assert 2 * 700 < pieces.most <= sum(bounds)
+    assert sum(bounds) < 4 * 2 * 400 * 128, "less than the rows that cross"

@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.ledger import NEAR
+from anyep.exchange.straight_rule import StraightRule
 from anyep.layout.hosts import HostMap, group_ranks
+from anyep.layout.pieces import CHUNK_BYTES, window_for
 from anyep.layout.placement import Placement
+from anyep.layout.regions import ALIGNMENT_BYTES, RowBytes
 from anyep.transport.base import Words
 from anyep.transport.hierarchical import HierarchicalTransport
 
-CHUNK_BYTES = 1 << 20
-"""Rows cross in pieces of about this size; at 1 Gbit/s one takes 8 ms."""
-WINDOW = 2
-"""Pieces of one pair of ranks on their way: one crosses while the other is packed, or unpacked."""
+PIECE_GAPS = 3 * ALIGNMENT_BYTES
+"""Between the parts of a piece, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +33,10 @@ class Across:
     """the first rank of each host"""
     nobody_R: Words
     """[R]: NEAR for ranks of this host, 0 for others"""
+    chunk_bytes: int
+    """what a piece has at most, unless a single token has more"""
+    straight: StraightRule
+    """which rows are not forwarded"""
 
     @property
     def hosts(self) -> HostMap:
@@ -47,17 +52,40 @@ class Across:
 
     @property
     def num_far_pairs(self) -> int:
-        """Pairs of ranks, both ways, between which rows cross here."""
+        """Streams of rows of one operation, both ways, that begin or end here."""
         rank = self.transport.rank
         return len(self.hosts.far_hosts(rank)) + len(self.hosts.sources_of(rank))
 
     @property
-    def chunk_memory_bytes(self) -> int:
-        """What the pieces that are on their way take at most, in one operation."""
-        return self.num_far_pairs * WINDOW * CHUNK_BYTES
+    def window(self) -> int:
+        """Pieces of one stream on their way."""
+        return window_for(self.num_far_pairs)
+
+    def bound_bytes(self, row: RowBytes, num_topk: int, max_tokens: int) -> int:
+        """Return what one operation keeps of rows that cross, at most.
+
+        Pieces of all streams, each of ``chunk_bytes`` or of a single token: as many rows as it has columns; for each
+        stream that is summed here as if it crossed, one more. Besides the columns of the tokens of the sources for
+        which this rank forwards, for a plan is made of whole batches; and what goes straight.
+        """
+        widest = max(row.sent, num_topk * (row.y + row.topk_weights))
+        pieces = (self.num_far_pairs * self.window + self.hosts.num_hosts) * (
+            max(self.chunk_bytes, widest) + PIECE_GAPS
+        )
+        columns = len(self.hosts.sources_of(self.transport.rank)) * max_tokens * row.topk_idx
+        return pieces + columns + self.straight_bound_bytes
+
+    @property
+    def straight_bound_bytes(self) -> int:
+        """Return what goes straight and comes straight in one operation at most.
+
+        Twice what the rule says: experts may return rows that are twice as wide as expected.
+        """
+        far_ranks = self.transport.size - len(self.hosts.near(self.transport.rank))
+        return 2 * self.straight.most_bytes * (self.hosts.num_hosts - 1 + far_ranks) if far_ranks else 0
 
 
-def look_across(transport: HierarchicalTransport, placement: Placement) -> Across:
+def look_across(transport: HierarchicalTransport, placement: Placement, straight: StraightRule) -> Across:
     """Return the tables of one rank."""
     hosts = transport.hosts
     near_R = hosts.host_R == hosts.host_R[transport.rank]
@@ -67,4 +95,6 @@ def look_across(transport: HierarchicalTransport, placement: Placement) -> Acros
         number_E=np.arange(placement.num_experts, dtype=np.int32),
         first_M=np.array([members[0] for members in hosts.members], np.int32),
         nobody_R=np.where(near_R, NEAR, 0).astype(np.int64),
+        chunk_bytes=CHUNK_BYTES,
+        straight=straight,
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.combine_across import CombineAcross, Entries
+from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
 from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
@@ -38,6 +38,7 @@ from anyep.exchange.opening import (
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
+from anyep.exchange.straight_back import StraightBack
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Words
 
@@ -60,6 +61,7 @@ class Combine:
         self._limit_rows = 0
         self._moved_rows: NDArray[np.int32] | None = None
         self._weights_offset = 0
+        self._straight: StraightBack | None = None
         self._header = end.handle_header(
             back.handle.epoch,
             kind=Kind.COMBINE,
@@ -118,12 +120,16 @@ class Combine:
             desk.tally,
         )
         eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
-        if eager_rows:
+        self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
+        straight_rows = 0 if self._straight is None else self._straight.open(desk.back)
+        if eager_rows + straight_rows:
             self._send_back(desk)
-        if direct_rows + far_rows:
+        if direct_rows + far_rows - straight_rows:
             self._lend(desk)
         end.counters.sent_back(eager_rows, direct_rows, far_rows)
         end.announce(epoch, desk.places_RW)
+        if self._straight is not None:
+            self._straight.send()
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -131,15 +137,17 @@ class Combine:
         opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step, self._no_memory)
+        if self._straight is not None:
+            self._straight.ask()
         self._connect(desk, opened_RW)
         moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
         rows_addr = self._rows(desk, moved)
         if end.across is None:
-            weights = self._sum(_own_entries(back, rows_addr), desk.lent.addr)
+            self._sum(_own_entries(back, rows_addr), desk.lent.addr, 0, back.handle.num_tokens)
         else:
-            crossing = CombineAcross(end, end.across, back, self._epoch, self._step)
-            terms = crossing.bring_together(opened_RW, desk.lent, rows_addr, self._moved_rows)
-            weights = self._sum(terms.entries, terms.tables.addr)
+            assert self._straight is not None
+            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
+            CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
@@ -148,13 +156,17 @@ class Combine:
             end.transport.check(self._epoch, self._step)
         self._loans = []  # kept until here: peers were reading them
         end.counters.combined(num_rows, back.row_bytes)
-        return back.out if weights is None else Combined(x=back.out, topk_weights=weights)
+        return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
     def _send_back(self, desk: Desk) -> None:
         """Copy rows, and weights, to the slots of their origins."""
         end, back, plan = self._end, self._back, self._back.handle.send
         bins = (end.num_ranks, plan.geometry.shape.num_recv_bins, plan.field("recv_rows"), plan.field("recv_start"))
         rows_slot, weights_slot = desk.back.addr
+        if back.wire != "none":  # nothing is eager then
+            assert self._straight is not None
+            self._straight.encode()
+            return
         end.kernels.pack(back.row_bytes, *bins, back.y.data_ptr(), rows_slot)
         if back.topk_weights is not None:
             end.kernels.pack(4 * end.num_topk, *bins, back.topk_weights.data_ptr(), weights_slot)
@@ -197,12 +209,14 @@ class Combine:
                 desk.starts_addr,
                 desk.to_R,
                 desk.from_R,
-                end.far_R,
+                end.far_R if self._straight is None else self._straight.far_R,
                 desk.tally,
             )
             if unknown < 0:
-                return
+                break
             end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
+        if self._straight is not None:
+            self._straight.find(desk.lent)
 
     def _rows(self, desk: Desk, moved: int) -> int:
         """Return where it says where this rank's rows lie, int32 [T, W]: as the dispatch placed them, or moved."""
@@ -215,8 +229,16 @@ class Combine:
         place_at(end, plan, desk.starts_addr, rows_addr)
         return rows_addr
 
-    def _sum(self, entries: Entries, tables: Sequence[int]) -> torch.Tensor | None:
-        """Sum the rows that ``entries`` name, in the peer tables of rows and of weights."""
+    def _moved_or_placed(self) -> NDArray[np.int32]:
+        """Return what :meth:`_rows` has found, [T, W]."""
+        plan = self._back.handle.send
+        rows = self._moved_rows
+        if rows is None:
+            rows = plan.words(plan.entry_row_addr, plan.num_tokens * plan.width)
+        return rows.reshape(plan.num_tokens, plan.width)
+
+    def _sum(self, entries: Entries, tables: Sequence[int], begin: int, last: int) -> None:
+        """Sum the rows of tokens [begin, last) that ``entries`` name, in the peer tables of rows and of weights."""
         end, back, plan = self._end, self._back, self._back.handle.send
         weights = back.weights_out
         bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
@@ -232,12 +254,12 @@ class Combine:
         )
         if back.group and end.across is None:
             sum_by_groups(end, back, tables[0], entries.row_addr)
-            self._sum_weights(0, plan.num_tokens, sums)
+            self._sum_weights(begin, last, sums)
         elif end.workers.num_threads == 1:
-            self._sum_tokens(0, plan.num_tokens, sums)
+            self._sum_tokens(begin, last, sums)
         else:
-            end.workers.over(plan.num_tokens, back.row_bytes * plan.width, lambda a, b: self._sum_tokens(a, b, sums))
-        return weights
+            token_bytes = back.row_bytes * plan.width
+            end.workers.over(last - begin, token_bytes, lambda a, b: self._sum_tokens(begin + a, begin + b, sums))
 
     def _sum_tokens(self, first: int, last: int, sums: _Sums) -> None:
         end, back = self._end, self._back

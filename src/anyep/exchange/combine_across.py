@@ -1,11 +1,12 @@
-"""Combine between hosts, at an origin that is a forwarder too: what crosses both ways, and what is then summed.
+"""Combine between hosts, at an origin that is a forwarder too: what crosses both ways, and what is summed meanwhile.
 
-Neighbours' rows are summed where they lie, as on one host; what came back from another host stands beside them as the
-rows of one more rank (exchange/fold.py).
+Neighbours' rows are summed where they lie, as on one host; what comes back from another host stands beside them as the
+rows of one more rank (exchange/fold.py), a piece at a time: tokens are summed as soon as all their rows are here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,13 +14,15 @@ from numpy.typing import NDArray
 
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
-from anyep.exchange.courier import carry
+from anyep.exchange.courier import Part, carry
 from anyep.exchange.crossing import Crossing, address_of
 from anyep.exchange.endpoint import AddressTable, Endpoint
 from anyep.exchange.opening import BODY
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.scatter import place_at
-from anyep.exchange.sums_across import SumsIn, SumsOut, each_by_itself, rows_from, terms_of
+from anyep.exchange.straight_back import StraightBack
+from anyep.exchange.sums_in import Summing, SumsHere, SumsIn, Supply, cut
+from anyep.exchange.sums_out import SumsOut, back_row, each_by_itself, terms_of
 from anyep.exchange.wire import ELEMENTS
 from anyep.transport.base import Words
 
@@ -35,14 +38,19 @@ class Entries(NamedTuple):
     row_addr: int
 
 
-class Together(NamedTuple):
-    """All rows of an origin's tokens, here."""
+class Neighbours(NamedTuple):
+    """Where rows of ranks lie that are summed here."""
 
-    entries: Entries
     tables: AddressTable
-    """of rows and of weights, [R + M]: ranks, then hosts"""
-    kept: tuple[object, ...]
-    """what the addresses point into"""
+    """of rows and of weights, [R]"""
+    rows_TW: NDArray[np.int32]
+    """the entries' rows there"""
+    straight: StraightBack
+    """ranks of other hosts whose rows are brought here like a neighbour's"""
+
+
+AddUp = Callable[[Entries, list[int], int, int], None]
+"""Sum tokens: (entries, addresses of the tables of rows and of weights, first token, last token)."""
 
 
 class CombineAcross:
@@ -54,82 +62,134 @@ class CombineAcross:
         self._back = back
         self._epoch = epoch
         self._step = step
+        self._row = back_row(end, back)
+        self._each = each_by_itself(back)
+        self._tables = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
+        """of rows and of weights: ranks, then hosts"""
 
-    def bring_together(
-        self, opened_RW: Words, lent: AddressTable, rows_addr: int, moved_rows: NDArray[np.int32] | None
-    ) -> Together:
-        """Send back what this rank forwards, and bring what comes back to it beside its neighbours' rows.
+    def run(self, opened_RW: Words, near: Neighbours, add_up: AddUp) -> None:
+        """Send back what this rank forwards, and sum what comes back to it together with its neighbours' rows."""
+        end, across, plan = self._end, self._across, self._back.handle.send
+        self._tables.values[:, : end.num_ranks] = near.tables.values
+        outgoing = [self._forward(proxy, opened_RW) for proxy in self._back.handle.proxies]
+        incoming, straight = self._incoming(near.straight), near.straight
+        assert straight.incoming is not None
+        assert straight.outgoing is not None
+        supplies: dict[int, Supply] = dict(incoming)
+        for host in self._summed_hosts(straight):
+            supplies |= self._summed_here(host, near)
+        entries, kept = self._fold(near)
+        summing = Summing(
+            plan.num_tokens,
+            supplies,
+            (self._tables.values[0], self._tables.values[1]),
+            end.num_ranks,
+            lambda first, last: add_up(entries, self._tables.addr, first, last),
+            begin=lambda: straight.incoming is None or straight.incoming.arrived,
+        )
+        parts: list[Part] = [*outgoing, *incoming.values(), straight.outgoing, straight.incoming, summing]
+        carry(parts, across.transport, self._epoch, self._step)
+        del kept  # until here: entries point into it
 
-        ``lent`` and ``rows_addr``: where neighbours' rows lie, and the entries' rows int32 [T, W] (``moved_rows``: the
-        same, where they do not lie as the dispatch placed them).
-        """
-        end, across, back, plan = self._end, self._across, self._back, self._back.handle.send
-        each, crossing = each_by_itself(back), plan.crossing
+    def _crossing(self) -> Crossing:
+        crossing = self._back.handle.send.crossing
         assert crossing is not None, "plans of several hosts have one"
-        outgoing = [self._forward(proxy, opened_RW, each=each) for proxy in back.handle.proxies]
-        counts = {host: rows_from(crossing, host, each=each) for host in across.hosts.far_hosts(end.rank)}
-        incoming = {
-            host: SumsIn(end, across, back, host, count, self._epoch) for host, count in counts.items() if count
-        }
-        carry([*outgoing, *incoming.values()], across.transport, self._epoch, self._step)
-        folded = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
-        folded.values[:, : end.num_ranks] = lent.values
-        own_sums = self._sum_neighbours(crossing, lent, moved_rows) if back.group else None
-        if own_sums is not None:
-            folded.values[:, end.num_ranks + across.own_host] = [address_of(one) for one in own_sums]
-        for host, part in incoming.items():
-            folded.values[:, end.num_ranks + host] = address_of(part.rows), address_of(part.weights)
+        return crossing
+
+    def _summed_hosts(self, straight: StraightBack) -> list[int]:
+        """Return the hosts whose ranks' rows are summed here as if they crossed."""
+        return [self._across.own_host] * bool(self._back.group) + ([] if self._each else straight.hosts)
+
+    def _incoming(self, straight: StraightBack) -> dict[int, SumsIn]:
+        """Open the streams from other hosts that have rows of this rank's tokens."""
+        end, across = self._end, self._across
+        supplies = {}
+        for host in set(across.hosts.far_hosts(end.rank)).difference(straight.hosts):
+            rows_T = self._rows_of(host)
+            if rows_T.any():
+                cuts = cut(rows_T, self._row, across.chunk_bytes)
+                supplies[host] = SumsIn(across, across.hosts.forwarder(end.rank, host), self._row, cuts, self._epoch)
+        return supplies
+
+    def _rows_of(self, host: int) -> NDArray[np.int64]:
+        """Return how many rows come from ``host`` for each token, [T]."""
+        ranks_TW, hosts = self._back.handle.send.entry_ranks(), self._across.hosts
+        if self._each:
+            named = (hosts.host_R[ranks_TW] == host) & (ranks_TW >= 0)
+        else:
+            named = (self._crossing().entry_host_TW == host).any(axis=1, keepdims=True)
+        rows_T: NDArray[np.int64] = named.sum(axis=1)
+        return rows_T
+
+    def _fold(self, near: Neighbours) -> tuple[Entries, NDArray[np.int32]]:
+        """Return what a token's sum takes, and the memory in which that stands."""
+        across, plan, straight = self._across, self._back.handle.send, near.straight
+        here_M = np.zeros(across.hosts.num_hosts, np.int32)
+        here_M[[across.own_host, *straight.hosts]] = 1
+        here_M[self._summed_hosts(straight)] = 0
         terms = np.empty((3, max(1, plan.num_tokens * plan.width)), np.int32)
         keys, ranks, rows = (address_of(one) for one in terms)
-        end.books.fold(
+        self._end.books.fold(
             plan.num_tokens,
             plan.width,
             plan.entry_rank_addr,
-            rows_addr,
+            address_of(near.rows_TW),
             across.hosts.host_R,
             across.first_M,
-            across.own_host if own_sums is None else -1,
-            int(each),
+            here_M,
+            int(self._each),
             np.zeros(across.hosts.num_hosts, np.int32),
             keys,
             ranks,
             rows,
         )
-        by_rank = int(each and back.reduce == "rank")
-        entries = Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows)
-        return Together(entries=entries, tables=folded, kept=(terms, own_sums, *incoming.values()))
+        by_rank = int(self._each and self._back.reduce == "rank")
+        if by_rank:
+            self._rename(straight, terms)
+        return Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), terms
 
-    def _sum_neighbours(
-        self, crossing: Crossing, lent: AddressTable, moved_rows: NDArray[np.int32] | None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return this host's sums of the tokens that it serves, rows [n, H] and weights [n, K], as if they crossed."""
-        end, across, back, plan = self._end, self._across, self._back, self._back.handle.send
-        tokens = crossing.tokens_for(across.own_host)
-        ranks_TW = plan.entry_ranks()
-        ranks = ranks_TW[tokens]
-        ranks = np.where(across.hosts.host_R[ranks] == across.own_host, ranks, np.int32(-1))
-        all_rows = plan.words(plan.entry_row_addr, ranks_TW.size) if moved_rows is None else moved_rows
-        rows = all_rows.reshape(ranks_TW.shape)[tokens]
-        sums = np.empty(len(tokens) * back.row_bytes, np.uint8)
-        weights = np.empty(0 if back.topk_weights is None else len(tokens) * 4 * end.num_topk, np.uint8)
+    def _rename(self, straight: StraightBack, terms: NDArray[np.int32]) -> None:
+        """Let rows that came straight stand where they would if they had been forwarded: as their host's, by column."""
+        _, ranks, rows = terms
+        for host in straight.hosts:
+            theirs = np.isin(ranks, self._across.hosts.members[host])
+            rows[theirs] += straight.first_row_R[ranks[theirs]]
+            ranks[theirs] = self._end.num_ranks + host
+            self._tables.values[0, self._end.num_ranks + host] = straight.first_address(host)
+
+    def _summed_here(self, host: int, near: Neighbours) -> dict[int, Supply]:
+        """Sum a host's rows of the tokens that it serves here, as if the sums crossed."""
+        end, across, plan = self._end, self._across, self._back.handle.send
+        rows_T = self._rows_of(host)
+        tokens = np.flatnonzero(rows_T)
+        if not len(tokens):
+            return {}
+        ranks = plan.entry_ranks()[tokens]
+        ranks = np.where(across.hosts.host_R[ranks] == host, ranks, np.int32(-1))
+        rows = near.rows_TW[tokens]
         entries = (plan.width, 1, address_of(ranks), address_of(rows))
-        rows_table, weights_table = lent.addr
-        element = int(ELEMENTS[back.y.dtype])
-        end.kernels.reduce(element, end.hidden, 0, len(tokens), *entries, rows_table, 0, 0, 0, address_of(sums))
-        if weights.size:
-            end.kernels.reduce_weights(end.num_topk, 0, len(tokens), *entries, weights_table, address_of(weights))
-        end.kernels.fence()
-        return sums, weights
+        element = int(ELEMENTS[self._back.y.dtype])
+        row, kept = self._row, (ranks, rows)
 
-    def _forward(self, proxy: Proxy, opened_RW: Words, *, each: bool) -> SumsOut:
+        def add_up(first: int, last: int, rows_addr: int, weights_addr: int) -> None:
+            """Kernels count from row 0."""
+            rows_table, weights_table = near.tables.addr
+            out_addr = rows_addr - first * row.row
+            end.kernels.reduce(element, end.hidden, first, last, *entries, rows_table, 0, 0, 0, out_addr)
+            if row.weights:
+                out_addr = weights_addr - first * row.weights
+                end.kernels.reduce_weights(end.num_topk, first, last, *entries, weights_table, out_addr)
+            end.kernels.fence()
+            assert kept
+
+        return {host: SumsHere(row, cut(rows_T, row, across.chunk_bytes), add_up)}
+
+    def _forward(self, proxy: Proxy, opened_RW: Words) -> SumsOut:
         """Find the rows of a rank of another host at this host's ranks."""
         end, across, plan = self._end, self._across, proxy.plan
         lent, moved_rows = AddressTable(2, end.num_ranks), None
-        starts, ranks_R = (
-            np.zeros(end.num_ranks + end.placement.num_experts, np.int32),
-            np.zeros(end.num_ranks, np.int64),
-        )
-        tally = np.zeros(6, np.int64)
+        starts = np.zeros(end.num_ranks + end.placement.num_experts, np.int32)
+        ranks_R, tally = np.zeros(end.num_ranks, np.int64), np.zeros(6, np.int64)
         while True:
             unknown = end.books.connect_back(
                 opened_RW,
@@ -155,4 +215,5 @@ class CombineAcross:
         if tally[ledger.EAGER_ROWS]:
             moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
             place_at(end, plan, address_of(starts), address_of(moved_rows))
-        return SumsOut(end, across, self._back, proxy, terms_of(proxy, moved_rows, each=each), lent, self._epoch)
+        terms = terms_of(proxy, moved_rows, each=self._each)
+        return SumsOut(end, across, self._back, proxy, terms, lent, self._epoch)

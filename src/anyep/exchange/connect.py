@@ -9,6 +9,7 @@ from typing import Any
 
 from anyep.exchange.ledger import (
     CAPACITY,
+    COMES_STRAIGHT,
     D_BY_EXPERT,
     D_EXPERTS,
     D_RANK,
@@ -21,6 +22,7 @@ from anyep.exchange.ledger import (
     F_RANK_ENTRIES,
     F_SEND_START,
     F_SOURCE_ENTRIES,
+    GOES_STRAIGHT,
     NEAR,
     NUM_FROM,
     NUM_ROWS,
@@ -28,6 +30,7 @@ from anyep.exchange.ledger import (
     PARTS,
     ROUTING_OFFSET,
     ROUTING_SEGMENT,
+    STRAIGHT,
     WAY,
 )
 from anyep.exchange.settle import add, field
@@ -75,7 +78,8 @@ def connect(
     ``to`` and ``from`` become the other ranks that this one writes to, and that write here, without eager rows;
     ``tally[EAGER_ROWS]`` the rows that came along (``source_rows`` int32 [R]: rows from each source),
     ``tally[NUM_ROWS]`` those of the batch. Ranks of other hosts (``far_tokens`` as in :func:`announce`) are not written
-    to; those that send rows are in ``from``: somebody here writes them, and says so in their name.
+    to; those that send rows are in ``from``: somebody here writes them, and says so in their name. Rows of those that
+    send STRAIGHT come along too; where they lie the caller puts into ``arrived`` himself.
     """
     num_to, num_from, came_rows = 0, 0, 0
     ranks = opened_RW.shape[0]
@@ -103,11 +107,12 @@ def connect(
                 to_R[num_to] = d
                 num_to += 1
         sent = load_i32(source_rows_addr, d)
-        came = opened_RW[d, body + WAY] if near else sent == 0
+        straight = not near and opened_RW[d, body + WAY] <= STRAIGHT
+        came = opened_RW[d, body + WAY] if near else sent == 0 or straight
         if not came and d != rank:
             from_R[num_from] = d
             num_from += 1
-        came_with = sent if near and came else 0
+        came_with = sent if (near and came) or straight else 0
         came_rows += came_with
         for part in range(PARTS):
             arrived_PR[part, d] = recv_slots_R[d] + part_offsets[part] if came_with > 0 else 0
@@ -118,7 +123,9 @@ def connect(
 
 @inlined
 def _came_along(opened_RW: Any, body: int, owner: int, far_tokens_R: Any, limit_rows: int) -> bool:
-    return limit_rows >= 0 and far_tokens_R[owner] == NEAR and opened_RW[owner, body + WAY] != 0
+    if far_tokens_R[owner] == NEAR:
+        return limit_rows >= 0 and opened_RW[owner, body + WAY] != 0
+    return limit_rows >= 0 and far_tokens_R[owner] & COMES_STRAIGHT != 0
 
 
 @compiled(
@@ -148,8 +155,10 @@ def connect_back(
     Fills the peer tables of rows and weights, ``starts`` int32 [B] (what ``place`` adds to slots; there must be room
     for E + R), ``to`` (owners whose rows are read where they lie) and ``from`` (ranks that read here).
     ``tally[EAGER_ROWS]`` becomes the number of owners whose rows do not lie as the dispatch placed them,
-    ``tally[NUM_ROWS]`` this rank's rows. Returns as :func:`connect`. Owners on other hosts are left out; whoever reads
-    for a rank of another host passes that rank's ledger, and ``limit_rows`` -1: nothing came along for it.
+    ``tally[NUM_ROWS]`` this rank's rows. Returns as :func:`connect`. Owners on other hosts are left out, unless
+    ``far_tokens`` has COMES_STRAIGHT for them: their rows came along, the caller puts into ``tables`` where; with
+    GOES_STRAIGHT they read nothing here. Whoever reads for a rank of another host passes that rank's ledger, and
+    ``limit_rows`` -1: nothing came along for it.
     """
     rank, ranks = dims[D_RANK], dims[D_RANKS]
     entries = field(ledger_addr, offsets, F_RANK_ENTRIES)
@@ -161,10 +170,11 @@ def connect_back(
         d = rank + i if rank + i < ranks else rank + i - ranks
         tables_2R[0, d], tables_2R[1, d] = 0, 0
         near = far_tokens_R[d] == NEAR
-        if load_i32(readers, d) > (limit_rows if near else 0) and d != rank:
+        goes_straight = not near and far_tokens_R[d] & GOES_STRAIGHT != 0
+        if load_i32(readers, d) > (limit_rows if near else 0) and d != rank and not goes_straight:
             from_R[num_from] = d
             num_from += 1
-        if load_i32(entries, d) == 0 or not near:
+        if load_i32(entries, d) == 0 or not (near or far_tokens_R[d] & COMES_STRAIGHT):
             continue
         num_rows += load_i32(entries, d)
         if _came_along(opened_RW, body, d, far_tokens_R, limit_rows):

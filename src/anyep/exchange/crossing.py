@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.across import Across
-from anyep.exchange.ledger import NEAR
+from anyep.exchange.ledger import NEAR, STRAIGHT
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Words
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Crossing:
     """One batch's tokens by host; stays with the plan. W = min(K, M) entries a token."""
 
-    def __init__(self, across: Across, kernels: KernelSet, plan: SendPlan) -> None:
+    def __init__(self, across: Across, kernels: KernelSet, plan: SendPlan, output_bytes: int) -> None:
+        """``output_bytes``: of a row of the experts' outputs, in the dtype in which they are expected."""
         hosts, num_topk = across.hosts, plan.geometry.num_topk
         num_experts = across.host_E.size
         self.width = min(num_topk, hosts.num_hosts)
@@ -46,11 +47,36 @@ class Crossing:
         self.rows_M = np.bincount(across.host_E, counts_E, hosts.num_hosts).astype(np.int64)
         """(token, column) pairs for each host"""
         tokens_R = self.tokens_M[hosts.host_R].astype(np.int64)
-        self.far_tokens_R: Words = np.where(across.nobody_R == NEAR, NEAR, tokens_R)
+        self.straight_M = straight_hosts(across, plan, self, output_bytes)
+        """hosts to whose ranks rows go straight; nothing is forwarded there"""
+        straight_R = self.straight_M[hosts.host_R]
+        self.far_tokens_R: Words = np.where(across.nobody_R == NEAR, NEAR, np.where(straight_R, STRAIGHT, tokens_R))
+        self.straight_ranks: list[int] = np.flatnonzero(straight_R & (plan.numbers("rank_rows") > 0)).tolist()
+        """those that get rows straight"""
 
     def tokens_for(self, host: int) -> NDArray[np.int64]:
         """Return the numbers of the tokens that cross to ``host``, ascending."""
         return np.flatnonzero((self.entry_host_TW == host).any(axis=1))
+
+
+def straight_hosts(across: Across, plan: SendPlan, crossing: Crossing, output_bytes: int) -> NDArray[np.bool_]:
+    """Return to which hosts this batch's rows go straight, [M]."""
+    geometry, hosts = plan.geometry, across.hosts
+    chosen_M = np.zeros(hosts.num_hosts, np.bool_)
+    row_bytes, back_bytes = geometry.eager_row.sent, output_bytes + geometry.row.topk_weights
+    rows_R = plan.numbers("rank_rows")
+    for host in hosts.far_hosts(across.transport.rank):
+        rows, tokens, pairs = (
+            int(rows_R[list(hosts.members[host])].sum()),
+            crossing.tokens_M[host],
+            crossing.rows_M[host],
+        )
+        there = rows * row_bytes, int(tokens) * row_bytes
+        straight_back = int(pairs) if geometry.by_expert else rows
+        forwarded_back = int(pairs if geometry.padded else tokens)
+        back = straight_back * back_bytes, forwarded_back * back_bytes
+        chosen_M[host] = rows > 0 and across.straight.pays(there, back)
+    return chosen_M
 
 
 def address_of(array: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.uint8]) -> int:

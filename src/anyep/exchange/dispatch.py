@@ -41,6 +41,7 @@ from anyep.exchange.receive import (
     unpack,
     wrap,
 )
+from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
@@ -55,7 +56,6 @@ class _Sized(NamedTuple):
     handle: Handle
     num_rows: int
     came_rows: int
-    num_to: int
     num_from: int
     opened_RW: Words
     offered_RW: Words
@@ -163,12 +163,13 @@ class Dispatch:
             desk.tally,
         )
         self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
-        if self._eager_rows:
+        if end.across is not None:
+            self._crossing = DispatchAcross(end, end.across, self._out, epoch)
+        if (self._crossing is not None and self._crossing.open(desk)) or self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW)
-        if end.across is not None:
-            self._crossing = DispatchAcross(end, end.across, self._out, epoch, self._step)
+        if self._crossing is not None:
             self._crossing.begin()
 
     def size_up(self) -> None:
@@ -181,7 +182,7 @@ class Dispatch:
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
         self._connect(desk, opened_RW, offered_RW, offer)
-        came_rows, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
+        came_rows, _, _, num_from, num_rows, _ = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
@@ -190,7 +191,7 @@ class Dispatch:
         else:
             batch, turned = self._ahead
         handle = self._handle(num_rows, opened_RW) if self._out.cached is None else self._known(self._out.cached)
-        self._sized = _Sized(batch, turned, handle, num_rows, came_rows, num_to, num_from, opened_RW, offered_RW, offer)
+        self._sized = _Sized(batch, turned, handle, num_rows, came_rows, num_from, opened_RW, offered_RW, offer)
 
     def finish(self) -> Received:
         """Size up if nobody has, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -199,22 +200,17 @@ class Dispatch:
         sized, self._sized = self._sized, None
         assert sized is not None
         end, out, plan, desk = self._end, self._out, self._out.plan, self._end.desk(self._epoch)
-        if self._direct_rows:
-            place(end, plan)
-            final = Route(
-                plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert)
-            )
-            send_rows(end, out, final, desk.direct.addr, self._geometry.row)
-        if sized.num_to:
-            end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[: sized.num_to])
-        if sized.came_rows:
-            unpack(end, self._geometry, plan, desk, sized.batch)
         handle = sized.handle
         if self._crossing is not None:
-            self._connect(desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
-            proxies = self._crossing.cross(sized.opened_RW, desk.forwarded)
+            self._cross(self._crossing, desk, sized)
             if out.cached is None:
-                handle = replace(handle, proxies=proxies)
+                crossed = self._crossing
+                handle = replace(handle, proxies=crossed.proxies, straight_from=crossed.straight_from)
+        elif self._direct_rows:
+            send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)
+            self._say_done(desk)
+        if sized.came_rows:
+            unpack(end, self._geometry, plan, desk, sized.batch)
         fill_gaps(end, self._geometry, plan, sized.batch)
         if sized.num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[: sized.num_from])
@@ -222,6 +218,16 @@ class Dispatch:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, sized.num_rows, out)
         return wrap(end, sized.batch, handle, self._geometry, sized.turned)
+
+    def _final_route(self) -> Route:
+        plan = self._out.plan
+        place(self._end, plan)
+        return Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert))
+
+    def _say_done(self, desk: Desk) -> None:
+        """Tell those to whom this rank wrote, if there are any."""
+        if num_to := int(desk.tally[ledger.NUM_TO]):
+            self._end.transport.post(self._end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
 
     def _known(self, handle: Handle) -> Handle:
         """Return the handle of a cached dispatch, with its own weights where combine will want them."""
@@ -245,6 +251,15 @@ class Dispatch:
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
             announced=announced,
         )
+
+    def _cross(self, crossing: DispatchAcross, desk: Desk, sized: _Sized) -> None:
+        """Exchange with other hosts, and write to this host's ranks meanwhile."""
+        self._connect(desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
+        near = None
+        if self._direct_rows:
+            route = self._final_route()
+            near = RowsNear(self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk))
+        crossing.cross(sized.opened_RW, desk, near, self._step)
 
     def _settle(self, opened_RW: Words) -> bool:
         """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""

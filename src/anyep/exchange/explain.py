@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyep.exchange.endpoint import Endpoint
+from anyep.exchange.straight_rule import StraightRule
 from anyep.layout.regions import MemoryAccount
 
 
@@ -57,4 +58,27 @@ def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads
         Choice(topic="kernels", chosen=end.kernels.name, reason=f"{end.workers.num_threads} threads a rank: {threads}"),
         *(Choice(topic=topic, chosen=fact, reason="so the transport says") for topic, fact in facts.items()),
     ]
-    return Explanation(choices=tuple(choices), memory=memory)
+    return Explanation(choices=(*choices, *_between_hosts(end, memory)), memory=memory)
+
+
+def _between_hosts(end: Endpoint, memory: MemoryAccount) -> list[Choice]:
+    if end.across is None:
+        return []
+    chunk_kib, window, pairs = end.across.chunk_bytes / 1024, end.across.window, end.across.num_far_pairs
+    pieces = Choice(
+        topic="pieces",
+        chosen=f"rows cross in pieces of {chunk_kib:g} KiB, {window} of a stream on their way",
+        reason=f"{pairs} streams an operation: up to {memory.crossing_bytes / 2**20:.1f} MiB",
+    )
+    return [pieces, Choice(topic="straight", chosen=_straight(end.across.straight), reason=end.across.straight.reason)]
+
+
+def _straight(rule: StraightRule) -> str:
+    if rule.most_bytes == 0:
+        return "rows for other hosts are all forwarded there"
+    more = (
+        "" if rule.spare_bytes is None else f" that need not take {rule.spare_bytes / 1024:.1f} KiB more than forwarded"
+    )
+    return (
+        f"up to {rule.most_bytes / 1024:.1f} KiB to another host{more} go straight to its ranks, the rest is forwarded"
+    )

@@ -23,7 +23,9 @@ def _insert(
     store_i32(rows_addr, at, row)
 
 
-@compiled("void(int64, int64, int64, int64, int32[::1], int32[::1], int64, int64, int32[::1], int64, int64, int64)")
+@compiled(
+    "void(int64, int64, int64, int64, int32[::1], int32[::1], int32[::1], int64, int32[::1], int64, int64, int64)"
+)
 def fold(
     num_tokens: int,
     width: int,
@@ -31,7 +33,7 @@ def fold(
     entry_row_addr: int,
     host_R: Any,
     first_M: Any,
-    own_host: int,
+    here_M: Any,
     each: int,
     next_M: Any,
     keys_addr: int,
@@ -40,12 +42,13 @@ def fold(
 ) -> None:
     """Turn entries (rank, row) [T, W] into terms [T, W] of what lies here: neighbours' rows, and rows that crossed.
 
-    What crossed from host h counts as rank R + h, its rows in the order in which they come. ``each`` 1: a row an entry,
-    and every term stays in its entry's place. ``each`` 0: a row a token, the host's sum; terms ascend by rank, a host's
-    sum where its first rank (``first`` int32 [M]) would stand, whichever of its ranks have rows. ``next`` int32 [M]
-    must be 0; ``keys`` int32 [T, W] holds anything. Missing terms are rank -1.
+    ``here`` int32 [M]: 1 for hosts whose ranks' rows can be read here. What crossed from host h counts as rank R + h,
+    its rows in the order in which they come. ``each`` 1: a row an entry, and every term stays in its entry's place.
+    ``each`` 0: a row a token, the host's sum; terms ascend by rank, a host's sum where its first rank (``first`` int32
+    [M]) would stand, whichever of its ranks have rows. ``next`` int32 [M] must be 0; ``keys`` int32 [T, W] holds
+    anything. Missing terms are rank -1.
 
-    Example: ranks 0 and 1 are host 0 (own), 2 and 3 host 1; a token's entries are (0, 5), (2, 1), (3, 7). Summed by
+    Example: ranks 0 and 1 are host 0 (here), 2 and 3 host 1; a token's entries are (0, 5), (2, 1), (3, 7). Summed by
     hosts its terms are (0, 5), (4 + 1, 0), none; each by itself (0, 5), (5, 0), (5, 1).
     """
     ranks = host_R.size
@@ -54,7 +57,7 @@ def fold(
         for entry in range(first, first + width):
             rank = load_i32(entry_rank_addr, entry)
             host = host_R[rank] if rank >= 0 else -1
-            crossed = rank >= 0 and host != own_host
+            crossed = rank >= 0 and not here_M[host]
             if each:
                 store_i32(ranks_addr, entry, ranks + host if crossed else rank)
                 store_i32(rows_addr, entry, next_M[host] if crossed else load_i32(entry_row_addr, entry))

@@ -137,6 +137,8 @@ class Handle:
     """padded layout: fp32 [T, K], what combine multiplies rows with; a copy of the caller's"""
     proxies: tuple[Proxy, ...] = ()
     """ranks of other hosts for which this rank forwards"""
+    straight_from: tuple[int, ...] = ()
+    """ranks of other hosts whose rows came straight, and go back so"""
     announced: NDArray[np.int32] | None = None
     """raw wires: all ranks' counts, int32 [R, R + E], from which ``Buffer.handles.recall`` makes the handle again"""
 

@@ -63,10 +63,14 @@ D_RANK, D_RANKS, D_EXPERTS, D_LOCAL, D_BY_EXPERT, D_ALIGNMENT, D_BLOCK_ROWS, D_S
 PARTS = 5
 """Arrays of a row: x, scales | topk_idx, topk_weights, source token; the line parts the two blocks they lie in."""
 WAY, CAPACITY, DATA_SEGMENT, DATA_OFFSET, ROUTING_SEGMENT, ROUTING_OFFSET, COUNTS = range(7)
-"""Words of a body: 1 if this pair's rows came along (between hosts: how many tokens cross), rows that fit the offered
-blocks, where those lie, the counts."""
+"""Words of a body: 1 if this pair's rows came along (between hosts: how many tokens are forwarded, or STRAIGHT), rows
+that fit the offered blocks, where those lie, the counts."""
 NEAR = -1
 """Instead of a number of tokens that cross to another host: this rank shares memory."""
+STRAIGHT = -2
+"""The same, and every smaller number: rows for other hosts go straight to their ranks, none is forwarded."""
+COMES_STRAIGHT, GOES_STRAIGHT = 1, 2
+"""Bits of a rank of another host, in a combine: its rows come from it straight; this rank's go to it straight."""
 EAGER_ROWS, DIRECT_ROWS, NUM_TO, NUM_FROM, NUM_ROWS, FAR_ROWS = range(6)
 """Numbers that announce and connect leave in a tally."""
 SETTLED, STATIC_TOO_SMALL, BLOCK_TOO_SMALL, LANDING_TOO_SMALL = range(4)

@@ -50,6 +50,7 @@ class BufferOptions:
     num_sms: int | None = None
     concurrent: bool = False
     """whether ranks of one device have streams of their own"""
+    straight_bytes: int | None = None
 
     @property
     def ring(self) -> int:
@@ -69,6 +70,7 @@ class BufferOptions:
             ("static_rows", self.static_rows, 0),
             ("num_threads", self.num_threads, 1),
             ("eager_bytes", self.eager_bytes, 0),
+            ("straight_bytes", self.straight_bytes, 0),
             ("arena_bytes", self.arena_bytes, 0),
             ("num_sms", self.num_sms, 1),
         ):

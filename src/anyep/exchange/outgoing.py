@@ -118,5 +118,5 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> Send
         routing = (plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, end.tables.rank_addr)
         end.books.sort_by_column(*routing, plan.width, plan.entry_rank_addr, plan.entry_slot_addr)
     if end.across is not None:
-        plan.crossing = Crossing(end.across, end.kernels, plan)
+        plan.crossing = Crossing(end.across, end.kernels, plan, end.hidden * end.wire.output_dtype.itemsize)
     return plan

@@ -12,7 +12,6 @@ from anyep.exchange.handle import SendPlan
 from anyep.exchange.opening import BODY
 from anyep.exchange.routing import plan_of
 from anyep.exchange.scatter import place
-from anyep.layout.regions import RowBytes, row_region
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes
 
@@ -39,26 +38,12 @@ class Proxy:
         return self.plan.num_tokens
 
 
-def routing_row(geometry: Geometry, *, cached: bool) -> RowBytes:
-    """Return the bytes of a token's routing as it crosses: what a forwarder of a cached dispatch knows stays behind."""
-    return RowBytes(
-        x=0,
-        scales=0,
-        topk_idx=0 if cached else geometry.eager_row.topk_idx,
-        topk_weights=geometry.row.topk_weights,
-        token=0 if cached else geometry.row.token,
-        y=0,
-    )
+def make_proxy(end: Endpoint, geometry: Geometry, source: int, num_tokens: int, idx: Bytes, opened_RW: Words) -> Proxy:
+    """Work out where the rows of ``num_tokens`` tokens go, from their topk_idx and from what all ranks announced.
 
-
-def make_proxy(
-    end: Endpoint, geometry: Geometry, source: int, num_tokens: int, routing: Bytes | None, opened_RW: Words
-) -> Proxy:
-    """Work out where the rows of ``num_tokens`` tokens go, from their routing and from what all ranks announced."""
-    row = routing_row(geometry, cached=False)
-    region = row_region(row, num_tokens)
-    first = 0 if routing is None else address_of(routing)
-    plan = plan_of(end, geometry, first, num_tokens)
+    Their token numbers come with the rows.
+    """
+    plan = plan_of(end, geometry, address_of(idx), num_tokens)
     nothing = np.zeros(max(end.num_ranks, geometry.shape.num_local, 1), np.int64)
     end.books.settle(
         opened_RW,
@@ -72,7 +57,4 @@ def make_proxy(
         nothing.copy(),
     )
     place(end, plan)
-    tokens = None
-    if row.token and routing is not None:
-        tokens = routing[region.token_offset :].view(np.int32)[:num_tokens].copy()
-    return Proxy(source, plan, tokens)
+    return Proxy(source, plan, np.empty(num_tokens, np.int32) if geometry.row.token else None)

@@ -43,20 +43,23 @@ def place_at(end: Endpoint, plan: SendPlan, starts_addr: int, row_addr: int) -> 
 
 
 def send_rows(end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[int], row: RowBytes) -> None:
-    """Write x, scales and routing of all tokens; ``table_addr``: a peer table for each of a row's five parts.
+    """Write x, scales and routing of all tokens; ``table_addr``: a peer table for each of a row's five parts."""
+    send_some_rows(end, out, route, table_addr, row, 0, out.plan.num_tokens)
 
-    Splits tokens between threads where that pays.
-    """
-    num_tokens = out.plan.num_tokens
+
+def send_some_rows(
+    end: Endpoint, out: Outgoing, route: Route, table_addr: Sequence[int], row: RowBytes, begin: int, last: int
+) -> None:
+    """The same for tokens [begin, last). Splits them between threads where that pays."""
     if end.workers.num_threads == 1:
-        _send_tokens(end, out, route, table_addr, row, 0, num_tokens)  # posting fences what this thread has written
+        _send_tokens(end, out, route, table_addr, row, begin, last)  # posting fences what this thread has written
         return
 
     def tokens(first: int, last: int) -> None:
-        _send_tokens(end, out, route, table_addr, row, first, last)
+        _send_tokens(end, out, route, table_addr, row, begin + first, begin + last)
         end.kernels.fence()
 
-    end.workers.over(num_tokens, row.x * route.width, tokens)
+    end.workers.over(last - begin, row.x * route.width, tokens)
 
 
 def _send_tokens(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from anyep.exchange import calibrate_links
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
@@ -16,9 +17,11 @@ from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.stats import Counters
+from anyep.exchange.straight_rule import StraightRule
 from anyep.exchange.workers import Workers
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
+from anyep.layout.hosts import group_ranks
 from anyep.transport.base import Block, Place, Transport, Words
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.liveness import blame_for
@@ -63,22 +66,33 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
         opened.transport.leave(blame_for(error, rendezvous.rank))
         opened.transport.close()
         raise
+    if endpoint.across is not None:
+        crossing = endpoint.across.bound_bytes(options.row_bytes(), options.num_topk, options.max_tokens_per_rank)
+        account = replace(account, crossing_bytes=crossing)
     return Opened(endpoint=endpoint, explanation=explain(endpoint, account, opened.reason, options.num_threads is None))
 
 
 def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options: BufferOptions) -> Endpoint:
     """Give every rank its eager slots, and measure for what they pay. Collective: uses the epochs before 1."""
     placement, wire = options.place_experts(transport.size), options.make_wire()
-    across = look_across(transport, placement) if isinstance(transport, HierarchicalTransport) else None
-    far_R = np.full(transport.size, NEAR, np.int64) if across is None else across.nobody_R
+    hosts = (
+        transport.hosts if isinstance(transport, HierarchicalTransport) else group_ranks(transport.size, transport.size)
+    )
+    far_R = np.where(hosts.host_R == hosts.host_R[transport.rank], NEAR, 0).astype(np.int64)
+    links_measured = hosts.num_hosts > 1 and options.straight_bytes is None
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
-    first = 0 if options.eager_bytes is not None else -NUM_EPOCHS  # so that epochs follow one another up to 1
+    first = (
+        -(options.eager_bytes is None) * NUM_EPOCHS - links_measured * calibrate_links.NUM_EPOCHS
+    )  # one by one up to 1
     bases_R = _swap_areas(transport, lanes, area, far_R, epoch=first)
     slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
     if options.eager_bytes is None:
         rule = measured_rule(transport, lanes, kernels, area, epoch=first + 1)
     else:
         rule = given_rule(options.eager_bytes)
+    across = None
+    if isinstance(transport, HierarchicalTransport):
+        across = look_across(transport, placement, _look_at_links(transport, lanes, options))
     return Endpoint(
         transport=transport,
         kernels=kernels,
@@ -105,6 +119,12 @@ def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options:
         crowd=Crowd(transport.size),
         desks=tuple(Desk(index, slots, lanes, placement.num_experts) for index in range(options.ring)),
     )
+
+
+def _look_at_links(transport: HierarchicalTransport, lanes: Lanes, options: BufferOptions) -> StraightRule:
+    if options.straight_bytes is not None:
+        return calibrate_links.given_links(transport, options.straight_bytes)
+    return calibrate_links.measured_links(transport, lanes, epoch=1 - calibrate_links.NUM_EPOCHS)
 
 
 def _swap_areas(transport: Transport, lanes: Lanes, area: Block, far_R: Words, *, epoch: int) -> Words:

@@ -39,6 +39,8 @@ class Stats:
     """rows that were written to, or read from, their final place"""
     far_rows: int
     """rows to or from ranks of other hosts, which cross once a token and host"""
+    straight_rows: int
+    """those of them that go to, or back from, their ranks straight, and are not forwarded"""
     network_bytes: int
     """bytes that this rank handed to the network between hosts, messages included"""
     second_offers: int
@@ -73,13 +75,21 @@ class Counters:
         self.eager_rows = 0
         self.direct_rows = 0
         self.far_rows = 0
+        self.straight_rows = 0
         self.second_offers = 0
         self.message_rounds = 0
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
         self.rows_by_expert: Words = np.zeros(num_local, np.int64)
 
     def add(
-        self, *, barriers: int = 0, copied_in_bytes: int = 0, refused: int = 0, second_offers: int = 0, rounds: int = 0
+        self,
+        *,
+        barriers: int = 0,
+        copied_in_bytes: int = 0,
+        refused: int = 0,
+        second_offers: int = 0,
+        rounds: int = 0,
+        straight_rows: int = 0,
     ) -> None:
         """Count what may happen in two threads at once; ``rounds``: of messages."""
         with self._adding:
@@ -88,6 +98,7 @@ class Counters:
             self.refused += refused
             self.second_offers += second_offers
             self.message_rounds += rounds
+            self.straight_rows += straight_rows
 
     def dispatched(self, eager_rows: int, direct_rows: int, far_rows: int, received: int, out: Outgoing) -> None:
         """Count one dispatch; rows of all three ways count each token once a rank."""

@@ -109,15 +109,21 @@ class MemoryAccount:
     """the eager slots and what is for tensors; more is added when a step needs it"""
     committed_bytes: int
     """control words and heap, in whole segments"""
+    crossing_bytes: int = 0
+    """what is on its way between hosts takes at most in one operation, beside what was committed; 0 on one host"""
 
     def __str__(self) -> str:
         gib = 1 << 30
+        crossing = f"; up to {self.crossing_bytes / 2**20:.1f} MiB on their way between hosts" * bool(
+            self.crossing_bytes
+        )
         return (
             f"{self.committed_bytes / gib:.3f} GiB committed ({self.control_bytes / 2**10:.0f} KiB of control words, "
             f"{self.eager_bytes / 2**20:.1f} MiB of eager slots); "
             f"a balanced step {self.step.balanced_rows} rows, {self.step.balanced_bytes / gib:.3f} GiB; "
             f"the worst step {self.step.worst_rows} rows, {self.step.worst_bytes / gib:.3f} GiB; "
             f"a padded step (low latency) {self.step.padded_rows} rows, {self.step.padded_bytes / gib:.3f} GiB"
+            f"{crossing}"
         )
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from anyep.machine.linux import Memory
 from anyep.transport.base import Blame
-from anyep.transport.control import BLAMED, GROWING, SEGMENTS, STATE, TABLE, TOKEN
+from anyep.transport.control import BLAMED, GROWING, NETWORK, SEGMENTS, STATE, TABLE, TOKEN
 from anyep.transport.liveness import Departure
 
 _OPEN, _CLOSED, _LOST, _TIMEOUT = 0, 1, 2, 3
@@ -44,6 +44,15 @@ class Board:
     @growing_bytes.setter
     def growing_bytes(self, value: int) -> None:
         self._publish(GROWING, value)
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether this rank is busy with what comes from other hosts: what does not come then is not its fault."""
+        return self._read(NETWORK) != 0
+
+    @passes_on.setter
+    def passes_on(self, value: bool) -> None:
+        self._publish(NETWORK, int(value))
 
     def add_segment(self, memory: Memory) -> None:
         """Let peers find a segment."""

@@ -31,15 +31,16 @@ from anyep.transport.together import together
 
 EAGER_BYTES = 16 << 10
 PIECE_BYTES = 256 << 10
-_SLOTS = 8
+_SLOTS = 16
 _HEADER = struct.Struct("<IIQ")
 """Kind, tag, bytes."""
 _PIECE = struct.Struct("<IIQQQI")
 """PIECE, tag, what the whole message has, what comes of it, where this piece begins in it, its slot."""
 _PIECE_KIND, _HELLO, _PING = 16, 17, 18
 _YIELDS = 30
-_SHORT_NAP_S, _LONG_NAP_S = 0.00005, 0.001
-_IDLE_NAP_S = 0.02
+_SHORT_NAP_S, _LONG_NAP_S = 0.00005, 0.0003
+_QUIET_NAP_S, _IDLE_NAP_S = 0.002, 0.02
+"""How long the background sleeps at most: while messages are awaited, none of which comes, and while there are none."""
 _PING_S = 0.5
 _NOTHING = np.zeros(0, np.uint8)
 
@@ -300,11 +301,14 @@ class NixlEngine:
 
     def _move_on(self) -> None:
         """Let messages move on while this rank computes, and find out who has died."""
+        nap_s = _LONG_NAP_S
         while self._open:
             busy = self._writes or any(peer.talk.is_busy for peer in self._peers.values())
-            self._changed.wait(_LONG_NAP_S if busy else _IDLE_NAP_S)
-            if self._open and time.monotonic() - self._looked >= _LONG_NAP_S:
-                self._progress()
+            self._changed.wait(min(nap_s, _QUIET_NAP_S if busy else _IDLE_NAP_S))
+            nap_s = min(2 * nap_s, _IDLE_NAP_S)
+            others_look = time.monotonic() - self._looked < _LONG_NAP_S
+            if (self._open and not others_look and self._progress()) or self._writes:
+                nap_s = _LONG_NAP_S
             if time.monotonic() - self._pinged >= _PING_S:
                 self._ping()
 

@@ -1,7 +1,8 @@
 """Ranks on several hosts: shared memory inside a host, an engine between hosts, one numbering of ranks.
 
 A message to all ranks goes to the neighbours directly, and once to each other host: to the forwarder there, who posts
-it in the sender's name to its own host. A message to some ranks only goes to neighbours.
+it in the sender's name to its own host. Or straight to every rank, each of which posts it to itself
+(:meth:`HierarchicalTransport.announce_straight`). A message to some ranks only goes to neighbours.
 
 Whoever waits for messages of all ranks first passes on what it has to forward. So messages cross while everybody does
 what it does anyhow, and no thread runs in the background.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,17 +58,32 @@ class HierarchicalTransport:
         self.engine = engine
         self.timeout_s = timeout_s
         self._local = local
-        self._to = [hosts.forwarder(self.rank, host) for host in hosts.far_hosts(self.rank)]
-        self._from = hosts.sources_of(self.rank)
+        self._to: list[int] = []
+        self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
+        self._num_passing = 0
         local.messengers = {
             source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
             for source in range(self.size)
             if hosts.host_R[source] != hosts.host_R[self.rank]
         }
-        self._farewell = _Farewells(engine, {*self._to, *self._from})
+        self._farewell = _Farewells(engine, set(local.messengers))
+        self.announce_straight(False)
         self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
         self._awaited: dict[tuple[int, int], dict[int, tuple[Transfer, Bytes]]] = {}
+
+    def announce_straight(self, straight: bool) -> None:
+        """Choose how messages to all ranks go to other hosts from now on, all ranks alike between the same two."""
+        hosts, rank = self.hosts, self.rank
+        self._is_straight = straight
+        if straight:
+            near = {*hosts.near(rank)}
+            others = [other for other in range(rank + 1, rank + self.size) if other % self.size not in near]
+            self._to = [other % self.size for other in others]
+            self._from = tuple(sorted(self._to))
+        else:
+            self._to = [hosts.forwarder(rank, host) for host in hosts.far_hosts(rank)]
+            self._from = hosts.sources_of(rank)
 
     def allocate(self, num_bytes: int) -> Block:
         return self._local.allocate(num_bytes)
@@ -95,7 +112,8 @@ class HierarchicalTransport:
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
         if ranks is None:
-            self._pass_on(lane, epoch, step)
+            with self.passing_on():
+                self._pass_on(lane, epoch, step)
         return self._local.wait(lane, epoch, step, ranks)
 
     def arrived(self, lane: Lane, epoch: int) -> bool:
@@ -127,6 +145,19 @@ class HierarchicalTransport:
             "hosts": f"{self.hosts.num_hosts} ({hosts}); a token crosses once a host",
             **self.engine.describe(),
         }
+
+    @contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """Look after what comes from other hosts, in one thread or several; neighbours that miss it may know."""
+        with self._turn:
+            self._num_passing += 1
+            self._local.say_passing_on(True)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._num_passing -= 1
+                self._local.say_passing_on(self._num_passing > 0)
 
     def is_done(self, transfer: Transfer) -> bool:
         """Return whether a message has come through; False too when it never will: waiting for it tells why."""
@@ -178,11 +209,12 @@ class HierarchicalTransport:
             self.await_transfers(missing, epoch, step, began_ns)
 
     def _post_awaited(self, lane: Lane, epoch: int) -> None:
+        to = np.array([self.rank], np.int64) if self._is_straight else None
         for source, (_, memory) in self._awaited.pop((lane.index, epoch)).items():
             message = memory.view(np.int64)
             row = message[1 : 1 + int(message[0])]
             words = np.ascontiguousarray(np.broadcast_to(row, (self.size, row.size)))
-            self._local.post_for(source, lane, epoch, words)
+            self._local.post_for(source, lane, epoch, words, to)
 
     def _give_up(
         self, late: list[int], epoch: int, step: str, elapsed_s: float, departures: Mapping[int, Departure]

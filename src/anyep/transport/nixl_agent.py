@@ -11,6 +11,7 @@ import importlib
 import logging
 import secrets
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ HOW_TO_REACH = (
 )
 """What to do when ranks do not reach each other."""
 _RDMA_DEVICES = Path("/sys/class/infiniband")
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def load_nixl() -> ModuleType:
@@ -190,11 +192,12 @@ def _where(own: Interface) -> str:
 
 @contextmanager
 def _quiet(nixl: ModuleType) -> Iterator[None]:
-    """Keep NIXL from announcing each agent on the error stream, whatever its level is."""
+    """Keep NIXL from announcing each agent, whatever its level is. One thread at a time: all have one logger."""
     logger: logging.Logger = nixl.logger
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with _ONE_AT_A_TIME:
+        level = logger.level
+        logger.setLevel(max(level, logging.WARNING))
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

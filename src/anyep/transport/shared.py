@@ -147,6 +147,11 @@ class SharedTransport:
         offset = self._layout.mailbox_offset(lane.index, epoch % self._ring, source)
         self._publish(self._open or self._refuse(), offset, lane, epoch, words, ranks)
 
+    def say_passing_on(self, value: bool) -> None:
+        """Tell neighbours whether this rank looks after messages from other hosts at the moment."""
+        if (opened := self._open) is not None:
+            opened.boards[self.rank].passes_on = value
+
     def _publish(self, opened: _Open, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
         to = self._members if ranks is None else ranks
         try:
@@ -276,7 +281,7 @@ class SharedTransport:
             overdue = elapsed_s >= self._timeout_s
             missing = self._missing(slot, epoch, ranks) if departures or overdue else []
             arrived = sorted({*ranks.tolist()}.difference(missing))
-            missing = self._answerable(missing, departures)
+            missing = self._answerable(opened, missing, departures)
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = self._facts(opened, epoch, step, missing, arrived, elapsed_s)
                 raise lost(wait, departures) or silent(wait)
@@ -285,11 +290,22 @@ class SharedTransport:
             if not self._sleeps:
                 time.sleep(_NAP_S)
 
-    def _answerable(self, missing: Sequence[int], departures: Mapping[int, Departure]) -> list[int]:
-        """Return who owes the missing messages: for a rank of another host its messenger, if that one is at fault."""
-        at_fault = departures.keys() | {*missing}
-        messengers = {rank: self.messengers.get(rank, rank) for rank in missing}
-        return sorted({other if other in at_fault else rank for rank, other in messengers.items()})
+    def _answerable(self, opened: _Open, missing: Sequence[int], departures: Mapping[int, Departure]) -> list[int]:
+        """Return who owes the missing messages.
+
+        For a rank of another host its messenger, if that one is at fault itself: it has left, owes its own message, or
+        does something else than to pass on what comes.
+        """
+        owing = set()
+        for rank in missing:
+            other = self.messengers.get(rank, rank)
+            at_fault = other in departures or other in missing or not self._passes_on(opened, other)
+            owing.add(other if at_fault else rank)
+        return sorted(owing)
+
+    def _passes_on(self, opened: _Open, rank: int) -> bool:
+        board = opened.boards.get(rank)
+        return board is not None and board.passes_on
 
     def _facts(
         self,

@@ -25,10 +25,14 @@ _LONGEST_S = 3600.0
 
 
 def run_hosts(plans: list[HostsPlan], console: Console, json_file: Path | None) -> int:
-    """Measure each plan, print, and return the exit code. Unavailable where hosts cannot be played."""
+    """Measure each plan, print, and return the exit code: 1 too where one failed, and the others' results are partial.
+
+    Raises Unavailable where hosts cannot be played.
+    """
     check_hosts()
     load = os.getloadavg()[0]
     notes, launches = [f"the machine's load before the first round was {load:.1f}"], []
+    failures = []
     for plan in plans:
         base, said = fit(plan.base, available_memory_bytes())
         notes += said
@@ -38,12 +42,15 @@ def run_hosts(plans: list[HostsPlan], console: Console, json_file: Path | None) 
             markup=False,
         )
         smaller = replace(plan, base=base)
-        launches.append((smaller, _launch(smaller)))
-    summary = summarise_hosts(describe_machine(), notes, launches)
+        try:
+            launches.append((smaller, _launch(smaller)))
+        except BenchmarkError as error:  # what other links gave is not lost
+            failures.append(f"{plan.link}: {error}")
+    summary = summarise_hosts(describe_machine(), notes, launches, failures)
     print_hosts(summary, console)
     if json_file is not None:
         json_file.write_text(json.dumps(hosts_json(summary), indent=1) + "\n")
-    return 1 if summary.mismatches else 0
+    return 1 if summary.mismatches or failures else 0
 
 
 def _launch(plan: HostsPlan) -> list[list[HostResult]]:

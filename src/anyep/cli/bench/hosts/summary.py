@@ -63,10 +63,15 @@ class HostsSummary:
     between: dict[str, str]
     """link -> transport"""
     mismatches: list[str]
+    failures: list[str]
+    """links that gave no result, and why"""
 
 
 def summarise_hosts(
-    machine: dict[str, object], notes: list[str], launches: list[tuple[HostsPlan, list[list[HostResult]]]]
+    machine: dict[str, object],
+    notes: list[str],
+    launches: list[tuple[HostsPlan, list[list[HostResult]]]],
+    failures: list[str],
 ) -> HostsSummary:
     """Put together what the ranks of each plan, in rank order, returned."""
     contests = [(plan, ranks) for plan, results in launches for ranks in zip(*results, strict=True)]
@@ -81,6 +86,7 @@ def summarise_hosts(
             for rank in ranks
             for op, text in rank.mismatches.items()
         ],
+        failures=failures,
     )
 
 
@@ -112,6 +118,8 @@ def hosts_json(summary: HostsSummary) -> dict[str, Any]:
         "transports": summary.between,
         "hosts": [_row_json(row) for row in summary.rows],
         "mismatches": summary.mismatches,
+        "partial": bool(summary.failures),
+        "failures": summary.failures,
     }
 
 

@@ -39,6 +39,8 @@ def print_hosts(summary: HostsSummary, console: Console) -> None:
         console.print(_crossings(summary.rows, plan, workload))
     for note in (*_NOTES, *summary.notes):
         console.print(f"[dim]{note}[/dim]", highlight=False)
+    for failure in summary.failures:
+        console.print(f"[bold red]FAILED[/bold red] {failure}", highlight=False)
     for mismatch in summary.mismatches:
         console.print(f"[bold red]MISMATCH[/bold red] {mismatch}", highlight=False)
 
