@@ -12,7 +12,8 @@ from anyep.cli.bench.routing import even_owners, make_exchange
 from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
 from anyep.cli.bench.verify import check_combined, check_peer, check_received
 from anyep.exchange.handle import Received
-from anyep.testing.oracle import expected_rows, expected_sum, terms
+from anyep.testing.oracle import expected_rows
+from anyep.testing.oracle_sums import expected_sum, terms
 
 RANK = 1
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import anyep
 from anyep.layout.hosts import HostMap
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
-from anyep.testing.oracle import expected_sum
+from anyep.testing.oracle_sums import expected_sum
 from tests.exchange.cases import EAGER_BYTES, LAYOUTS, WIRES, Case
 from tests.exchange.rounds import ReceivedCopy, assert_same, check_received
 

@@ -11,7 +11,8 @@ import torch
 import anyep
 from anyep.exchange import courier, receive, setup, sums_in
 from anyep.layout.hosts import HostMap
-from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows, expected_sum
+from anyep.testing.oracle import PADDING, Arrivals, as_bytes, expected_rows
+from anyep.testing.oracle_sums import expected_sum
 from anyep.transport.registry import open_transport
 from tests.exchange.cases import Case
 

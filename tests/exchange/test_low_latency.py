@@ -10,7 +10,8 @@ import torch
 
 import anyep
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
-from anyep.testing.oracle import PADDING, expected_sum
+from anyep.testing.oracle import PADDING
+from anyep.testing.oracle_sums import expected_sum
 from tests.exchange.cases import Case
 from tests.exchange.rounds import ReceivedCopy, assert_same, check, check_received, open_buffer, play
 from tests.exchange.test_behaviour import CASE, on_ranks

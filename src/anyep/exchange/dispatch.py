@@ -24,9 +24,10 @@ from anyep.exchange import ledger
 from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
-from anyep.exchange.handle import Handle, Received, SendPlan
-from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
+from anyep.exchange.handle import Handle, Received
+from anyep.exchange.opening import BODY, Kind, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
+from anyep.exchange.places import connect, settle
 from anyep.exchange.recall import announced_counts, number_of
 from anyep.exchange.receive import (
     NO_PLACES,
@@ -178,10 +179,12 @@ class Dispatch:
         opened_RW = end.hear(self._epoch, self._step, self._header)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
-        offered_RW, offer = (opened_RW, BODY) if self._settle(opened_RW) else (self._offer_again(desk), 0)
+        offered_RW, offer = (
+            (opened_RW, BODY) if settle(end, self._out, opened_RW, self._step) else (self._offer_again(desk), 0)
+        )
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
-        self._connect(desk, opened_RW, offered_RW, offer)
+        connect(end, self._out, desk, opened_RW, offered_RW, offer)
         came_rows, _, _, num_from, num_rows, _ = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
@@ -254,49 +257,12 @@ class Dispatch:
 
     def _cross(self, crossing: DispatchAcross, desk: Desk, sized: _Sized) -> None:
         """Exchange with other hosts, and write to this host's ranks meanwhile."""
-        self._connect(desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
+        connect(self._end, self._out, desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
         near = None
         if self._direct_rows:
             route = self._final_route()
             near = RowsNear(self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk))
         crossing.cross(sized.opened_RW, desk, near, self._step)
-
-    def _settle(self, opened_RW: Words) -> bool:
-        """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
-        end, plan = self._end, self._out.plan
-        if self._out.cached is not None:
-            return bool((opened_RW[:, BODY + ledger.CAPACITY] >= plan.numbers("batch_rows")).all())
-        shape = self._geometry.shape
-        found = end.books.settle(
-            opened_RW,
-            BODY,
-            shape.dims,
-            shape.offsets,
-            end.tables.rank_addr,
-            end.tables.local_addr,
-            plan.first_addr,
-            end.counters.rows_by_source,
-            end.counters.rows_by_expert,
-        )
-        if found == ledger.STATIC_TOO_SMALL:
-            raise RefusedError(CapacityError(self._too_many_rows(plan)))
-        if found == ledger.BLOCK_TOO_SMALL:
-            raise RefusedError(CapacityError(self._too_many_for_an_expert()))
-        return bool(found == ledger.SETTLED)
-
-    def _too_many_rows(self, plan: SendPlan) -> str:
-        limit = self._geometry.shape.static_rows
-        rows = plan.numbers("filled_rows").tolist()
-        over = ", ".join(f"rank {rank} would receive {n}" for rank, n in enumerate(rows) if n > limit)
-        return f"{self._step}: static_rows={limit} is too small: {over}; raise static_rows or send fewer tokens"
-
-    def _too_many_for_an_expert(self) -> str:
-        rows = self._geometry.shape.block_rows
-        return (
-            f"{self._step}: an expert would receive more than R * max_tokens_per_rank = {rows} rows, which a block of "
-            "the padded layout holds: topk_idx names one expert twice for a token; name each once, or use "
-            "layout='expert'"
-        )
 
     def _offer_again(self, desk: Desk) -> Words:
         """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
@@ -319,32 +285,3 @@ class Dispatch:
         check_memory(offers_RW[:, 0], self._step, no_memory)
         end.counters.add(second_offers=1)
         return offers_RW
-
-    def _connect(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int, *, forward: bool = False) -> None:
-        """Fill the peer tables: of rows that this rank sends, or (``forward``) of every place on this host."""
-        end, plan = self._end, self._out.plan
-        while True:
-            unknown = end.books.connect(
-                opened_RW,
-                BODY,
-                offered_RW,
-                offer,
-                end.bases.base_RS,
-                self._geometry.part_bytes,
-                end.rank,
-                -1 if forward else self._geometry.limit_rows,
-                plan.field("rank_rows"),
-                plan.field("batch_rows"),
-                desk.recv_slots_R,
-                plan.field("source_rows"),
-                self._geometry.slot_offsets,
-                desk.forwarded.values if forward else desk.direct.values,
-                desk.spare.values if forward else desk.arrived.values,
-                desk.spare_R if forward else desk.to_R,
-                desk.spare_R if forward else desk.from_R,
-                end.far_R,
-                desk.spare_tally if forward else desk.tally,
-            )
-            if unknown < 0:
-                return
-            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)

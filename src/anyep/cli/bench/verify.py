@@ -8,7 +8,8 @@ from anyep.cli.bench.tape import OUTPUT, PEER_OUTPUT, SENT, Tape
 from anyep.exchange.handle import Received
 from anyep.layout.hosts import HostMap
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
-from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows, expected_sum, terms
+from anyep.testing.oracle import Arrivals, Exchange, as_bytes, expected_rows
+from anyep.testing.oracle_sums import expected_sum, terms
 from anyep.testing.peers.base import Peer
 
 _ROWS = 128
