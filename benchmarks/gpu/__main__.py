@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="times that everything is timed")
     parser.add_argument("--exam-rounds", type=int, default=20, help="random cases of each kernel before that")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA begins: a queue for each rank's stream
     try:
         device = find_device("cuda")
     except Unavailable as reason:

@@ -108,11 +108,15 @@ class Measured:
     def __init__(self, contest: Contest, work: Work, name: str, stack: ExitStack, **options: object) -> None:
         """``stack`` closes its buffers."""
         self.work, self.name = work, name
+        self._settle = contest.stopwatch.settle
         self.inputs = Inputs.draw(work, contest.stopwatch.device)
         self.pieces = torch_ops.pieces_of(work, self.inputs)
         most = max(sum(len(piece.row) for piece in own) for own in self.pieces)
         fixed = {} if work.layout == "padded" else {"static_rows": most}
         self.ranks = stack.enter_context(closing(Ranks(work, **fixed, **options)))
+        self.concurrent = None
+        if contest.stopwatch.has_streams:
+            self.concurrent = stack.enter_context(closing(Ranks(work, **fixed, **options, concurrent=True)))
         self.counting = None if work.layout == "padded" else stack.enter_context(closing(Ranks(work, **options)))
         self._check()
         self._add(contest)
@@ -120,12 +124,21 @@ class Measured:
     def _check(self) -> None:
         """Compare with torch's formulation, and keep what combine works on."""
         work = self.work
-        for ranks in [self.ranks, *([self.counting] if self.counting else [])]:
-            self.received = ranks.dispatch(self.inputs)
-            check_dispatch(work, self.inputs, self.pieces, self.received)
+        if self.counting is not None:
+            counted = self.counting.dispatch(self.inputs)
+            self._settle()
+            check_dispatch(work, self.inputs, self.pieces, counted)
         self.received = self.ranks.dispatch(self.inputs)
+        self._settle()
         self.outputs = [torch.randn(one.x.shape, device=one.x.device).bfloat16() for one in self.received]
-        check_combine(self._torch_combine(), self.ranks.combine(self.outputs, self.received), self.name)
+        expected = self._torch_combine()
+        for ranks in [self.ranks, *([self.concurrent] if self.concurrent else [])]:
+            received = ranks.dispatch(self.inputs)
+            self._settle()
+            check_dispatch(work, self.inputs, self.pieces, received)
+            sums = ranks.combine(self.outputs, received)
+            self._settle()
+            check_combine(expected, sums, self.name)
 
     def _torch_combine(self) -> list[torch.Tensor]:
         padded = self.work.layout == "padded"
@@ -138,6 +151,7 @@ class Measured:
         replay_combine, sums = stopwatch.graph(lambda: ranks.combine(self.outputs, self.received))
         replay_dispatch()
         replay_combine()
+        self._settle()
         check_dispatch(work, self.inputs, self.pieces, received)
         check_combine(self._torch_combine(), sums, f"{self.name}, replayed")
         contest.add(self.name, "dispatch, graph", replay_dispatch, sent)
@@ -151,10 +165,17 @@ class Measured:
         if self.counting is not None:
             counting = self.counting
             contest.add(self.name, "dispatch, host waits for counts", lambda: counting.dispatch(self.inputs), sent)
+        if self.concurrent is not None:
+            self._add_concurrent(contest, self.concurrent, sent, summed)
         rows = [(torch.zeros_like(one.x.view(torch.uint8).view(-1, work.hidden)), one) for one in self.received]
         out = [(x, torch.zeros(len(x), work.hidden // 128, device=x.device)) for x, _ in rows]
         contest.add(self.name, "dispatch, torch", lambda: torch_ops.dispatch(self.inputs, self.pieces, out), sent)
         contest.add(self.name, "combine, torch", self._torch_combine, summed)
+
+    def _add_concurrent(self, contest: Contest, ranks: Ranks, sent: int, summed: int) -> None:
+        received = ranks.dispatch(self.inputs)
+        contest.add(self.name, "dispatch, concurrent", lambda: ranks.dispatch(self.inputs), sent)
+        contest.add(self.name, "combine, concurrent", lambda: ranks.combine(self.outputs, received), summed)
 
 
 def as_json(rows: list[Row]) -> list[dict[str, object]]:

@@ -18,6 +18,8 @@ SETTLING = 3
 class GpuStopwatch:
     """Times by events on the current stream of a CUDA device."""
 
+    has_streams = True
+
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -41,6 +43,10 @@ class GpuStopwatch:
         torch.cuda.synchronize()
         del result
         return spent * 1e6
+
+    def settle(self) -> None:
+        """Wait until the device has done all."""
+        torch.cuda.synchronize()
 
     def graph(self, act: Act) -> tuple[Act, object]:
         """Record ``act`` and return what replays it, and its result, which a replay fills again."""
@@ -74,6 +80,11 @@ class HostStopwatch:
     """Stands for a GPU where a test plays one: times of nothing, graphs that call again."""
 
     device = torch.device("cpu")
+
+    has_streams = False
+
+    def settle(self) -> None:
+        """Nothing to wait for."""
 
     def us(self, act: Act) -> float:
         begin = time.perf_counter()

@@ -33,7 +33,12 @@ def _measure(layout):
 def test_works_are_checked_against_torch_and_timed_beside_it(layout):
     rows = _measure(layout)
     named = {row.what: row for row in rows if row.work == "small 2 x 5"}
-    assert {"dispatch, graph", "dispatch, torch", "combine, graph", "combine, torch"} <= named.keys()
+    assert {
+        "dispatch, graph",
+        "dispatch, torch",
+        "combine, graph",
+        "combine, torch",
+    } <= named.keys()
     assert ("dispatch, host waits for counts" in named) == (layout == "compact")
     assert named["dispatch, graph"].bytes == named["dispatch, torch"].bytes > 2 * 5 * 2 * 256
     assert all(row.rounds == 2 for row in rows)
