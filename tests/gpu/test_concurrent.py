@@ -46,6 +46,22 @@ def test_memory_that_is_offered_again_is_announced_when_nobody_reads_the_first_o
             run(case)
 
 
+def test_ranks_that_disagreed_count_alike_afterwards():
+    case = replace(draw(0), num_tokens=(6, 5), num_topk=2, num_experts=4)
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda", concurrent=True) as ep:
+            batch = case.batches[ep.rank]
+            for call in (ep.barrier, lambda: ep.dispatch(batch.x, batch.topk_idx, layout="padded")):
+                other = call if ep.rank else (lambda: ep.dispatch(batch.x, batch.topk_idx))
+                with pytest.raises(ValueError, match="ranks disagree"):
+                    other()
+            return play(case, ep)
+
+    with pretended(LazyDevice(0)):
+        check(case, anyep.local_group(2).run(rank_main))
+
+
 def silence(ep, stage):
     """From now on this rank's words of one stage are not written."""
     order, signal = ep._end.order, ep._end.order._signal
@@ -73,7 +89,7 @@ def test_a_rank_that_does_not_announce_is_a_timeout_with_counters():
         ep.barrier()
         if ep.rank == 1:
             silence(ep, 0)
-        said = r"dispatch 2: the device waited longer than timeout_s=30 for rank 1, .* operation 1 .* had come to 0"
+        said = r"dispatch 2: the device waited longer than timeout_s=30 for rank 1, .* operation 2 .* had come to 0"
         with pytest.raises(PeerTimeout, match=said) as caught:
             ep.dispatch(x, idx)
         assert caught.value.ranks == (1,)
@@ -90,7 +106,7 @@ def test_where_nobody_waits_for_the_device_the_barrier_says_it(stage):
         received = ep.dispatch(x, idx, layout="padded")
         if stage == 0:
             assert list(received.counts) == [0, 0]
-        with pytest.raises(PeerTimeout, match="for rank 1, which was waited for in operation 1 on"):
+        with pytest.raises(PeerTimeout, match="for rank 1, which was waited for in operation 2 on"):
             ep.barrier()
 
     on_two_ranks(act)

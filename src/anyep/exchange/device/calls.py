@@ -11,6 +11,7 @@ from anyep.exchange.barrier import Barrier
 from anyep.exchange.device.combine import DeviceCombine
 from anyep.exchange.device.dispatch import DeviceDispatch
 from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import make_plan
 from anyep.exchange.flights import Operation
 from anyep.exchange.handle import Combined, Handle, Received
@@ -96,6 +97,11 @@ class DeviceBarrier(Barrier):
     def __init__(self, end: DeviceEndpoint) -> None:
         super().__init__(end)
         self._device_end = end
+
+    def post(self, epoch: int) -> None:
+        """Tell every rank."""
+        self._device_end.order.pass_by(Turn(epoch, 0))
+        super().post(epoch)
 
     def finish(self) -> None:
         """Wait for every rank and for the device. Raises what an earlier call could not."""

@@ -60,10 +60,15 @@ class Concurrent:
     def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
         """Say on the device that this rank has announced; ``half`` is for later."""
         self._halves[turn] = half
+        if turn.number == 0:
+            self.pass_by(turn)
         with self._device.on(self._stream):
-            if turn.number == 0:
-                self._device.kernels.tick(self._clock.data_ptr(), self._epoch_addr(turn))
             self._signal(turn, _ANNOUNCED)
+
+    def pass_by(self, turn: Turn) -> None:
+        """Count an operation in which there is nothing to launch: all ranks count alike, whatever each calls."""
+        with self._device.on(self._stream):
+            self._device.kernels.tick(self._clock.data_ptr(), self._epoch_addr(turn))
 
     def launch(self, turn: Turn) -> None:
         """Launch this rank's half between waits for all ranks."""
