@@ -39,16 +39,18 @@ class Scene:
 
     def rank(self, rank, *, silent=False, limit=LIMIT):
         def act():
+            numbers = np.arange(1, EPOCHS + 1)
             for epoch in range(EPOCHS):
+                number_addr = numbers[epoch:].ctypes.data
                 if not silent:
                     for peer in range(R):
                         source, target = self.sent[rank, epoch, peer], self.rows[peer, epoch, rank]
                         self.kernels.copy(source.ctypes.data, target.ctypes.data, 4 * WORDS)
                     table = np.array([self.words[peer, epoch, rank:].ctypes.data for peer in range(R)], np.int64)
                     counts = np.full(R, 10 * rank + epoch, np.int32)
-                    self.kernels.signal(table.ctypes.data, R, epoch + 1, counts.ctypes.data)
+                    self.kernels.signal(table.ctypes.data, R, number_addr, counts.ctypes.data)
                 where = (self.counts[rank].ctypes.data, self.errors[rank].ctypes.data)
-                self.kernels.wait(self.words[rank, epoch].ctypes.data, R, epoch + 1, limit, *where, 8)
+                self.kernels.wait(self.words[rank, epoch].ctypes.data, R, number_addr, limit, *where, 8)
                 received, copied = self.rows[rank, epoch], self.found[rank, epoch]
                 self.kernels.copy(received.ctypes.data, copied.ctypes.data, received.nbytes)
 

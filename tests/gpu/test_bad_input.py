@@ -10,7 +10,7 @@ import torch
 import anyep
 from anyep.errors import CapacityError, Unavailable
 from anyep.exchange.arguments import check_tensor
-from anyep.exchange.device import devices, landing
+from anyep.exchange.device import devices, reach
 from anyep.kernels.gpu.target import SM_80
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.rounds import check, open_buffer, play
@@ -91,7 +91,7 @@ def test_an_allocation_that_fails_prints_the_account(monkeypatch):
 
 
 def test_a_rank_without_memory_for_its_batch_makes_all_ranks_refuse(device, monkeypatch):
-    real = landing.allocate
+    real = reach.allocate
 
     def act(ep, batch):
         def scarce(where, shape, dtype, account):
@@ -100,12 +100,12 @@ def test_a_rank_without_memory_for_its_batch_makes_all_ranks_refuse(device, monk
             return real(where, shape, dtype, account)
 
         if ep.rank == 1:
-            monkeypatch.setattr(landing, "allocate", scarce)
+            monkeypatch.setattr(reach, "allocate", scarce)
         ep.barrier()
         with pytest.raises(CapacityError, match="rank 1 could not allocate"):
             ep.dispatch(batch.x, batch.topk_idx)
         ep.barrier()
-        monkeypatch.setattr(landing, "allocate", real)
+        monkeypatch.setattr(reach, "allocate", real)
 
     on_two_ranks(act)
 
@@ -188,7 +188,7 @@ def test_a_graph_of_what_the_host_must_wait_for_is_refused(device):
         ({"device": "cuda", "num_sms": 0}, ValueError, "num_sms must be at least 1"),
         ({"device": "cuda", "wire": "raw8"}, Unavailable, "a device has bf16, fp16, fp32 and fp8"),
         ({"device": "cuda", "record": "somewhere.npz"}, Unavailable, "record goes with CPU tensors"),
-        ({"device": "cuda", "transport": "shm"}, Unavailable, "use 'auto' or 'inprocess'"),
+        ({"device": "cuda", "transport": "shm"}, Unavailable, "use .auto., .inprocess. or .cuda_symmetric."),
     ],
 )
 def test_arguments_that_do_not_go_together(device, options, kind, words):
@@ -215,16 +215,3 @@ def test_without_a_gpu_that_is_said():
             anyep.Buffer(member, **SIZES, device="cuda")
 
     anyep.local_group(2).run(rank_main)
-
-
-def test_ranks_that_are_no_threads_are_refused_by_name(device):
-    class Alone:
-        rank, size = 0, 1
-
-        def allgather(self, item):
-            return [item]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anyep.exchange.setup.find_rendezvous", lambda group: group)
-        with pytest.raises(Unavailable, match=r"members of anyep.local_group\(R\), which share one GPU"):
-            anyep.Buffer(Alone(), **SIZES, device="cuda")

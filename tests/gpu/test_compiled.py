@@ -26,7 +26,7 @@ OTHERS = {
     "connect",
     "withdraw",
 }
-FLAGS = {"signal", "wait"}
+FLAGS = {"tick", "signal", "wait"}
 MOST_REGISTERS = 144
 TARGETS = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "gfx942"))]
 

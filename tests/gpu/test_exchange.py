@@ -124,8 +124,13 @@ def test_logfmt_sums_are_those_of_the_host():
 @pytest.mark.parametrize(("layout", "spare_rows"), [("padded", None), ("compact", 3), ("expert", 3)])
 def test_with_a_fixed_number_of_rows_the_host_waits_for_nothing(device, monkeypatch, layout, spare_rows):
     case = replace(draw(LAYOUT_SEEDS[layout]), num_tokens=(4, 5), spare_rows=spare_rows)
-    fetched = []
-    monkeypatch.setattr(device, "fetch", lambda words: fetched.append(words) or NeverThere())
+    fetch, fetched = device.fetch, []
+
+    def never_after_opening(words):
+        fetched.append(words)
+        return fetch(words) if len(fetched) <= case.num_ranks else NeverThere()
+
+    monkeypatch.setattr(device, "fetch", never_after_opening)
 
     def rank_main(member):
         with open_buffer(case, member, device="cuda") as ep:
@@ -159,7 +164,9 @@ def test_without_one_it_waits_once_in_a_dispatch_and_never_in_a_combine(device, 
 
     monkeypatch.setattr(device, "fetch", Counted)
     check(case, run(case))
-    assert len(waits) == case.num_ranks  # play dispatches, combines, and dispatches again with the handle
+    assert (
+        len(waits) == 2 * case.num_ranks
+    )  # one when it is made; play dispatches, combines, and dispatches again with the handle
 
 
 def test_what_cpu_tensors_alone_can_do_is_refused_by_name():

@@ -104,6 +104,8 @@ class BufferOptions:
             raise ValueError(f"kernels={self.kernels!r} work on {place}, got device={self.device!r}; leave kernels out")
         if self.device is None and self.num_sms is not None:
             raise ValueError("num_sms goes with device='cuda'; num_threads is what CPU tensors are moved by")
+        if self.device is None and self.transport == "cuda_symmetric":
+            raise ValueError("transport='cuda_symmetric' goes with device='cuda'; for CPU tensors 'shm' is alike")
         if self.device is None and self.concurrent:
             raise ValueError("concurrent goes with device='cuda'; ranks on a CPU always are")
 

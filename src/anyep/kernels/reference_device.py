@@ -185,7 +185,13 @@ class ReferenceDeviceKernels(ReferenceKernels):
             _put(entry_rank_addr, [-1] * num_entries)
             _put(counts_addr, [0] * num_local)
 
-    def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
+    def tick(self, clock_addr: int, epoch_addr: int) -> None:
+        epoch = read(clock_addr, torch.int64, 1) + 1
+        write(clock_addr, epoch)
+        write(epoch_addr, epoch)
+
+    def signal(self, peer_word_addr: int, num_ranks: int, epoch_addr: int, counts_addr: int) -> None:
+        epoch = int(read(epoch_addr, torch.int64, 1))
         counts = read(counts_addr, torch.int32, num_ranks).tolist() if counts_addr else [0] * num_ranks
         for word, count in zip(read(peer_word_addr, torch.int64, num_ranks).tolist(), counts, strict=True):
             if word:
@@ -195,12 +201,13 @@ class ReferenceDeviceKernels(ReferenceKernels):
         self,
         words_addr: int,
         num_ranks: int,
-        epoch: int,
+        epoch_addr: int,
         limit: int,
         counts_addr: int,
         errors_addr: int,
         error_bytes: int,
     ) -> None:
+        epoch = int(read(epoch_addr, torch.int64, 1))
         for rank, word in enumerate(read(words_addr, torch.int64, num_ranks).tolist()):  # nobody writes meanwhile
             if word >> 32 < epoch:
                 write(errors_addr + rank * error_bytes, torch.tensor([epoch << 32 | word >> 32]))

@@ -184,13 +184,20 @@ class DeviceKernels(KernelSet, Protocol):
         """
         ...
 
-    def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
+    def tick(self, clock_addr: int, epoch_addr: int) -> None:
+        """Add 1 to int64 ``clock`` [1], and let int64 ``epoch`` [1] be what it is now: below 2 ** 31.
+
+        >>> # clock=[6]: clock=[7] epoch=[7]
+        """
+        ...
+
+    def signal(self, peer_word_addr: int, num_ranks: int, epoch_addr: int, counts_addr: int) -> None:
         """Publish all that was launched before: write ``epoch << 32 | counts[r]`` to the word of every rank.
 
-        ``peer_word`` is a peer table, 0 to skip a rank; ``counts`` int32 [R], or 0 for none. kernels/gpu/flags.py has
-        the memory order.
+        ``epoch`` is int64 [1], ``peer_word`` a peer table, 0 to skip a rank, ``counts`` int32 [R], or 0 for none.
+        kernels/gpu/flags.py has the memory order.
 
-        >>> # epoch=3, counts=[5, 7], peer_word=[a, 0]: word at a: (3 << 32) + 5
+        >>> # epoch=[3], counts=[5, 7], peer_word=[a, 0]: word at a: (3 << 32) + 5
         """
         ...
 
@@ -198,7 +205,7 @@ class DeviceKernels(KernelSet, Protocol):
         self,
         words_addr: int,
         num_ranks: int,
-        epoch: int,
+        epoch_addr: int,
         limit: int,
         counts_addr: int,
         errors_addr: int,
@@ -206,11 +213,11 @@ class DeviceKernels(KernelSet, Protocol):
     ) -> None:
         """Let what is launched after this wait until every sender's word has reached ``epoch``.
 
-        ``words`` are int64 [R]; their counts go to int32 [R] ``counts`` (0: nowhere). Where a word has not come after
-        ``limit`` looks, the int64 that is r * ``error_bytes`` behind ``errors`` takes ``epoch << 32 | the epoch that
-        the word holds``, and the count is not written. Errors of words that did come are not touched.
+        ``epoch`` is int64 [1], ``words`` int64 [R]; their counts go to int32 [R] ``counts`` (0: nowhere). Where a word
+        has not come after ``limit`` looks, the int64 that is r * ``error_bytes`` behind ``errors`` takes ``epoch << 32
+        | the epoch that the word holds``, and the count is not written. Errors of words that did come are not touched.
 
-        >>> # epoch=3, limit=2, error_bytes=8, words=[(3 << 32) + 5, (1 << 32) + 9]
+        >>> # epoch=[3], limit=2, error_bytes=8, words=[(3 << 32) + 5, (1 << 32) + 9]
         >>> # counts=[5, .] errors=[., (3 << 32) + 1]
         """
         ...

@@ -136,7 +136,12 @@ def exam_signal(case: Case) -> None:
     words = [stretch.cut(f"word {rank}", 8, 8) for rank in range(R)]
     table = stretch.put_table("peer_word", [0 if rng.random() < 0.2 else one for one in words])
     counts = stretch.put("counts", rng.integers(0, 1 << 31, R, dtype=np.int32)) if rng.random() < 0.5 else 0
-    case.run("signal", table, R, int(rng.integers(1, 1 << 30)), counts)
+    case.run("signal", table, R, stretch.put("epoch", rng.integers(1, 1 << 30, 1)), counts)
+
+
+def exam_tick(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    case.run("tick", stretch.put("clock", rng.integers(0, 1 << 30, 1)), stretch.cut("epoch", 8, 8))
 
 
 def exam_wait(case: Case) -> None:
@@ -147,7 +152,7 @@ def exam_wait(case: Case) -> None:
     counts = stretch.cut("counts", 4 * R, 4) if rng.random() < 0.5 else 0
     error_bytes = int(rng.choice([8, 1120]))
     errors = stretch.cut("errors", R * error_bytes, 8)
-    case.run("wait", words, R, epoch, 3, counts, errors, error_bytes)
+    case.run("wait", words, R, stretch.put("epoch", np.array([epoch], np.int64)), 3, counts, errors, error_bytes)
 
 
 _EXAMS: dict[str, Callable[[Case], None]] = {
@@ -156,6 +161,7 @@ _EXAMS: dict[str, Callable[[Case], None]] = {
     "settle": exam_settle,
     "connect": exam_connect,
     "withdraw": exam_withdraw,
+    "tick": exam_tick,
     "signal": exam_signal,
     "wait": exam_wait,
 }

@@ -171,23 +171,44 @@ class LazyDevice(PretendDevice):
         if name != "wait":
             self._launch(_LazyLaunch(lambda: kernel(*numbers)))
             return
-        words_addr, num_ranks, epoch, limit, *_ = numbers
+        words_addr, num_ranks, epoch_addr, limit, *_ = numbers
 
         def ready() -> bool:
+            epoch = int(read(epoch_addr, torch.int64, 1))
             return all(word >> 32 >= epoch for word in read(words_addr, torch.int64, num_ranks).tolist())
 
         self._launch(_LazyLaunch(lambda: kernel(*numbers), ready, limit))
 
     def _launch(self, launch: _LazyLaunch) -> None:
-        self.current_stream().launches.append(launch)
+        self._append(self.current_stream(), launch)
+
+    def _append(self, stream: _LazyStream, launch: _LazyLaunch) -> None:
+        graph: LazyGraph | None = getattr(self._local, "graph", None)
+        if graph is not None:
+            graph.launches.append((stream, launch))
+        stream.launches.append(launch)
+
+    @contextmanager
+    def recording(self) -> Iterator[LazyGraph]:
+        """Note what this thread launches meanwhile, and launch it too."""
+        graph = self._local.graph = LazyGraph(self, self.current_stream())
+        try:
+            yield graph
+        finally:
+            self._local.graph = None
 
     def mark(self, stream: Stream) -> Event:
         return _LazyEvent(stream, len(stream.launches))
 
     def follow(self, stream: Stream, event: Event) -> None:
-        stream.launches.append(_LazyLaunch(lambda: None, event.is_over, _FOREVER))
+        self._append(stream, _LazyLaunch(lambda: None, event.is_over, _FOREVER))
         if stream is getattr(self._local, "own", None):
             self.run(self.mark(stream))
+
+    def follow_plainly(self, stream: _LazyStream, event: _LazyEvent | None) -> None:
+        """Follow an event, without looking after the caller."""
+        if event is not None and event.stream is not stream:
+            stream.launches.append(_LazyLaunch(lambda: None, event.is_over, _FOREVER))
 
     def fetch(self, words: torch.Tensor) -> Fetch:
         held: list[Words] = []
@@ -219,6 +240,25 @@ class LazyDevice(PretendDevice):
                 stream.num_done += 1
                 stream.is_running = False
         return True
+
+
+class LazyGraph:
+    """Launches of one thread, to be launched again. Events between streams become their order in the thread."""
+
+    def __init__(self, device: LazyDevice, own: _LazyStream) -> None:
+        self._device = device
+        self._own = own
+        self.launches: list[tuple[_LazyStream, _LazyLaunch]] = []
+
+    def replay(self) -> None:
+        """Launch all again, one behind the other, and wait for the last."""
+        before: _LazyEvent | None = None
+        for stream, launch in self.launches:
+            self._device.follow_plainly(stream, before)
+            stream.launches.append(_LazyLaunch(launch.act, launch.ready, _FOREVER))
+            before = self._device.mark(stream)
+        if before is not None:
+            self._device.run(before)
 
 
 class _LazyFetch:

@@ -20,7 +20,8 @@ from anyep.transport.shared import SharedTransport
 
 _NETWORKED = ("auto", "gloo", "nixl")
 """Transports that span hosts, with an engine between them."""
-NAMES = ("auto", "inprocess", "shm", "gloo", "nixl")
+NAMES = ("auto", "inprocess", "shm", "gloo", "nixl", "cuda_symmetric")
+"""The last for CUDA tensors only (exchange/device/setup.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +60,11 @@ def open_transport(
         "timeout_s": timeout_s,
         "poison": poison,
     }
+    if transport == "cuda_symmetric":
+        raise Unavailable(
+            "transport 'cuda_symmetric' is how a buffer with device='cuda' reaches memory; between host memories 'shm' "
+            "is possible"
+        )
     if transport == "inprocess" and not isinstance(rendezvous, Member):
         raise Unavailable(
             f"transport 'inprocess' needs a member of anyep.local_group(R), got {type(group).__name__}; "

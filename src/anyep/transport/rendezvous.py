@@ -44,9 +44,9 @@ class TorchRendezvous:
     def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
 
-        self._group = dist.group.WORLD if group is None else group
-        self.rank = dist.get_rank(self._group)
-        self.size = dist.get_world_size(self._group)
+        self.group = dist.group.WORLD if group is None else group
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
         if self.rank < 0:
             raise ValueError(
                 "this process is not a member of the process group; only its members may make a buffer on it"
@@ -56,7 +56,7 @@ class TorchRendezvous:
         import torch.distributed as dist
 
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self._group)
+        dist.all_gather_object(items, item, group=self.group)
         return items
 
 

@@ -13,6 +13,7 @@ from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DevicePlan
+from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Combined
@@ -31,6 +32,8 @@ class _Scratch(NamedTuple):
     """int64: peer tables, and what connect says"""
     encoded: torch.Tensor | None
     """rows in LogFMT-10, one behind the other"""
+    copies: tuple[torch.Tensor | None, torch.Tensor | None]
+    """room for outputs and weights that lie where others cannot reach them"""
     rows: torch.Tensor | None
     """int32 [T, W]: where each entry's row lies among them"""
 
@@ -66,12 +69,22 @@ class DeviceCombine:
         device, account = end.device, end.account.__str__
         words = allocate(device, (NUM_PLACES * end.num_ranks + SUMMARY_WORDS,), torch.int64, account)
         if self._back.wire == "none":
-            return _Scratch(words=words, encoded=None, rows=None)
+            return _Scratch(words=words, encoded=None, copies=self._rooms(), rows=None)
         shape = plan.geometry.shape
         most = end.num_ranks * end.max_tokens * min(end.num_topk, shape.num_local)
-        encoded = allocate(device, (most, logfmt_row_bytes(end.hidden)), torch.uint8, account)
+        encoded = end.reach.room((most, logfmt_row_bytes(end.hidden)), torch.uint8, account)
         rows = allocate(device, (plan.num_tokens, plan.width), torch.int32, account)
-        return _Scratch(words=words, encoded=encoded, rows=rows)
+        return _Scratch(words=words, encoded=encoded, copies=(None, None), rows=rows)
+
+    def _rooms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Make room where others can reach it for what does not lie there."""
+
+        def room(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None or self._end.reach.place(tensor) is not None:
+                return None
+            return self._end.reach.room(tensor.shape, tensor.dtype, self._end.account.__str__)
+
+        return room(self._back.y), room(self._back.topk_weights)
 
     def wants_background(self) -> bool:
         """Nothing is computed on the host."""
@@ -94,22 +107,35 @@ class DeviceCombine:
 
     def post(self, epoch: int) -> None:
         """Launch what says where this rank's rows lie; then tell the others."""
-        end, back = self._end, self._back
+        end = self._end
         end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         self._visit = Visit.begin(end.device, end.stream)
-        weights = back.topk_weights
         with end.device.on(end.stream):
-            rows = back.y if self._scratch.encoded is None else self._encode(self._scratch.encoded)
+            rows, weights = self._lend()
             end.device.kernels.announce(
                 *(end.num_ranks, end.boards.messages_addr(epoch), 0),
-                *(_place(rows), -1 if weights is None else _place(weights), -1, -1, -1),
+                *(rows, weights, NOWHERE, NOWHERE, NOWHERE),
                 *(0, 0, 0),
             )
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
         end.announce(epoch, words_RW)
+
+    def _lend(self) -> tuple[int, int]:
+        """Bring rows and weights where others can reach them, if they are not; return their places."""
+        back, reach, scratch = self._back, self._end.reach, self._scratch
+        if scratch.encoded is not None:
+            return _known(reach.place(self._encode(scratch.encoded))), NOWHERE
+        lent = []
+        for tensor, copy in zip((back.y, back.topk_weights), scratch.copies, strict=True):
+            if tensor is not None and copy is not None:
+                self._end.device.kernels.copy(tensor.data_ptr(), copy.data_ptr(), tensor.nbytes)
+                self._end.counters.add(copied_in_bytes=tensor.nbytes)
+            found = copy if copy is not None else tensor
+            lent.append(NOWHERE if found is None else _known(reach.place(found)))
+        return lent[0], lent[1]
 
     def _encode(self, encoded: torch.Tensor) -> torch.Tensor:
         plan = self._plan
@@ -170,5 +196,6 @@ class DeviceCombine:
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
 
-def _place(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else -1
+def _known(place: int | None) -> int:
+    assert place is not None, "what is lent was brought within reach"
+    return place

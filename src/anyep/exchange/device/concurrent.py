@@ -13,6 +13,7 @@ import torch
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.order import Half, Turn
+from anyep.exchange.device.reach import Reach
 from anyep.kernels.spec_device import FAULT
 
 _ANNOUNCED, _DONE = 0, 1
@@ -27,7 +28,15 @@ class Concurrent:
     is_concurrent = True
 
     def __init__(
-        self, device: Device, stream: Stream, boards: Boards, rank: int, *, limit: int, late_addr: int
+        self,
+        device: Device,
+        reach: Reach,
+        stream: Stream,
+        boards: Boards,
+        rank: int,
+        *,
+        limit: int,
+        late_addr: int,
     ) -> None:
         self._device = device
         self._stream = stream
@@ -36,8 +45,10 @@ class Concurrent:
         self._limit = limit
         self._late_addr = late_addr
         self._halves: dict[Turn, Half] = {}
-        self._words = torch.zeros((_MOST_TURNS, _STAGES, boards.num_ranks), dtype=torch.int64, device=device.where)
-        self.first_addr = self._words.data_ptr()
+        self.words = reach.room((_MOST_TURNS, _STAGES, boards.num_ranks), torch.int64, lambda: "words").zero_()
+        self.first_addr = self.words.data_ptr()
+        self._clock = torch.zeros(1 + boards.ring, dtype=torch.int64, device=device.where)
+        """how many operations this rank's stream has begun; and which was each of those in flight"""
 
     def meet(self, first_addr_R: list[int]) -> None:
         """Learn where every rank's words begin."""
@@ -49,8 +60,15 @@ class Concurrent:
     def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
         """Say on the device that this rank has announced; ``half`` is for later."""
         self._halves[turn] = half
+        if turn.number == 0:
+            self.pass_by(turn)
         with self._device.on(self._stream):
             self._signal(turn, _ANNOUNCED)
+
+    def pass_by(self, turn: Turn) -> None:
+        """Count an operation in which there is nothing to launch: all ranks count alike, whatever each calls."""
+        with self._device.on(self._stream):
+            self._device.kernels.tick(self._clock.data_ptr(), self._epoch_addr(turn))
 
     def launch(self, turn: Turn) -> None:
         """Launch this rank's half between waits for all ranks."""
@@ -66,15 +84,19 @@ class Concurrent:
         """Forget what was handed in: all ranks refuse the operation."""
         self._halves.pop(turn, None)
 
+    def _epoch_addr(self, turn: Turn) -> int:
+        """Return where the operation's number lies: made on the device, so that a graph that is replayed counts on."""
+        return self._clock.data_ptr() + 8 * (1 + turn.epoch % self._boards.ring)
+
     def _kind_bytes(self, turn: Turn, stage: int) -> int:
         assert turn.number < _MOST_TURNS, "the second offer is large enough"
         return 8 * self._boards.num_ranks * (turn.number * _STAGES + stage)
 
     def _signal(self, turn: Turn, stage: int) -> None:
         peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
-        self._device.kernels.signal(peers, self._boards.num_ranks, turn.epoch, 0)
+        self._device.kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
 
     def _wait(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
         words = self.first_addr + self._kind_bytes(turn, stage)
         ranks = self._boards.num_ranks
-        self._device.kernels.wait(words, ranks, turn.epoch, self._limit, 0, errors_addr, error_bytes)
+        self._device.kernels.wait(words, ranks, self._epoch_addr(turn), self._limit, 0, errors_addr, error_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -104,6 +105,7 @@ class CudaDevice:
         self.where = where
         self.kernels = kernels
         self._us_a_look: float | None = None
+        self._measuring = threading.Lock()
 
     def new_stream(self) -> Stream:
         return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
@@ -124,10 +126,12 @@ class CudaDevice:
         tensor.record_stream(stream)
 
     def fetch(self, words: torch.Tensor) -> Fetch:
-        return _PinnedFetch(words)
+        with torch.cuda.device(self.where):
+            return _PinnedFetch(words)
 
     def capturing(self) -> bool:
-        return bool(torch.cuda.is_current_stream_capturing())
+        with torch.cuda.device(self.where):
+            return bool(torch.cuda.is_current_stream_capturing())
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.where)
@@ -135,18 +139,22 @@ class CudaDevice:
         return int(free) + int(held)
 
     def looks_in(self, seconds: float) -> int:
-        """Measure how long looks take: this device, once."""
-        if self._us_a_look is None:
-            words = torch.zeros(3, dtype=torch.int64, device=self.where)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self.where):
-                self.kernels.wait(words.data_ptr(), 1, 1, 1, 0, words.data_ptr() + 8, 8)
-                begin.record()
-                self.kernels.wait(words.data_ptr(), 1, 1, _MEASURED_LOOKS, 0, words.data_ptr() + 8, 8)
-                end.record()
-                end.synchronize()
-            self._us_a_look = max(1e-3, begin.elapsed_time(end) * 1e3 / _MEASURED_LOOKS)
-        return max(1, int(seconds * 1e6 / self._us_a_look))
+        """Measure how long looks take on this device, once; ranks that are threads ask at the same time."""
+        with self._measuring:
+            us_a_look = self._us_a_look = self._us_a_look or self._measured_us()
+        return max(1, int(seconds * 1e6 / us_a_look))
+
+    def _measured_us(self) -> float:
+        words = torch.tensor([0, 0, 1], dtype=torch.int64, device=self.where)
+        never, error, epoch = (words.data_ptr() + 8 * place for place in range(3))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self.where):
+            self.kernels.wait(never, 1, epoch, 1, 0, error, 8)
+            begin.record()
+            self.kernels.wait(never, 1, epoch, _MEASURED_LOOKS, 0, error, 8)
+            end.record()
+            end.synchronize()
+        return float(max(1e-3, begin.elapsed_time(end) * 1e3 / _MEASURED_LOOKS))
 
     def check_fp8(self) -> None:
         target_of(self.where).check_fp8()

@@ -113,7 +113,7 @@ class DeviceDispatch:
     def _announce(self) -> None:
         """Launch this rank's message to all boards."""
         end, plan, landing = self._end, self._plan, self._landing
-        places = (-1, -1, -1, -1, -1) if landing is None else landing.places()
+        places = (-1, -1, -1, -1, -1) if landing is None else landing.places(end.reach)
         counted = self._out.cached is None
         with end.device.on(end.stream):
             end.device.kernels.announce(

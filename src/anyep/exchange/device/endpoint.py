@@ -10,6 +10,7 @@ from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults
 from anyep.exchange.device.order import Order
+from anyep.exchange.device.reach import Reach
 from anyep.exchange.endpoint import Endpoint
 from anyep.layout.regions import MemoryAccount
 
@@ -23,6 +24,7 @@ class DeviceEndpoint(Endpoint):
     """the stream of the exchange: one for all ranks, or this rank's own"""
     order: Order
     boards: Boards
+    reach: Reach
     base_addr: int
     """int64 [R] on the device: what places of a rank are counted from"""
     account: MemoryAccount

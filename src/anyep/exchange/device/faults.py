@@ -97,7 +97,8 @@ def _silence(words: Words, limits: Limits) -> PeerTimeout | None:
 def silent(step: str, late: dict[int, int], limits: Limits) -> PeerTimeout:
     """Return the error of ranks whose words did not come; ``late``: their error words."""
     told = ", ".join(
-        f"rank {rank}, which was waited for in operation {word >> _EPOCH_BITS} and had come to {word & _EPOCH_MASK}"
+        f"rank {rank}, which was waited for in operation {word >> _EPOCH_BITS} on the device and had come to "
+        f"{word & _EPOCH_MASK}"
         for rank, word in sorted(late.items())
     )
     text = (

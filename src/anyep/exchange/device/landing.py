@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.reach import NOWHERE, Reach
 from anyep.exchange.geometry import Geometry
 
 
@@ -17,11 +17,9 @@ class Landing(NamedTuple):
     parts: tuple[torch.Tensor | None, ...]
     capacity: int
 
-    def places(self) -> tuple[int, int, int, int, int]:
-        """Return what peers are told: where each part begins, -1 for nothing."""
-        x, scales, idx, weights, token = (
-            -1 if part is None or part.numel() == 0 else part.data_ptr() for part in self.parts
-        )
+    def places(self, reach: Reach) -> tuple[int, int, int, int, int]:
+        """Return what peers are told: the place of each part."""
+        x, scales, idx, weights, token = (NOWHERE if part is None else _known(reach.place(part)) for part in self.parts)
         return x, scales, idx, weights, token
 
     def cut(self, num_rows: int) -> Landing:
@@ -36,7 +34,7 @@ def cut_landing(end: DeviceEndpoint, geometry: Geometry, capacity: int) -> Landi
     row, wire = geometry.row, end.wire
 
     def room(wanted: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        return allocate(end.device, shape, dtype, end.account.__str__) if wanted else None
+        return end.reach.room(shape, dtype, end.account.__str__) if wanted else None
 
     parts = (
         room(1, (capacity, wire.hidden), wire.dtype),
@@ -46,3 +44,8 @@ def cut_landing(end: DeviceEndpoint, geometry: Geometry, capacity: int) -> Landi
         room(row.token, (capacity,), torch.int32),
     )
     return Landing(parts=parts, capacity=capacity)
+
+
+def _known(place: int | None) -> int:
+    assert place is not None, "a landing is cut where others can reach it"
+    return place

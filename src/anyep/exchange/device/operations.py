@@ -9,9 +9,9 @@ from anyep.exchange import outgoing as sending
 from anyep.exchange import returning
 from anyep.exchange.barrier import Barrier
 from anyep.exchange.device.combine import DeviceCombine
-from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.dispatch import DeviceDispatch
 from anyep.exchange.device.endpoint import DeviceEndpoint
+from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import make_plan
 from anyep.exchange.flights import Operation
 from anyep.exchange.handle import Combined, Handle, Received
@@ -41,21 +41,12 @@ class DeviceOperations:
         self._end.faults.look()
         if expert_rows is not None:
             raise Unavailable("expert_rows goes with CPU tensors; on a device topk_idx is counted")
-        self._check_order()
         if handle is not None:
             out = sending.prepare_cached(self._end, x, topk_idx, topk_weights, handle)
         else:
             self._check_capture(layout)
             out = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, make=make_plan)
         return DeviceDispatch(self._end, out, buffer=buffer)
-
-    def _check_order(self) -> None:
-        """Raise Unavailable where a graph is recorded and ranks wait for one another's words."""
-        if self._end.order.is_concurrent and self._end.device.capturing():
-            raise Unavailable(
-                "a graph is being captured, and with concurrent=True ranks wait for words that count calls, which a "
-                "replay does not: capture a buffer without it"
-            )
 
     def _check_capture(self, layout: str) -> None:
         """Raise Unavailable where a graph is recorded and the host would have to wait for counts."""
@@ -78,7 +69,6 @@ class DeviceOperations:
         group: object,
     ) -> Operation[torch.Tensor | Combined]:
         self._end.faults.look()
-        self._check_order()
         if group:
             raise Unavailable("group sums ranks of hosts, and a device's ranks are on one; leave group out")
         back = returning.prepare(
@@ -98,7 +88,7 @@ class DeviceOperations:
 
     def empty_output(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:
         shape = (*handle.shape, self._end.hidden)
-        return allocate(self._end.device, shape, dtype, self._end.account.__str__)
+        return self._end.reach.room(shape, dtype, self._end.account.__str__)
 
 
 class DeviceBarrier(Barrier):
@@ -107,6 +97,11 @@ class DeviceBarrier(Barrier):
     def __init__(self, end: DeviceEndpoint) -> None:
         super().__init__(end)
         self._device_end = end
+
+    def post(self, epoch: int) -> None:
+        """Tell every rank."""
+        self._device_end.order.pass_by(Turn(epoch, 0))
+        super().post(epoch)
 
     def finish(self) -> None:
         """Wait for every rank and for the device. Raises what an earlier call could not."""

@@ -34,6 +34,10 @@ class Order(Protocol):
         """Say what is to be launched for a rank that has launched its announcement, before it tells the others so."""
         ...
 
+    def pass_by(self, turn: Turn) -> None:
+        """Count an operation in which there is nothing to launch."""
+        ...
+
     def launch(self, turn: Turn) -> None:
         """Launch the half, when all have told. Every rank calls this once."""
         ...
@@ -59,6 +63,9 @@ class PhaseSplit:
         """Say what is to be launched for a rank; before it tells the others that it has posted."""
         with self._launching:
             self._halves.setdefault(turn, {})[rank] = half
+
+    def pass_by(self, turn: Turn) -> None:
+        """Nothing to do: nothing is counted."""
 
     def launch(self, turn: Turn) -> None:
         """Launch every rank's half, unless somebody has. Every rank calls this once, after all have handed in.

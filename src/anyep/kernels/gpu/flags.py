@@ -1,7 +1,8 @@
 """Words that say how far a rank is: the GPU's memory order, written down once.
 
-A word is int64, ``epoch << 32 | count``: epochs only grow, so that no word is ever reset and a captured graph may be
-replayed. Each (receiver, sender) pair has a word of its own, which lies at the receiver.
+A word is int64, ``epoch << 32 | count``: epochs only grow, so that no word is ever reset. They lie in device memory,
+where ``tick`` makes the next one, so that a captured graph that is replayed counts on. Each (receiver, sender) pair has
+a word of its own, which lies at the receiver.
 
 - *Publish* is an exchange with release at system scope. What this device wrote before is visible to whoever acquires
   the word: rows of earlier kernels too, for a kernel begins after those before it on its stream, and release passes on
@@ -21,27 +22,37 @@ from anyep.kernels.gpu.memory import i32_at, i64_at
 
 
 @kernel
-def signal(peer_word_addr: tl.int64, epoch: tl.int64, counts_addr: tl.int64):
+def tick(clock_addr: tl.int64, epoch_addr: tl.int64):
+    """Grid (1)."""
+    epoch = tl.load(i64_at(clock_addr)) + 1
+    tl.store(i64_at(clock_addr), epoch)
+    tl.store(i64_at(epoch_addr), epoch)
+
+
+@kernel
+def signal(peer_word_addr: tl.int64, epoch_addr: tl.int64, counts_addr: tl.int64):
     """Grid (R)."""
+    epoch = tl.load(i64_at(epoch_addr))
     rank = tl.program_id(0)
     word_addr = tl.load(i64_at(peer_word_addr) + rank)
     count = tl.load(i32_at(counts_addr) + rank, mask=counts_addr != 0, other=0).to(tl.int64)
     tl.debug_barrier()
     if word_addr != 0:
-        word = (tl.cast(epoch, tl.int64) << 32) | count
+        word = (epoch << 32) | count
         tl.atomic_xchg(i64_at(word_addr), word, sem="release", scope="sys")
 
 
 @kernel
 def wait(
     words_addr: tl.int64,
-    epoch: tl.int64,
+    epoch_addr: tl.int64,
     limit: tl.int64,
     counts_addr: tl.int64,
     errors_addr: tl.int64,
     error_bytes: tl.int64,
 ):
-    """Grid (R): look at a sender's word until it has reached ``epoch``, at most ``limit`` times."""
+    """Grid (R): look at a sender's word until it has reached the epoch, at most ``limit`` times."""
+    epoch = tl.load(i64_at(epoch_addr))
     rank = tl.program_id(0)
     word = i64_at(words_addr) + rank
     nothing = tl.cast(limit, tl.int64) * 0
@@ -52,6 +63,6 @@ def wait(
         left -= 1
     tl.debug_barrier()
     if (seen >> 32) < epoch:
-        tl.store(i64_at(errors_addr + rank * error_bytes), (tl.cast(epoch, tl.int64) << 32) | (seen >> 32))
+        tl.store(i64_at(errors_addr + rank * error_bytes), (epoch << 32) | (seen >> 32))
     elif counts_addr != 0:
         tl.store(i32_at(counts_addr) + rank, (seen & 0xFFFFFFFF).to(tl.int32))

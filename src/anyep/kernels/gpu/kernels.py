@@ -19,18 +19,21 @@ class GpuKernels(NumberLaunches, SettleLaunches):
 
     name = "gpu"
 
-    def signal(self, peer_word_addr: int, num_ranks: int, epoch: int, counts_addr: int) -> None:
-        self._launch(flags.signal, (num_ranks,), peer_word_addr, epoch, counts_addr, threads=_ONE_WARP)
+    def tick(self, clock_addr: int, epoch_addr: int) -> None:
+        self._launch(flags.tick, (1,), clock_addr, epoch_addr, threads=_ONE_WARP)
+
+    def signal(self, peer_word_addr: int, num_ranks: int, epoch_addr: int, counts_addr: int) -> None:
+        self._launch(flags.signal, (num_ranks,), peer_word_addr, epoch_addr, counts_addr, threads=_ONE_WARP)
 
     def wait(
         self,
         words_addr: int,
         num_ranks: int,
-        epoch: int,
+        epoch_addr: int,
         limit: int,
         counts_addr: int,
         errors_addr: int,
         error_bytes: int,
     ) -> None:
-        numbers = (words_addr, epoch, limit, counts_addr, errors_addr, error_bytes)
+        numbers = (words_addr, epoch_addr, limit, counts_addr, errors_addr, error_bytes)
         self._launch(flags.wait, (num_ranks,), *numbers, threads=_ONE_WARP)

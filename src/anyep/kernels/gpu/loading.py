@@ -38,5 +38,5 @@ def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> 
 
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     target = target_of(where)
-    call_every_variant(GpuKernels(where, target, CompileOnly(where, target)))
+    call_every_variant(GpuKernels(where, target, CompileOnly(where, target), num_sms))
     return GpuKernels(where, target, OnStream(where, target), num_sms)

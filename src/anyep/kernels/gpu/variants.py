@@ -23,8 +23,9 @@ def call_every_variant(kernels: GpuKernels) -> None:
     _route(kernels)
     _settle(kernels)
     _sum(kernels)
-    kernels.signal(_SOMEWHERE, 8, 1, _SOMEWHERE)
-    kernels.wait(_SOMEWHERE, 8, 1, 1000, _SOMEWHERE, _SOMEWHERE, 8)
+    kernels.tick(_SOMEWHERE, _SOMEWHERE)
+    kernels.signal(_SOMEWHERE, 8, _SOMEWHERE, _SOMEWHERE)
+    kernels.wait(_SOMEWHERE, 8, _SOMEWHERE, 1000, _SOMEWHERE, _SOMEWHERE, 8)
     if kernels.target.fp8 is not Fp8.NONE:
         _convert(kernels)
 

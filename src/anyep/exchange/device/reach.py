@@ -1,0 +1,68 @@
+"""Which memory other ranks can address, and what it is called there.
+
+A *place* is what a rank tells the others of a tensor, -1 for an empty one: its distance from the rank's base. Whoever
+reads it adds the base, as seen from its own side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Protocol
+
+import torch
+
+from anyep.errors import CapacityError
+from anyep.exchange.device.devices import Device, allocate
+from anyep.transport.cuda_symmetric import SymmetricHeap
+
+NOWHERE = -1
+
+
+class Reach(Protocol):
+    """One rank's side."""
+
+    base_R: list[int]
+    """what places of each rank are counted from, as addresses here"""
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
+        """Return a tensor with any content that others can address; CapacityError with ``account()`` without memory."""
+        ...
+
+    def place(self, tensor: torch.Tensor) -> int | None:
+        """Return a tensor's place; None where others cannot address it."""
+        ...
+
+
+class OneDevice:
+    """All ranks share a device and one process: every tensor is within reach, and addresses are places."""
+
+    def __init__(self, device: Device, num_ranks: int) -> None:
+        self._device = device
+        self.base_R = [0] * num_ranks
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
+        return allocate(self._device, shape, dtype, account)
+
+    def place(self, tensor: torch.Tensor) -> int | None:
+        return tensor.data_ptr() if tensor.numel() else NOWHERE
+
+
+class OwnDevices:
+    """Each rank has a device, and a heap on it that the others have mapped."""
+
+    def __init__(self, heap: SymmetricHeap) -> None:
+        self._heap = heap
+        self.base_R = heap.base_R
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
+        num_bytes = prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=self._heap.memory.device)
+        try:
+            return self._heap.take(num_bytes).view(dtype).view(tuple(shape))
+        except CapacityError as error:
+            raise CapacityError(f"{error}. This buffer: {account()}") from None
+
+    def place(self, tensor: torch.Tensor) -> int | None:
+        return self._heap.offset(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else NOWHERE

@@ -1,0 +1,122 @@
+"""A device a rank: memory that others have mapped, played by host memory, and its heap."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+import anyep
+from anyep.errors import CapacityError, Unavailable
+from anyep.testing.pretend_device import LazyDevice, PretendDevice, pretended
+from anyep.testing.processes import RankProcesses, run_processes
+from anyep.transport import cuda_symmetric
+from anyep.transport.cuda_symmetric import SymmetricHeap
+from tests.exchange.rounds import check, open_buffer, play
+from tests.gpu.exchanged import WAYS, draw
+from tests.gpu.mapped import fall_silent, play_mapped
+
+
+def mapped_heap(rendezvous, num_bytes, device):
+    """Stand for torch's symmetric memory: every rank's piece of one process's memory, filled with 0xFF."""
+    memory = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+    told = [int(item) for item in rendezvous.allgather(str(memory.data_ptr()).encode())]
+    return SymmetricHeap(memory, told, rendezvous.rank)
+
+
+def run(case, **options):
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda", transport="cuda_symmetric", **options) as ep:
+            return [play(case, ep) for _ in range(2)], ep.stats().copied_in_bytes
+
+    outcomes, copied = zip(*anyep.local_group(case.num_ranks).run(rank_main), strict=True)
+    for again in zip(*outcomes, strict=True):
+        check(case, list(again))
+    return copied
+
+
+@pytest.fixture(autouse=True)
+def mapped(monkeypatch):
+    monkeypatch.setattr(cuda_symmetric, "open_heap", mapped_heap)
+
+
+@pytest.mark.parametrize("seed", range(len(WAYS)))
+def test_exchanges_between_devices_have_the_same_bits(seed):
+    with pretended(LazyDevice(seed)):
+        run(replace(draw(seed), num_tokens=(6, 0, 5)), arena_bytes=8 << 20)
+
+
+@pytest.mark.parametrize(("seed", "copies"), [(24, False), (25, True)])
+def test_outputs_are_copied_in_unless_they_lie_within_reach(seed, copies):
+    """Even seeds take empty_output."""
+    case = replace(draw(seed), num_tokens=(6, 5), with_weights=False, num_experts=4)
+    with pretended(LazyDevice(0)):
+        assert all((copied > 0) == copies for copied in run(case, arena_bytes=8 << 20))
+
+
+def test_too_small_a_heap_is_an_error_on_all_ranks_with_the_account():
+    case = replace(draw(0), num_tokens=(6, 6), num_topk=2, hidden=4096, spare_rows=None)
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda", transport="cuda_symmetric", arena_bytes=0) as ep:
+            batch, kept = case.batches[ep.rank], []
+
+            def fill():
+                for _ in range(100):
+                    kept.append(ep.dispatch(batch.x, batch.topk_idx))
+
+            with pytest.raises(CapacityError, match="could not allocate"):
+                fill()
+            kept.clear()
+            return play(case, ep)
+
+    with pretended(LazyDevice(0)):
+        check(case, anyep.local_group(2).run(rank_main))
+
+
+def test_memory_returns_to_the_heap_with_the_last_view():
+    memory = torch.zeros(1 << 10, dtype=torch.uint8)
+    heap = SymmetricHeap(memory, [memory.data_ptr()], 0)
+    view = heap.take(1000).view(torch.int16)[100:]
+    gc.collect()
+    with pytest.raises(CapacityError, match=r"has no room for 0\.0 MiB; release received tensors"):
+        heap.take(100)
+    assert heap.offset(view.data_ptr(), view.nbytes) == 200
+    assert heap.offset(torch.zeros(1).data_ptr(), 4) is None
+    del view
+    assert heap.take(1000).numel() == 1000
+
+
+def test_without_a_process_group_it_is_unavailable(monkeypatch):
+    monkeypatch.undo()
+
+    def rank_main(member):
+        with pytest.raises(Unavailable, match=r"need a torch.distributed process group"):
+            anyep.Buffer(
+                member,
+                hidden=8,
+                num_experts=2,
+                num_topk=1,
+                max_tokens_per_rank=2,
+                device="cuda",
+                transport="cuda_symmetric",
+            )
+
+    with pretended(PretendDevice()):
+        anyep.local_group(2).run(rank_main)
+
+
+def test_processes_with_a_device_each_give_the_same_bits():
+    played = [replace(draw(seed), num_tokens=(6, 0, 5)) for seed in (3, 4, 10)]
+    for case, *outcomes in zip(played, *run_processes(3, play_mapped, played, 7), strict=True):
+        check(case, outcomes)
+
+
+def test_a_process_that_dies_is_lost_and_nobody_hangs():
+    case = replace(draw(0), num_tokens=(4, 4))
+    with RankProcesses(2, fall_silent, case) as ranks:
+        survivor, _ = ranks.outcomes(timeout_s=60)
+    assert survivor.error == "PeerLost"
+    assert "rank 1" in survivor.text
