@@ -177,8 +177,8 @@ class Buffer:
         side = self._side or self._no_side()
         if handle is not None:
             assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
-            rows = normal.dispatch_again(side, x, handle)
-            return rows, None, None, None, None, EventOverlap(EventHandle() if async_finish else None)
+            rows, underway = normal.dispatch_again(side, x, handle, go_on=async_finish)
+            return rows, None, None, None, None, _event(underway, asked=async_finish)
         batch = normal.Batch(
             topk_idx,
             topk_weights,
@@ -189,7 +189,8 @@ class Buffer:
             expert_alignment,
         )
         channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
-        return (*normal.dispatch(side, x, batch, channels), EventOverlap(EventHandle() if async_finish else None))
+        sent = normal.dispatch(side, x, batch, channels, go_on=async_finish)
+        return (*sent[:-1], _event(sent.underway, asked=async_finish))
 
     def combine(
         self,
@@ -260,7 +261,7 @@ class Buffer:
             refuse("zero_copy and use_logfmt exclude each other")
         given = low_latency.Sum(x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats)
         natives, go_on = (self._side or self._no_side()).natives, async_finish or return_recv_hook
-        combined, underway = low_latency.combine(natives, handle, given, go_on=go_on)
+        combined, underway = low_latency.combine(natives, self._masks, handle, given, go_on=go_on)
         event, hook = _ends(underway, return_recv_hook)
         return combined, event, hook
 
@@ -317,9 +318,11 @@ def _begin(
             event.current_stream_wait()
 
 
-def _event(underway: Underway | None) -> EventOverlap:
-    """Return the event of a call; None inside where it is over."""
-    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
+def _event(underway: Underway | None, *, asked: bool = False) -> EventOverlap:
+    """Return the event of a call; None inside where it is over, unless one was ``asked`` for."""
+    if underway is None:
+        return EventOverlap(EventHandle() if asked else None)
+    return EventOverlap(EventHandle.of(underway.wait))
 
 
 def _ends(underway: Underway | None, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:

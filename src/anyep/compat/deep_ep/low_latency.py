@@ -17,6 +17,7 @@ from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import LowLatencyKept, Natives
+from anyep.compat.deep_ep.recalled import ask_for_blocks
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire
@@ -194,16 +195,27 @@ def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
     clock.stop()
 
 
-def find_handle(natives: Natives, handle: object) -> LowLatencyKept:
-    """Return what a handle, or a tuple of a handle's members, stands for. RuntimeError for others."""
+def find_handle(natives: Natives, handle: object) -> LowLatencyKept | None:
+    """Return what a handle, or a tuple of its members, stands for; None for copies. RuntimeError for others."""
     if type(handle) is LowLatencyHandle and handle.origin.natives is natives:
         return handle.origin.kept
     if not isinstance(handle, (tuple, list)) or len(handle) != _MEMBERS:
         refuse(f"handle must be the tuple of {_MEMBERS} that low_latency_dispatch returned")
     kept = natives.find(handle[_LAYOUT_RANGE])
-    if not isinstance(kept, LowLatencyKept):
+    if kept is not None and not isinstance(kept, LowLatencyKept):
         refuse("handle must be that of a low_latency_dispatch, got members of a dispatch's")
     return kept
+
+
+def _recalled(natives: Natives, masks: Masks, members: Any, topk_idx: object) -> LowLatencyKept:
+    """Return what copies of members stand for; all ranks tell each other where rows went."""
+    most_tokens, hidden, experts = members[2:]
+    if not (isinstance(members[0], torch.Tensor) and all(isinstance(one, int) for one in members[2:])):
+        refuse("handle must be the tuple that low_latency_dispatch returned, or a copy of it")
+    idx = masks.without(indices.widened(indices.check_topk_idx(topk_idx)), experts // masks.num_ranks)
+    native = ask_for_blocks(natives, idx, most_tokens, experts)
+    ep = natives.variant(experts, make_wire("bf16", "fp32", hidden), idx.size(1), max_tokens=most_tokens)
+    return LowLatencyKept(ep, experts, idx.size(1), None, native, hidden)
 
 
 def wire_for(hidden: int, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Wire:
@@ -217,6 +229,8 @@ def wire_for(hidden: int, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) 
 def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:
     """Return a BF16 tensor [L, P, H] that the next zero-copy combine of ``handle`` reads where it lies."""
     kept = find_handle(natives, handle)
+    if kept is None:
+        refuse("copies of a handle do not say where rows lie: pass the one that low_latency_dispatch returned")
     kept.combine_buffer = kept.ep.empty_output(kept.handle, torch.bfloat16)
     return kept.combine_buffer
 
@@ -233,9 +247,11 @@ class Sum(NamedTuple):
     waits: Any
 
 
-def combine(natives: Natives, handle: object, given: Sum, *, go_on: bool) -> tuple[torch.Tensor, Underway | None]:
+def combine(
+    natives: Natives, masks: Masks, handle: object, given: Sum, *, go_on: bool
+) -> tuple[torch.Tensor, Underway | None]:
     """Sum rows at their origins; ``go_on``: send the first half; the sums [T, H] are valid after the second."""
-    kept = find_handle(natives, handle)
+    kept = find_handle(natives, handle) or _recalled(natives, masks, handle, given.topk_idx)
     if given.zero_copy or not _as_dispatched(natives, kept.handle, given):
         _check_sum(kept, given)
     if given.waits is not None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
 from anyep.compat.deep_ep.layout import loops
@@ -91,6 +92,8 @@ class Natives:
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self._kept: dict[int, Kept] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
+        self.recalled: Any = WeakTensorKeyDictionary()
+        """from copies of a handle's member to the versions of all of them, and what they stand for"""
         self.loops: Any = None
         """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
@@ -159,7 +162,7 @@ class Natives:
 
     def barrier(self, num_ranks: int) -> None:
         """Wait until every rank is here, on any buffer: the first that there is, on all ranks alike."""
-        self.buffer(next(iter(self._buffers), num_ranks)).barrier()
+        self.buffer(self.first_num_experts(num_ranks)).barrier()
 
     def start(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> Underway:
         """Note a call under way."""
@@ -179,15 +182,13 @@ class Natives:
         self._kept.pop(address, None)
         self._arrays.pop(address, None)
 
-    def find(self, tensor: object) -> Kept:
-        """Return what belongs to the handle that ``tensor`` is a member of. RuntimeError for others."""
-        kept = self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
-        if kept is None:
-            raise RuntimeError(
-                "Assertion exception: handle must hold the tensors that a dispatch of this Buffer returned; copies "
-                "of them lack where rows lie at other ranks"
-            )
-        return kept
+    def find(self, tensor: object) -> Kept | None:
+        """Return what belongs to the handle that ``tensor`` is a member of; None for others."""
+        return self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
+
+    def first_num_experts(self, num_ranks: int) -> int:
+        """Return a number of experts for which all ranks have a buffer; R, for a new one, where there is none."""
+        return next(iter(self._buffers), num_ranks)
 
     def close(self) -> None:
         """Close every buffer. Idempotent."""

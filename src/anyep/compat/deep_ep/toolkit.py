@@ -1,4 +1,4 @@
-"""What DeepEP looks for and compiles when it is imported: nothing here needs it, and programs that ask get an answer."""
+"""What DeepEP looks for and compiles at import. Nothing here needs it; programs that ask get an answer."""
 
 from __future__ import annotations
 
