@@ -137,6 +137,11 @@ class Buffer:
         return self._end.num_ranks
 
     @property
+    def num_hosts(self) -> int:
+        """On how many hosts the ranks live, or play to."""
+        return 1 if self._end.across is None else self._end.across.hosts.num_hosts
+
+    @property
     def options(self) -> BufferOptions:
         """The arguments that this buffer was made from."""
         return self._options
@@ -288,7 +293,8 @@ class Buffer:
         once: ``reduce="rank"`` in ascending order of the destination rank (``group`` > 0, compact layout: the sum of
         every ``group`` consecutive ranks is rounded before it is added), ``reduce="expert"`` (expert and padded
         layout) in the order of t's top-k columns, which gives the same bits for every number of ranks,
-        ``reduce="column"`` (compact layout, raw wires) in the order of the last column that each rank serves.
+        ``reduce="column"`` (compact layout, raw wires) in the order of the last column that each rank serves; between
+        hosts with ``group`` the sums of hosts, in the order of theirs.
         ``bias``: up to two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to
         [T, K]; the result is then a Combined.
 
@@ -387,6 +393,9 @@ class Buffer:
 
     def adopt(self, handle: Handle) -> Handle:
         """Return a compact handle of another buffer with the same experts and a raw wire as one that recall made."""
+        self._flights.check_open()
+        if handle.buffer is self._identity:
+            return handle
         self._check_one_host("adopt")
         return recalling.adopted(handle, self._identity)
 

@@ -67,7 +67,7 @@ class CombineAcross:
         each, crossing = each_by_itself(back), plan.crossing
         assert crossing is not None, "plans of several hosts have one"
         outgoing = [self._forward(proxy, opened_RW, each=each) for proxy in back.handle.proxies]
-        counts = {host: rows_from(crossing, host, each=each) for host in across.hosts.far_hosts(end.rank)}
+        counts = {host: rows_from(crossing, back, host) for host in across.hosts.far_hosts(end.rank)}
         incoming = {
             host: SumsIn(end, across, back, host, count, self._epoch) for host, count in counts.items() if count
         }
@@ -90,6 +90,7 @@ class CombineAcross:
             across.first_M,
             across.own_host if own_sums is None else -1,
             int(each),
+            int(back.reduce == "column" and not each),
             np.zeros(across.hosts.num_hosts, np.int32),
             keys,
             ranks,
@@ -112,7 +113,7 @@ class CombineAcross:
         rows = all_rows.reshape(ranks_TW.shape)[tokens]
         sums = np.empty(len(tokens) * back.row_bytes, np.uint8)
         weights = np.empty(0 if back.topk_weights is None else len(tokens) * 4 * end.num_topk, np.uint8)
-        entries = (plan.width, 1, address_of(ranks), address_of(rows))
+        entries = (plan.width, int(back.reduce == "rank"), address_of(ranks), address_of(rows))
         rows_table, weights_table = lent.addr
         element = int(ELEMENTS[back.y.dtype])
         end.kernels.reduce(element, end.hidden, 0, len(tokens), *entries, rows_table, 0, 0, 0, address_of(sums))
@@ -155,4 +156,4 @@ class CombineAcross:
         if tally[ledger.EAGER_ROWS]:
             moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
             place_at(end, plan, address_of(starts), address_of(moved_rows))
-        return SumsOut(end, across, self._back, proxy, terms_of(proxy, moved_rows, each=each), lent, self._epoch)
+        return SumsOut(end, across, self._back, proxy, terms_of(proxy, self._back, moved_rows), lent, self._epoch)

@@ -45,6 +45,8 @@ class Crossing:
         )
         self.rows_M = np.bincount(across.host_E, counts_E, hosts.num_hosts).astype(np.int64)
         """(token, column) pairs for each host"""
+        self.copies_M = np.bincount(hosts.host_R, plan.numbers("rank_rows"), hosts.num_hosts).astype(np.int64)
+        """(token, rank) pairs for each host"""
         tokens_R = self.tokens_M[hosts.host_R].astype(np.int64)
         self.far_tokens_R: Words = np.where(across.nobody_R == NEAR, NEAR, tokens_R)
 

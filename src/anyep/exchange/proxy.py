@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from anyep.exchange.crossing import address_of
 from anyep.exchange.handle import SendPlan
 from anyep.exchange.opening import BODY
-from anyep.exchange.routing import plan_of
+from anyep.exchange.routing import order_entries, plan_of
 from anyep.exchange.scatter import place
 from anyep.layout.regions import RowBytes, row_region
 from anyep.transport.base import Words
@@ -71,6 +71,7 @@ def make_proxy(
         nothing,
         nothing.copy(),
     )
+    order_entries(end, plan)
     place(end, plan)
     tokens = None
     if row.token and routing is not None:

@@ -1,7 +1,8 @@
 """Combine between hosts: the forwarder sums a token's rows of its host, or collects them, and sends them back.
 
 By default a host's rows of a token become one row (summed in fp32, rounded once, as it travels). Where sums must not
-depend on where experts live (``reduce="expert"``), or the origin multiplies with weights, each row crosses by itself.
+depend on where experts live (``reduce="expert"``), follow columns without groups, or the origin multiplies with
+weights, each row crosses by itself.
 """
 
 from __future__ import annotations
@@ -46,19 +47,20 @@ ROWS_A_RANK = 1 << 31
 
 def each_by_itself(back: Returning) -> bool:
     """Whether rows cross one by one; otherwise a host's sum does."""
-    return back.reduce == "expert" or back.handle.send.geometry.padded
+    by_columns = back.reduce == "column" and not back.group
+    return by_columns or back.reduce == "expert" or back.handle.send.geometry.padded
 
 
-def terms_of(proxy: Proxy, moved_rows: NDArray[np.int32] | None, *, each: bool) -> Terms:
+def terms_of(proxy: Proxy, back: Returning, moved_rows: NDArray[np.int32] | None) -> Terms:
     """Return what a forwarder sends back for one source."""
     plan = proxy.plan
     ranks = plan.words(plan.entry_rank_addr, plan.num_tokens * plan.width)
     rows = plan.words(plan.entry_row_addr, plan.num_tokens * plan.width) if moved_rows is None else moved_rows
-    if each:
+    if each_by_itself(back):
         named = np.flatnonzero(ranks >= 0)
         numbers = ranks[named].astype(np.int64) * ROWS_A_RANK + rows[named]
         return Terms(num_rows=len(numbers), entries=(0, 0, 0, 0), numbers=numbers, kept=())
-    entries = (plan.width, 1, address_of(ranks), address_of(rows))
+    entries = (plan.width, int(back.reduce == "rank"), address_of(ranks), address_of(rows))
     return Terms(num_rows=plan.num_tokens, entries=entries, numbers=None, kept=(ranks, rows))
 
 
@@ -189,6 +191,8 @@ class SumsIn:
             self._asked += 1
 
 
-def rows_from(crossing: Crossing, host: int, *, each: bool) -> int:
+def rows_from(crossing: Crossing, back: Returning, host: int) -> int:
     """Return how many rows come back from ``host``."""
-    return int(crossing.rows_M[host] if each else crossing.tokens_M[host])
+    if not each_by_itself(back):
+        return int(crossing.tokens_M[host])
+    return int((crossing.copies_M if back.reduce == "column" else crossing.rows_M)[host])

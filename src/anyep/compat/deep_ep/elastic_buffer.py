@@ -34,7 +34,6 @@ from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.underway import Underway
 from anyep.errors import ClosedError, Unavailable
-from anyep.transport.inprocess import Member
 from anyep.transport.rendezvous import find_rendezvous
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -102,7 +101,6 @@ class ElasticBuffer(ElasticCollectives):
         self.runtime: Natives | None = Natives(
             group,
             timeout_s=self.timeout_s,
-            transport="inprocess" if isinstance(group, Member) else "shm",  # hosts that are played are one
         )
         self._side: Side | None = self._make_side(self.runtime)
         self._end = weakref.finalize(self, self.runtime.close)
@@ -115,6 +113,7 @@ class ElasticBuffer(ElasticCollectives):
             number=self.rank_idx,
             num_ranks=self.num_ranks,
             num_scaleup=self.num_scaleup_ranks,
+            crosses_hosts=self.num_rdma_ranks > 1,
             keeps_order=self.deterministic or self.num_scaleup_ranks == self.num_ranks,
             several_sums=self.allow_multiple_reduction,
             kernels=kernels(),
@@ -243,7 +242,7 @@ class ElasticBuffer(ElasticCollectives):
         if stats is not None:
             stats += batch.handle.num_unaligned_recv_tokens_per_expert
         rows, idx, weights, handle, underway = batch
-        return rows, idx, weights, handle, _event(underway)
+        return rows, idx, weights, handle, _event(underway, asked=async_with_compute_stream)
 
     def combine(
         self,
@@ -283,7 +282,7 @@ class ElasticBuffer(ElasticCollectives):
             ep, outputs = check_combine(side, x, handle, topk_weights, bias)
             sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
         combined, weights, underway = sums
-        return combined, weights, _event(underway)
+        return combined, weights, _event(underway, asked=async_with_compute_stream)
 
     def _check(
         self,
@@ -323,9 +322,11 @@ def _begin(previous_event: object, previous_event_before_epilogue: object, alloc
     wait_for(previous_event_before_epilogue)
 
 
-def _event(underway: Underway | None) -> EventOverlap:
-    """Return the event of a call; None inside where it is over."""
-    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
+def _event(underway: Underway | None, *, asked: bool) -> EventOverlap:
+    """Return the event of a call; None inside where none was ``asked`` for."""
+    if underway is None:
+        return EventOverlap(EventHandle() if asked else None)
+    return EventOverlap(EventHandle.of(underway.wait))
 
 
 def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:

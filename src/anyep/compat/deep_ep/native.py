@@ -80,11 +80,10 @@ class LowLatencyKept(Kept):
 class Natives:
     """The buffers of one group, their variants, and the handles that their dispatches left."""
 
-    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S, transport: str = "auto") -> None:
-        """``group``, ``timeout_s`` and ``transport`` as :class:`anyep.Buffer` takes them."""
+    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S) -> None:
+        """``group`` and ``timeout_s`` as :class:`anyep.Buffer` takes them."""
         self._group = group
         self._timeout_s = timeout_s
-        self._transport = transport
         self._buffers: dict[int, anyep.Buffer] = {}
         self._variants: OrderedDict[Hashable, anyep.Buffer] = OrderedDict()
         self._underway: deque[Underway] = deque()
@@ -111,7 +110,6 @@ class Natives:
                 num_topk=1,
                 arena_bytes=0,
                 timeout_s=self._timeout_s,
-                transport=self._transport,
                 max_in_flight=_IN_FLIGHT,
                 hidden=_SLOT_HIDDEN,
                 max_tokens_per_rank=_SLOT_TOKENS,
