@@ -142,6 +142,11 @@ class Buffer:
         return 1 if self._end.across is None else self._end.across.hosts.num_hosts
 
     @property
+    def ended_by(self) -> BaseException | None:
+        """The error in the middle of an operation that ended this buffer; None while it goes on, or was closed."""
+        return self._flights.broken
+
+    @property
     def options(self) -> BufferOptions:
         """The arguments that this buffer was made from."""
         return self._options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -124,8 +125,6 @@ def outlive(group, rank):
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
     step(buffer, given[rank])
     if rank == 2:
-        import os
-
         os.kill(os.getpid(), 9)
     buffer.low_latency_update_mask_buffer(2, True)
     for _ in range(3):
@@ -150,3 +149,23 @@ def test_a_rank_cannot_leave_out_itself_or_ranks_that_do_not_exist():
                 ep.leave_out([1])
 
     anyep.local_group(1).run(rank_main)
+
+
+def miss(group, rank):
+    given = make_inputs([9, 24, 5], hidden=H)
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+    step(buffer, given[rank])
+    if rank == 2:
+        os.kill(os.getpid(), 9)
+    with pytest.raises(anyep.PeerLost, match="rank 2"):
+        step(buffer, given[rank])
+    status = torch.zeros(3, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    buffer.destroy()
+    return status.tolist()
+
+
+def test_the_mask_names_a_rank_that_was_lost_before_it_was_masked():
+    with RankProcesses(3, miss) as ranks:
+        outcomes = ranks.outcomes(timeout_s=60)
+    assert [outcome.value for outcome in outcomes[:2]] == [[0, 0, 1]] * 2, [o.tell() for o in outcomes]

@@ -278,8 +278,8 @@ class Buffer:
         self._natives().leave_out(self._masks.ranks)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write 1 for masked ranks and 0 for others to int32 [R]."""
-        self._masks.query(mask_status)
+        """Write 1 for masked ranks and those whose silence or end ended this buffer, 0 for others, int32 [R]."""
+        self._masks.query(mask_status, self._natives().culprits())
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take in every rank."""

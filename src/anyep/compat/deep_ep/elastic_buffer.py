@@ -113,7 +113,6 @@ class ElasticBuffer(ElasticCollectives):
             number=self.rank_idx,
             num_ranks=self.num_ranks,
             num_scaleup=self.num_scaleup_ranks,
-            crosses_hosts=self.num_rdma_ranks > 1,
             keeps_order=self.deterministic or self.num_scaleup_ranks == self.num_ranks,
             several_sums=self.allow_multiple_reduction,
             kernels=kernels(),

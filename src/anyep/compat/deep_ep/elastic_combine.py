@@ -111,7 +111,7 @@ def _sum_columns(side: Side, ep: Buffer, outputs: Outputs, handle: EPHandle, go_
     """One sum only of an expanded batch: every row travels, and they are added in column order."""
     known, y = rows_by_expert(side, handle, ep), outputs.x
     if y.shape[0] != known.num_rows:
-        y = y[rows_without_gaps(known.counts, handle.expert_alignment)] if side.crosses_hosts else y[: known.num_rows]
+        y = y[rows_without_gaps(known.counts, handle.expert_alignment)] if ep.num_hosts > 1 else y[: known.num_rows]
     if go_on:
         return _start(side, ep, y, known, None, outputs.bias, reduce="expert")
     return Sums(ep.combine(y, known, bias=outputs.bias, reduce="expert"), None)

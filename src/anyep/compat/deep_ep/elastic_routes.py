@@ -80,7 +80,7 @@ def _from_fields(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
     if route is not None and (route.unwritten() if handle.untouched else route.fits(handle)):
         return ep.adopt(route.native)
     topk_idx = handle.topk_idx
-    if side.crosses_hosts:
+    if ep.num_hosts > 1:
         return _asked_again(side, handle)
     if handle.announced_counts is None:
         handle.announced_counts = _ask_for_counts(side, handle.num_experts, topk_idx)
@@ -94,7 +94,7 @@ def _from_fields(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
 def rows_by_expert(side: Side, handle: EPHandle, ep: Buffer) -> Handle:
     """Return the handle of the same dispatch with a row for each (token, column), from which each row goes back."""
     native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
-    if not side.crosses_hosts:
+    if ep.num_hosts == 1:
         counts = handle.announced_counts
         assert counts is not None, "asked for just now"
         return ep.recall(handle.topk_idx, counts, layout="expert", expert_alignment=handle.expert_alignment)

@@ -22,8 +22,6 @@ class Side(NamedTuple):
     """groups of the row order: all ranks, unless several hosts take part"""
     keeps_order: bool
     """whether the rows of a batch stand as the exchange brings them: sorted so, or on one host"""
-    crosses_hosts: bool
-    """whether ranks live, or play to live, on several hosts"""
     several_sums: bool
     """whether a rank and a host round sums of their own"""
     kernels: KernelSet

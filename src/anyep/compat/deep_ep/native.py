@@ -158,6 +158,11 @@ class Natives:
         for buffer in self._buffers.values():
             buffer.leave_out(ranks)
 
+    def culprits(self) -> set[int]:
+        """Return the ranks that were lost or silent in a call which ended a buffer."""
+        errors = [buffer.ended_by for buffer in self._buffers.values()]
+        return {rank for error in errors if isinstance(error, anyep.PeerError) for rank in error.ranks}
+
     def barrier(self, num_ranks: int) -> None:
         """Wait until every rank is here, on any buffer: the first that there is, on all ranks alike."""
         self.buffer(self.first_num_experts(num_ranks)).barrier()
