@@ -367,6 +367,22 @@ class Buffer:
             raise ValueError(f"rank {self.rank} cannot leave out itself; close its buffer instead")
         self._end.crowd.leave_out(ranks)
 
+    def expel_absent(self) -> None:
+        """From now on go on without ranks that do not come to a padded operation: as if all had left them out there.
+
+        All ranks must say so before their first operation. A rank is missed when its process has ended, at once, or
+        after ``timeout_s``. What others send it in that call is dropped, and its rows count 0 in it; it learns so when
+        it calls next, by PeerLost, and cannot come back: :attr:`left_out` names it. A rank that announces an operation
+        and then falls silent still ends the buffer. Raises Unavailable between hosts.
+        """
+        self._check_one_host("expel_absent")
+        self._end.crowd.expels = True
+
+    @property
+    def left_out(self) -> list[int]:
+        """Ranks that take no part: left out, or expelled."""
+        return list(self._end.crowd.absent)
+
     def empty_output(self, handle: Handle, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return an uninitialised tensor [N, H] for the experts' output, where combine reads it without a copy.
 

@@ -25,6 +25,7 @@ from anyep.exchange.across import Across
 from anyep.exchange.courier import carry
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
+from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
@@ -90,6 +91,7 @@ class Dispatch:
         self._crossing_out: list[RowsOut] = []
         self._proxies: tuple[Proxy, ...] = ()
         self._early = early and (out.geometry.padded or out.cached is not None)
+        self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
         self._ahead: Ahead | None = None
         self._sized: _Sized | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
@@ -169,14 +171,17 @@ class Dispatch:
         if self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
-        end.announce(epoch, words_RW)
+        end.announce(epoch, words_RW, claim=self._expels)
         if end.across is not None:
             self._begin_to_cross(end.across)
 
     def size_up(self) -> None:
         """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
         end, desk = self._end, self._end.desk(self._epoch)
-        opened_RW = end.hear(self._epoch, self._step, self._header)
+        before = set(end.crowd.absent)
+        opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
+        if len(end.crowd.absent) > len(before):
+            forget_rows_to(end, self._out.plan, set(end.crowd.absent) - before, opened_RW)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
         offered_RW, offer = (opened_RW, BODY) if self._settle(opened_RW) else (self._offer_again(desk), 0)

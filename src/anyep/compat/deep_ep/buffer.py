@@ -70,6 +70,7 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous)
         self._side = normal.side_of(self.runtime, domain_of(self.group_size))
+        self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
         if not explicitly_destroy:

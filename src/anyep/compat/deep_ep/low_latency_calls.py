@@ -49,6 +49,7 @@ class LowLatencyCalls:
         ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.
         """
         self._check_low_latency(async_finish, return_recv_hook)
+        self._note_expelled()
         statistics = None
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
             statistics = low_latency.Statistics(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
@@ -94,17 +95,31 @@ class LowLatencyCalls:
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank (or take it in again): from the next call on it is neither sent to nor waited for."""
+        self._note_expelled()
         self._masks.update(rank_to_mask, mask)
-        self._natives().leave_out(self._masks.ranks)
+        self._leave_out()
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for masked ranks and those whose silence or end ended this buffer, 0 for others, int32 [R]."""
+        self._note_expelled()
         self._masks.query(mask_status, self._natives().culprits())
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take in every rank."""
         self._masks.clean()
-        self._natives().leave_out([])
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        try:
+            self._natives().leave_out(self._masks.ranks)
+        except ValueError as error:
+            self._note_expelled()
+            refuse(str(error))
+
+    def _note_expelled(self) -> None:
+        """Mask the ranks that did not come to a call, which then went on without them."""
+        if self._masks.enabled:
+            self._masks.add(self._natives().left_out())
 
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
         if _deterministic():

@@ -35,6 +35,10 @@ class Masks:
         written = check_dense("mask_status", status, torch.int32, [len(self._masked_R)], "[R]").copy_(self._masked_R)
         written[list(culprits)] = 1
 
+    def add(self, ranks: Collection[int]) -> None:
+        """Mask ranks that a call went on without."""
+        self._masked_R[list(ranks)] = 1
+
     def clean(self) -> None:
         """Take in every rank."""
         self._check()

@@ -96,6 +96,8 @@ class Natives:
         self.loops: Any = None
         """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
+        self.expels = False
+        """whether low-latency calls go on without ranks that do not come"""
 
     def buffer(self, num_experts: int) -> anyep.Buffer:
         """Return the buffer for so many experts; collective the first time."""
@@ -114,6 +116,8 @@ class Natives:
                 hidden=_SLOT_HIDDEN,
                 max_tokens_per_rank=_SLOT_TOKENS,
             )
+            if self.expels and known.num_hosts == 1:
+                known.expel_absent()
         return known
 
     def variant(
@@ -152,6 +156,10 @@ class Natives:
         """Finish the oldest call under way where no more fit: DeepEP's callers may hold as many events as they like."""
         while self._underway and (self._underway[0].finished or len(self._underway) >= _IN_FLIGHT):
             self._underway.popleft().finish()
+
+    def left_out(self) -> set[int]:
+        """Return the ranks that some buffer goes on without."""
+        return {rank for buffer in self._buffers.values() for rank in buffer.left_out}
 
     def leave_out(self, ranks: list[int]) -> None:
         """Go on without these ranks in every buffer that there is."""
