@@ -128,6 +128,11 @@ class Buffer(Calls):
         self._closed = False
 
     @property
+    def ended_by(self) -> BaseException | None:
+        """The error in the middle of an operation that ended this buffer; None while it goes on, or was closed."""
+        return self._flights.broken
+
+    @property
     def options(self) -> BufferOptions:
         """The arguments that this buffer was made from."""
         return self._options
@@ -144,15 +149,35 @@ class Buffer(Calls):
         Raises ValueError for ranks that do not exist, and for this one; Unavailable between hosts, whose ranks forward
         for each other.
         """
-        self._flights.check_open()
-        self._check_host_memory("leave_out")
-        if self._end.across is not None:
-            raise Unavailable("leave_out needs all ranks on one host: where they live on several they forward rows")
+        self._check_one_host("leave_out")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
             raise ValueError(f"rank {self.rank} cannot leave out itself; close its buffer instead")
         self._end.crowd.leave_out(ranks)
+
+    def expel_absent(self) -> None:
+        """From now on go on without ranks that do not come to a padded operation: as if all had left them out there.
+
+        All ranks must say so before their first operation. A rank is missed when its process has ended, at once, or
+        after ``timeout_s``. What others send it in that call is dropped, and its rows count 0 in it; it learns so when
+        it calls next, by PeerLost, and cannot come back: :attr:`left_out` names it. A rank that announces an operation
+        and then falls silent still ends the buffer. Raises Unavailable between hosts.
+        """
+        self._check_one_host("expel_absent")
+        self._end.crowd.expels = True
+
+    @property
+    def left_out(self) -> list[int]:
+        """Ranks that take no part: left out, or expelled."""
+        return list(self._end.crowd.absent)
+
+    def _check_one_host(self, what: str) -> None:
+        """Raise ClosedError, or Unavailable on a device, and where ranks forward for each other."""
+        self._flights.check_open()
+        self._check_host_memory(what)
+        if self._end.across is not None:
+            raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
 
     def close(self) -> None:
         """Leave the group and free the arena; received tensors stay valid. Idempotent.

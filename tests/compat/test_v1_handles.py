@@ -110,27 +110,107 @@ def test_members_put_together_again_stand_for_the_handle_as_long_as_one_lives():
     on_ranks(2, rank_main, **MODE)
 
 
-def test_handles_of_another_buffer_and_of_another_kind_are_refused():
+def test_handles_of_another_kind_are_refused():
     given = make_inputs([9])[0]
-    kept = []
 
-    def first(buffer):
-        kept.extend(handle for handle, _ in both(buffer, given))
-
-    def second(buffer):
-        normal, low = kept
+    def rank_main(buffer):
+        (normal, _), (low, _) = both(buffer, given)
         y = torch.zeros(E, 32, given.x.shape[1], dtype=torch.bfloat16)
-        for handle in (normal, low, (normal[0],) * 5):
+        for handle in (low, (normal[0],) * 5, (1,) * 6):
             with pytest.raises(RuntimeError, match="handle"):
                 buffer.combine(given.x, handle)
+        for handle in (normal, (normal[0],) * 5):
             with pytest.raises(RuntimeError, match="handle"):
                 buffer.low_latency_combine(y, given.topk_idx, given.topk_weights, handle)
-        own = send(buffer, given)[4]
-        with pytest.raises(RuntimeError, match="low_latency_dispatch"):
-            buffer.low_latency_combine(y, given.topk_idx, given.topk_weights, (own[0],) * 5)
+        with pytest.raises(RuntimeError, match="copies of a handle"):
+            buffer.get_next_low_latency_combine_buffer(copy.deepcopy(low))
 
-    on_ranks(1, first, **MODE)
-    on_ranks(1, second, **MODE)
+    on_ranks(1, rank_main, **MODE)
+
+
+REMAKES = {
+    "clones": lambda handle: tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in handle),
+    "pickles": lambda handle: pickle.loads(pickle.dumps(handle)),
+    "deep copies": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", REMAKES)
+@pytest.mark.parametrize(("per_host", "members"), [(8, 6), (2, 10)])
+def test_copies_of_a_handle_serve_when_the_first_one_is_gone(monkeypatch, how, per_host, members):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    given = make_inputs([9, 31, 0, 5])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, weights, _, handle, _ = send(buffer, mine)
+        assert len(handle) == members
+        expected = buffer.combine(x, handle, weights)[:2]
+        again = REMAKES[how](handle)
+        del handle
+        for _ in range(2):  # the second time it is known
+            found = buffer.combine(x, again, weights)[:2]
+            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+            assert same_bits(buffer.combine(x, again)[0], expected[0])
+            assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
+
+    on_ranks(4, rank_main)
+
+
+def test_members_that_do_not_belong_together_are_refused():
+    given = make_inputs([9])[0]
+
+    def rank_main(buffer):
+        x, *_, handle, _ = send(buffer, given)
+        again = copy.deepcopy(handle)
+        again[0].add_(1)
+        with pytest.raises(RuntimeError, match="belong together"):
+            buffer.combine(x, again)
+
+    on_ranks(1, rank_main)
+
+
+def test_copies_of_a_handle_of_worst_tokens_serve():
+    given = make_inputs([9, 31])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, *_, handle, _ = send(buffer, mine, num_worst_tokens=64)
+        again = pickle.loads(pickle.dumps(handle))
+        assert same_bits(buffer.combine(x, again)[0], buffer.combine(x, handle)[0])
+        assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
+
+    on_ranks(2, rank_main)
+
+
+@pytest.mark.parametrize("how", REMAKES)
+def test_copies_of_a_low_latency_handle_serve(how):
+    given = make_inputs([9, 31])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        (x, _), _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 32, E)
+        y = x.bfloat16()
+        expected = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)[0]
+        again = REMAKES[how](handle)
+        assert same_bits(buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, again)[0], expected)
+
+    on_ranks(2, rank_main, **MODE)
+
+
+def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
+    given, kept = make_inputs([9, 31]), {}
+
+    def first(buffer):
+        x, *_, handle, _ = send(buffer, given[buffer.rank])
+        kept[buffer.rank] = x, handle, buffer.combine(x, handle)[0]
+
+    def second(buffer):
+        x, handle, expected = kept[buffer.rank]
+        assert same_bits(buffer.combine(x, handle)[0], expected)
+
+    on_ranks(2, first)
+    on_ranks(2, second)
 
 
 def test_members_say_what_was_sent_whatever_became_of_the_callers_tensors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import anyep
 from anyep.compat import deep_ep
+from anyep.compat.deep_ep.native import Natives
 from anyep.testing.processes import RankProcesses
 from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits
 
@@ -124,8 +126,6 @@ def outlive(group, rank):
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
     step(buffer, given[rank])
     if rank == 2:
-        import os
-
         os.kill(os.getpid(), 9)
     buffer.low_latency_update_mask_buffer(2, True)
     for _ in range(3):
@@ -150,3 +150,56 @@ def test_a_rank_cannot_leave_out_itself_or_ranks_that_do_not_exist():
                 ep.leave_out([1])
 
     anyep.local_group(1).run(rank_main)
+
+
+def miss(group, rank):
+    given = make_inputs([9, 24, 5], hidden=H)
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+    step(buffer, given[rank])
+    if rank == 2:
+        os.kill(os.getpid(), 9)
+    for _ in range(3):  # the first time it is missed, then it is masked
+        *_, out = step(buffer, given[rank])
+        assert same_bits(out, without(given, rank, [2]))
+    status = torch.zeros(3, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    with pytest.raises(RuntimeError, match="expelled"):
+        buffer.low_latency_clean_mask_buffer()
+    buffer.destroy()
+    return status.tolist()
+
+
+def test_a_rank_that_died_is_masked_by_the_call_that_misses_it():
+    with RankProcesses(3, miss) as ranks:
+        outcomes = ranks.outcomes(timeout_s=60)
+    assert [outcome.value for outcome in outcomes[:2]] == [[0, 0, 1]] * 2, [o.tell() for o in outcomes]
+
+
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(monkeypatch, where):
+    monkeypatch.setitem(Natives.__init__.__kwdefaults__, "timeout_s", 1.0)
+    given = make_inputs([9, 24, 5], hidden=H)
+    went_on = threading.Barrier(3)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        step(buffer, mine)
+        if buffer.rank == 1:
+            late = lambda: step(buffer, mine)  # noqa: E731
+            if where == "combine":
+                x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False)
+                late = lambda: buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)  # noqa: E731
+            went_on.wait(30)
+            with pytest.raises(anyep.PeerLost, match=r"rank 1 \(this rank\)"):
+                late()
+            return
+        for _ in range(2):
+            *_, handle, out = step(buffer, mine)
+            assert same_bits(out, without(given, buffer.rank, [1]))
+        assert (handle[1][:, 1] & 0xFFFFFFFF == 0).all()
+        status = torch.zeros(3, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 1, 0]
+        went_on.wait(30)
+
+    on_ranks(3, rank_main, **SHRINK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 import anyep
 from anyep.cli.main import cli
 from anyep.compat import deep_ep
+from anyep.compat.deep_ep import toolkit
 from anyep.compat.deep_ep.utils import math as ep_math
 from anyep.errors import Unavailable
 from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
@@ -43,6 +45,58 @@ def test_signatures_and_defaults_are_upstreams(name):
     parameters = list(inspect.signature(getattr(deep_ep.Buffer, name)).parameters.values())[1:]
     written = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters]
     assert written == SIGNATURES[name].split()
+
+
+NAMES = {
+    "deep_ep": "Buffer ElasticBuffer EPHandle EventOverlap EventHandle Config topk_idx_t get_physical_domain_size"
+    " get_logical_domain_size __version__ find_cuda_home check_nccl_so init_jit",
+    "deep_ep._C": "Config EventHandle topk_idx_t is_sm90_compiled init_jit get_low_latency_rdma_size_hint"
+    " get_elastic_buffer_alignment get_local_nccl_unique_id create_nccl_comm destroy_nccl_comm"
+    " get_physical_domain_size get_logical_domain_size",
+    "deep_ep.utils": "EventHandle EventOverlap",
+    "deep_ep.utils.comm": "get_physical_domain_size get_logical_domain_size",
+    "deep_ep.utils.envs": "check_torch_deterministic get_physical_domain_size get_logical_domain_size",
+    "deep_ep.utils.event": "EventHandle EventOverlap",
+    "deep_ep.utils.find_pkgs": "find_cuda_home check_nccl_so",
+    "deep_ep.utils.math": "ceil_div align calc_diff per_token_cast_to_fp8 per_token_cast_back",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_every_public_name_is_there(module):
+    found = importlib.import_module(f"anyep.compat.{module}")
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_what_belongs_to_the_compiled_half_alone_is_no_attribute_and_says_why():
+    compiled = importlib.import_module("anyep.compat.deep_ep._C")
+    for name in ("Buffer", "ElasticBuffer", "calculate_elastic_buffer_size", "create_cpu_handle"):
+        with pytest.raises(AttributeError, match=r"C\+\+"):
+            getattr(compiled, name)
+    for name in ("get_local_nccl_unique_id", "create_nccl_comm", "destroy_nccl_comm"):
+        with pytest.raises(Unavailable, match="NCCL"):
+            getattr(compiled, name)(0)
+
+
+def test_the_toolkit_is_where_the_environment_says_or_the_error_lists_where_it_was_sought(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolkit, "_CUDA_DIRECTORY", str(tmp_path / "none"))
+    with pytest.raises(Unavailable, match=r"CUDA_HOME.*nvcc.*none"):
+        deep_ep.find_cuda_home()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert deep_ep.find_cuda_home() == str(tmp_path)
+    monkeypatch.setenv("CUDA_PATH", "/elsewhere")
+    assert deep_ep.find_cuda_home() == "/elsewhere"
+
+
+def test_what_upstream_does_at_import_is_nothing_here():
+    assert deep_ep.check_nccl_so() is None
+    assert deep_ep.init_jit("library", "cuda") is None
+    assert deep_ep._C.get_elastic_buffer_alignment() == 2 << 20
 
 
 def compat_path():

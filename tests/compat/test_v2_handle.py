@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anyep.compat.deep_ep import EPHandle
+from anyep.compat.deep_ep.ep_handle import FIELDS
 from tests.compat.v2_world import World, poisoned, same_bits  # noqa: F401
 
 WORLD = World()
@@ -182,5 +183,27 @@ def test_fields_that_a_caller_sets_are_what_combine_reads():
         for name, value in vars(second).items():
             setattr(first, name, value)
         return same_bits(buffer.combine(x, first)[0], expected)
+
+    assert all(WORLD.run(rank_main))
+
+
+def test_what_a_caller_does_to_received_indices_changes_no_field():
+    def rank_main(buffer, i):
+        expected = dispatch(buffer, i)[3].recv_src_metadata
+        _, idx, _, handle, _ = dispatch(buffer, i)
+        idx.fill_(7)
+        return same_bits(handle.recv_src_metadata, expected)
+
+    assert all(WORLD.run(rank_main))
+
+
+def test_a_handle_has_the_attributes_of_upstreams_and_no_others():
+    def rank_main(buffer, i):
+        handle = dispatch(buffer, i)[3]
+        with pytest.raises(AttributeError, match="no attribute 'num_rows_per_expert'"):
+            getattr(handle, "num_rows_per_expert")  # noqa: B009
+        handle.note = "mine"
+        copied = copy.copy(handle)
+        return vars(copied).keys() - {"note"} == set(FIELDS) and copied.note == "mine"
 
     assert all(WORLD.run(rank_main))

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).with_name("v2_program.py")
 
 
@@ -17,7 +19,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_training_step_runs_unchanged_in_two_processes():
+@pytest.mark.parametrize("per_host", ["2", "1"])
+def test_a_training_step_runs_unchanged_in_two_processes(per_host):
     printed = subprocess.run(
         [sys.executable, "-m", "anyep", "compat-path"], capture_output=True, text=True, check=True, timeout=60
     )
@@ -26,6 +29,7 @@ def test_a_training_step_runs_unchanged_in_two_processes():
     ranks = []
     for rank in range(2):
         variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables["ANYEP_RANKS_PER_HOST"] = per_host
         environment = {**os.environ, **variables, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         ranks.append(
             subprocess.Popen(

@@ -112,7 +112,9 @@ def test_recall_refuses_indices_that_do_not_belong_to_the_counts():
     on_ranks(rank_main, wire="raw16")
 
 
-def test_sums_by_column_add_each_rank_where_its_last_column_stands():
+@pytest.mark.parametrize("per_host", [3, 2, 1])
+def test_sums_by_column_add_each_rank_where_its_last_column_stands(monkeypatch, per_host):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
 
     def rank_main(ep, batch):
         idx = torch.tensor([[5, 0, 2]]) if ep.rank == 0 else torch.empty(0, K, dtype=torch.int64)

@@ -46,6 +46,11 @@ class Calls:
         return self._end.num_ranks
 
     @property
+    def num_hosts(self) -> int:
+        """On how many hosts the ranks live, or play to."""
+        return 1 if self._end.across is None else self._end.across.hosts.num_hosts
+
+    @property
     def local_experts(self) -> list[int]:
         """The experts that this rank owns, ascending: local expert ``l`` is expert ``local_experts[l]``."""
         owner_E = self._end.placement.expert_rank_E
@@ -197,7 +202,8 @@ class Calls:
         once: ``reduce="rank"`` in ascending order of the destination rank (``group`` > 0, compact layout: the sum of
         every ``group`` consecutive ranks is rounded before it is added), ``reduce="expert"`` (expert and padded
         layout) in the order of t's top-k columns, which gives the same bits for every number of ranks,
-        ``reduce="column"`` (compact layout, raw wires) in the order of the last column that each rank serves.
+        ``reduce="column"`` (compact layout, raw wires) in the order of the last column that each rank serves; between
+        hosts with ``group`` the sums of hosts, in the order of theirs.
         ``bias``: up to two [T, H], added first. ``topk_weights`` fp32 [N, K] travel back too and are summed to
         [T, K]; the result is then a Combined.
 

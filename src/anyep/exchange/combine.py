@@ -25,6 +25,7 @@ from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
 from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
+from anyep.exchange.expelled import forget_rows_from
 from anyep.exchange.groups import sum_by_groups
 from anyep.exchange.handle import Combined
 from anyep.exchange.opening import (
@@ -58,6 +59,7 @@ class Combine:
         self._step = self.label
         self._loans: list[Loan] = []
         self._no_memory: CapacityError | None = None
+        self._expels = end.crowd.expels and back.handle.send.geometry.padded
         self._limit_rows = 0
         self._moved_rows: NDArray[np.int32] | None = None
         self._weights_offset = 0
@@ -127,14 +129,17 @@ class Combine:
         if direct_rows + far_rows - straight_rows:
             self._lend(desk)
         end.counters.sent_back(eager_rows, direct_rows, far_rows)
-        end.announce(epoch, desk.places_RW)
+        end.announce(epoch, desk.places_RW, claim=self._expels)
         if self._straight is not None:
             self._straight.send()
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
-        opened_RW = end.hear(self._epoch, self._step, self._header)
+        before = set(end.crowd.absent)
+        opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
+        if len(end.crowd.absent) > len(before):
+            forget_rows_from(back.handle.send, set(end.crowd.absent) - before)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step, self._no_memory)
         if self._straight is not None:

@@ -138,6 +138,7 @@ class CombineAcross:
             across.first_M,
             here_M,
             int(self._each),
+            int(self._back.reduce == "column" and not self._each),
             np.zeros(across.hosts.num_hosts, np.int32),
             keys,
             ranks,
@@ -167,7 +168,7 @@ class CombineAcross:
         ranks = plan.entry_ranks()[tokens]
         ranks = np.where(across.hosts.host_R[ranks] == host, ranks, np.int32(-1))
         rows = near.rows_TW[tokens]
-        entries = (plan.width, 1, address_of(ranks), address_of(rows))
+        entries = (plan.width, int(self._back.reduce == "rank"), address_of(ranks), address_of(rows))
         element = int(ELEMENTS[self._back.y.dtype])
         row, kept = self._row, (ranks, rows)
 
@@ -215,5 +216,5 @@ class CombineAcross:
         if tally[ledger.EAGER_ROWS]:
             moved_rows = np.empty(plan.num_tokens * plan.width, np.int32)
             place_at(end, plan, address_of(starts), address_of(moved_rows))
-        terms = terms_of(proxy, moved_rows, each=self._each)
+        terms = terms_of(proxy, self._back, moved_rows)
         return SumsOut(end, across, self._back, proxy, terms, lent, self._epoch)

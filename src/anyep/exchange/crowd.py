@@ -2,6 +2,10 @@
 
 The ranks that are left must leave out the same ones between the same two operations; then all of them work out the same
 places. A rank that is left out and still calls waits for the others in vain.
+
+Where a crowd *expels*, ranks that miss another's announcement of a padded operation go on without it. One word of that
+rank decides (``transport/board.py``): either it says before it announces that it takes part, or the first who misses it
+writes that it does not. So no two ranks can differ in who took part, however slow one of them is.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import numpy as np
 
 from anyep.exchange.ledger import CAPACITY, WAY
 from anyep.exchange.opening import BODY
-from anyep.transport.base import Words
+from anyep.transport.base import Transport, Words
 
 _ROOM = 1 << 40
 """Whoever receives nothing has room for it."""
@@ -26,12 +30,25 @@ class Crowd:
         self.absent: list[int] = []
         self.present: Words | None = None
         """int64 [m]; None: every rank"""
+        self.expels = False
+        """whether padded operations go on without ranks that do not come"""
+        self.expelled: set[int] = set()
 
     def leave_out(self, ranks: Collection[int]) -> None:
-        """Replace the set of ranks that are left out."""
+        """Replace the set of ranks that are left out. ValueError where one is taken in that was expelled."""
+        back = self.expelled.difference(ranks)
+        if back:
+            raise ValueError(f"rank {sorted(back)[0]} was expelled, and its buffer ended: make a new one on all ranks")
         self.absent = sorted(ranks)
         present = [rank for rank in range(self._num_ranks) if rank not in self.absent]
         self.present = np.array(present, np.int64) if self.absent else None
+
+    def expel(self, transport: Transport, ranks: Collection[int], epoch: int) -> bool:
+        """Go on without ranks that have not begun ``epoch``; False if all of them have."""
+        gone = [rank for rank in ranks if rank not in self.absent and transport.expel(rank, epoch)]
+        self.expelled.update(gone)
+        self.leave_out({*self.absent, *gone})
+        return bool(gone)
 
     def speak_for_absent(self, opened_RW: Words, header: Words) -> Words:
         """Return the announcements with those of absent ranks: the same operation, no rows, nothing to wait for."""

@@ -24,6 +24,7 @@ from anyep.exchange import ledger
 from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
+from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.opening import BODY, Kind, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
@@ -88,6 +89,7 @@ class Dispatch:
         self._eager_rows = self._direct_rows = self._far_rows = 0
         self._crossing: DispatchAcross | None = None
         self._early = early and (out.geometry.padded or out.cached is not None)
+        self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
         self._ahead: Ahead | None = None
         self._sized: _Sized | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
@@ -169,14 +171,17 @@ class Dispatch:
         if (self._crossing is not None and self._crossing.open(desk)) or self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
-        end.announce(epoch, words_RW)
+        end.announce(epoch, words_RW, claim=self._expels)
         if self._crossing is not None:
             self._crossing.begin()
 
     def size_up(self) -> None:
         """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
         end, desk = self._end, self._end.desk(self._epoch)
-        opened_RW = end.hear(self._epoch, self._step, self._header)
+        before = set(end.crowd.absent)
+        opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
+        if len(end.crowd.absent) > len(before):
+            forget_rows_to(end, self._out.plan, set(end.crowd.absent) - before, opened_RW)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
         offered_RW, offer = (

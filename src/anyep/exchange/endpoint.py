@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.exchange.across import Across
 from anyep.exchange.arguments import CPU
 from anyep.exchange.crowd import Crowd
@@ -280,13 +281,36 @@ class Endpoint:
         header[HANDLE_EPOCH] = epoch
         return header
 
-    def announce(self, epoch: int, words_RW: Words) -> None:
-        """Post the first message of an operation to every rank that takes part."""
+    def announce(self, epoch: int, words_RW: Words, *, claim: bool = False) -> None:
+        """Post the first message of an operation to every rank that takes part.
+
+        ``claim``: say before that this rank does; PeerLost where the others have gone on without it.
+        """
+        if claim and not self.transport.claim(epoch):
+            raise PeerLost(
+                f"rank {self.rank} (this rank) did not come in time to an operation up to epoch {epoch}, and the "
+                "others went on without it; close this buffer",
+                ranks=[self.rank],
+                step="announcement",
+            )
         self.transport.post(self.lanes.open, epoch, words_RW, self.crowd.present)
 
-    def hear(self, epoch: int, step: str, header: Words) -> Words:
-        """Await the first message of every rank that takes part; the others are spoken for."""
-        opened_RW = self.wait(self.lanes.open, epoch, step, self.crowd.present)
+    def hear(self, epoch: int, step: str, header: Words, *, expel: bool = False) -> Words:
+        """Await the first message of every rank that takes part; the others are spoken for.
+
+        ``expel``: who does not come takes no part any more.
+        """
+        late = False
+        while True:
+            try:
+                opened_RW = self.wait(self.lanes.open, epoch, step, self.crowd.present)
+                break
+            except PeerError as error:
+                if expel and self.crowd.expel(self.transport, error.ranks, epoch):
+                    continue
+                if not expel or late or not isinstance(error, PeerTimeout):
+                    raise
+                late = True  # they began as time ran out: what they post is about to come
         return opened_RW if self.crowd.present is None else self.crowd.speak_for_absent(opened_RW, header)
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:

@@ -23,8 +23,20 @@ def _insert(
     store_i32(rows_addr, at, row)
 
 
+@inlined
+def _to_the_end(known: int, end: int, ranks_addr: int, rows_addr: int) -> None:
+    """Let a term stand behind all of this token's terms."""
+    rank, row = load_i32(ranks_addr, known), load_i32(rows_addr, known)
+    for at in range(known, end - 1):
+        store_i32(ranks_addr, at, load_i32(ranks_addr, at + 1))
+        store_i32(rows_addr, at, load_i32(rows_addr, at + 1))
+    store_i32(ranks_addr, end - 1, rank)
+    store_i32(rows_addr, end - 1, row)
+
+
 @compiled(
-    "void(int64, int64, int64, int64, int32[::1], int32[::1], int32[::1], int64, int32[::1], int64, int64, int64)"
+    "void(int64, int64, int64, int64, int32[::1], int32[::1], int32[::1], int64, int64, int32[::1], int64, int64,"
+    " int64)"
 )
 def fold(
     num_tokens: int,
@@ -35,6 +47,7 @@ def fold(
     first_M: Any,
     here_M: Any,
     each: int,
+    by_order: int,
     next_M: Any,
     keys_addr: int,
     ranks_addr: int,
@@ -45,7 +58,8 @@ def fold(
     ``here`` int32 [M]: 1 for hosts whose ranks' rows can be read here. What crossed from host h counts as rank R + h,
     its rows in the order in which they come. ``each`` 1: a row an entry, and every term stays in its entry's place.
     ``each`` 0: a row a token, the host's sum; terms ascend by rank, a host's sum where its first rank (``first`` int32
-    [M]) would stand, whichever of its ranks have rows. ``next`` int32 [M] must be 0; ``keys`` int32 [T, W] holds
+    [M]) would stand, whichever of its ranks have rows. ``by_order`` 1, where every host's sum counts as one that
+    crossed: a host stands where the last of its entries does. ``next`` int32 [M] must be 0; ``keys`` int32 [T, W] holds
     anything. Missing terms are rank -1.
 
     Example: ranks 0 and 1 are host 0 (here), 2 and 3 host 1; a token's entries are (0, 5), (2, 1), (3, 7). Summed by
@@ -63,12 +77,16 @@ def fold(
                 store_i32(rows_addr, entry, next_M[host] if crossed else load_i32(entry_row_addr, entry))
                 at = entry + 1
             elif crossed:
-                known = False
+                known = -1
                 for other in range(first, at):
-                    known = known or load_i32(ranks_addr, other) == ranks + host
-                if known:
+                    if load_i32(ranks_addr, other) == ranks + host:
+                        known = other
+                if known >= 0:
+                    if by_order:
+                        _to_the_end(known, at, ranks_addr, rows_addr)
                     continue
-                _insert(first, at, first_M[host], ranks + host, next_M[host], keys_addr, ranks_addr, rows_addr)
+                key = 0 if by_order else first_M[host]
+                _insert(first, at, key, ranks + host, next_M[host], keys_addr, ranks_addr, rows_addr)
                 at += 1
             elif rank >= 0:
                 _insert(first, at, rank, rank, load_i32(entry_row_addr, entry), keys_addr, ranks_addr, rows_addr)

@@ -17,7 +17,7 @@ from anyep.exchange.crossing import Crossing
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, SendPlan
-from anyep.exchange.routing import plan_of
+from anyep.exchange.routing import order_entries, plan_of
 from anyep.exchange.wire import Rows, check_rows
 
 _IDX_DTYPES = (torch.int64, torch.int32)
@@ -113,10 +113,7 @@ def _check_weights(end: Endpoint, topk_weights: object, shape: list[int]) -> tor
 def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
     """Copy topk_idx and route it. ValueError for an expert that does not exist."""
     plan = plan_of(end, geometry, topk_idx.data_ptr(), topk_idx.shape[0])
-    if end.wire.by_column and not geometry.by_expert:  # their users sum in this order, and no other use asks for one
-        plan.by_column = True
-        routing = (plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, end.tables.rank_addr)
-        end.books.sort_by_column(*routing, plan.width, plan.entry_rank_addr, plan.entry_slot_addr)
+    order_entries(end, plan)
     if end.across is not None:
         plan.crossing = Crossing(end.across, end.kernels, plan, end.hidden * end.wire.output_dtype.itemsize)
     return plan

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from anyep.exchange.crossing import address_of
 from anyep.exchange.handle import SendPlan
 from anyep.exchange.opening import BODY
-from anyep.exchange.routing import plan_of
+from anyep.exchange.routing import order_entries, plan_of
 from anyep.exchange.scatter import place
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes
@@ -56,5 +56,6 @@ def make_proxy(end: Endpoint, geometry: Geometry, source: int, num_tokens: int, 
         nothing,
         nothing.copy(),
     )
+    order_entries(end, plan)
     place(end, plan)
     return Proxy(source, plan, np.empty(num_tokens, np.int32) if geometry.row.token else None)

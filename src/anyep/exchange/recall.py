@@ -91,9 +91,12 @@ class Handles:
 
         Its wire sums by column, as raw ones do: then handles go under the numbers that :meth:`recall` gives them.
         """
+        self._check_open()
+        if handle.buffer is self._identity:
+            return handle
         self._here("adopt")
         assert handle.announced is not None, "only wires with sums by column keep what was announced"
-        return handle if handle.buffer is self._identity else replace(handle, buffer=self._identity)
+        return replace(handle, buffer=self._identity)
 
     def by_group(self, handle: Handle, ranks_per_group: int) -> Grouped:
         """Return a compact handle of a raw wire whose combine sums per (token, group of so many consecutive ranks).

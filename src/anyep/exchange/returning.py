@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.errors import Unavailable
 from anyep.exchange.arguments import check_choice, check_integer, check_tensor
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle
@@ -81,8 +80,8 @@ def prepare(
         raise ValueError(
             "reduce='column' takes a handle of the compact layout of a buffer with a raw wire; use reduce='rank'"
         )
-    if how == "column" and end.across is not None:
-        raise Unavailable("reduce='column' needs all ranks on one host; between hosts use reduce='rank' or 'expert'")
+    if how == "column" and rounded_group and end.across is None:
+        raise ValueError("reduce='column' sums groups of one host's ranks with a handle of by_group; leave group out")
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
     checked = check_tensor(
         "y", y, dtypes=tuple(ELEMENTS), shape=[*handle.shape, end.hidden], legend=legend, device=end.where

@@ -53,3 +53,12 @@ def _route(end: Endpoint, plan: SendPlan, by_expert: int, entry_rank_addr: int, 
             f"topk_idx[{token}, {column}] is {int(plan.topk_idx()[token, column])}; experts are 0 to "
             f"{end.placement.num_experts - 1}, and -1 means none"
         )
+
+
+def order_entries(end: Endpoint, plan: SendPlan) -> None:
+    """Let compact entries of a wire with sums by column stand in that order: no other use asks for one."""
+    if not end.wire.by_column or plan.geometry.by_expert:
+        return
+    plan.by_column = True
+    routing = (plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, end.tables.rank_addr)
+    end.books.sort_by_column(*routing, plan.width, plan.entry_rank_addr, plan.entry_slot_addr)

@@ -56,7 +56,8 @@ def back_row(end: Endpoint, back: Returning) -> BackRow:
 
 def each_by_itself(back: Returning) -> bool:
     """Whether rows cross one by one; otherwise a host's sum does."""
-    return back.reduce == "expert" or back.handle.send.geometry.padded
+    by_columns = back.reduce == "column" and not back.group
+    return by_columns or back.reduce == "expert" or back.handle.send.geometry.padded
 
 
 class Terms(NamedTuple):
@@ -74,17 +75,17 @@ class Terms(NamedTuple):
     """what the addresses point into"""
 
 
-def terms_of(proxy: Proxy, moved_rows: NDArray[np.int32] | None, *, each: bool) -> Terms:
+def terms_of(proxy: Proxy, back: Returning, moved_rows: NDArray[np.int32] | None) -> Terms:
     """Return what a forwarder sends back for one source."""
     plan = proxy.plan
     ranks = plan.words(plan.entry_rank_addr, plan.num_tokens * plan.width)
     rows = plan.words(plan.entry_row_addr, plan.num_tokens * plan.width) if moved_rows is None else moved_rows
-    if each:
+    if each_by_itself(back):
         named = np.flatnonzero(ranks >= 0)
         numbers = ranks[named].astype(np.int64) * ROWS_A_RANK + rows[named]
         rows_n = (plan.entry_ranks() >= 0).sum(axis=1)
         return Terms(rows_n=rows_n, entries=(0, 0, 0, 0), numbers=numbers, kept=())
-    entries = (plan.width, 1, address_of(ranks), address_of(rows))
+    entries = (plan.width, int(back.reduce == "rank"), address_of(ranks), address_of(rows))
     return Terms(rows_n=np.ones(plan.num_tokens, np.int64), entries=entries, numbers=None, kept=(ranks, rows))
 
 

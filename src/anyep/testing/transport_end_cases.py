@@ -75,6 +75,22 @@ def silent(make: Make, rank: int) -> None:
         transport.leave(Blame(ranks=error.ranks, timeout=True))
 
 
+def expelled(make: Make, rank: int) -> None:
+    """Whether a rank takes part is decided once: it claims, or others expel it, and all of them learn the same."""
+    with opened(make) as transport:
+        for contended in range(transport.size):
+            post(transport, DONE, contended)
+            wait(transport, DONE, contended)  # all at once
+            own = rank == contended
+            verdict = not transport.claim(1) if own else transport.expel(contended, 1)
+            words = np.full((transport.size, 1), int(verdict), np.int64)
+            transport.post(WIDE, contended, words)
+            told = transport.wait(WIDE, contended, f"exam {contended}: verdicts")[:, 0].tolist()
+            require(len(set(told)) == 1, f"ranks differ in whether rank {contended} was expelled: {told}")
+            again = not transport.claim(2) if own else transport.expel(contended, 1)
+            require(again == verdict, f"rank {contended}: expelled {verdict}, and then {again}")
+
+
 def _wait_after_failure(transport: Transport) -> None:
     """The others' messages of the failed operation did arrive; those of the next never come."""
     transport.wait(OPEN, 1, "exam 1: open")

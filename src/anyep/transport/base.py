@@ -131,6 +131,17 @@ class Transport(Protocol):
         """Raise PeerLost or PeerTimeout if a rank has left because of an error, whatever it had posted before."""
         ...
 
+    def claim(self, epoch: int) -> bool:
+        """Say that this rank takes part in an operation from which a rank can be expelled; False where it was already.
+
+        Only for ranks that share memory, as :meth:`expel`: Unavailable for others.
+        """
+        ...
+
+    def expel(self, rank: int, epoch: int) -> bool:
+        """Begin ``epoch`` without a rank that has not claimed it; False where it has. All get the same answer."""
+        ...
+
     def leave(self, blame: Blame | None = None) -> None:
         """Tell the peers that nothing more will come, and why. Idempotent, never waits for a peer.
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from anyep.machine.linux import Memory
 from anyep.transport.base import Blame
-from anyep.transport.control import BLAMED, GROWING, NETWORK, SEGMENTS, STATE, TABLE, TOKEN
+from anyep.transport.control import BLAMED, CLAIM, GROWING, NETWORK, SEGMENTS, STATE, TABLE, TOKEN
 from anyep.transport.liveness import Departure
 
 _OPEN, _CLOSED, _LOST, _TIMEOUT = 0, 1, 2, 3
@@ -53,6 +53,24 @@ class Board:
     @passes_on.setter
     def passes_on(self, value: bool) -> None:
         self._publish(NETWORK, int(value))
+
+    def claim(self, epoch: int) -> bool:
+        """Say that this rank takes part in ``epoch``; False where the others have begun one without it."""
+        known = self._read(CLAIM)
+        return known >= 0 and self._exchange(CLAIM, known, epoch) == known
+
+    def expel(self, epoch: int) -> bool:
+        """Begin ``epoch`` without this rank; False where it has said that it takes part. All who ask learn the same."""
+        known = self._read(CLAIM)
+        while 0 <= known < epoch:
+            found = self._exchange(CLAIM, known, -1 - epoch)
+            if found == known:
+                return True
+            known = found
+        return known < 0
+
+    def _exchange(self, word: int, expected: int, value: int) -> int:
+        return int(self._signals.exchange_word(self._address + 8 * word, expected, value))
 
     def add_segment(self, memory: Memory) -> None:
         """Let peers find a segment."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from anyep.errors import AnyEPError, PeerError
+from anyep.errors import AnyEPError, PeerError, Unavailable
 from anyep.layout.hosts import HostMap
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.engine import Bytes, Engine, Transfer
@@ -126,6 +126,12 @@ class HierarchicalTransport:
 
     def check(self, epoch: int, step: str) -> None:
         self._local.check(epoch, step)
+
+    def claim(self, epoch: int) -> bool:
+        raise Unavailable("ranks of several hosts forward for each other: none of them can be expelled")
+
+    def expel(self, rank: int, epoch: int) -> bool:
+        raise Unavailable("ranks of several hosts forward for each other: none of them can be expelled")
 
     def leave(self, blame: Blame | None = None) -> None:
         self._local.leave(blame)

@@ -193,6 +193,12 @@ class SharedTransport:
         assert error is not None, "a departure is a reason"
         raise error
 
+    def claim(self, epoch: int) -> bool:
+        return self._opened().boards[self.rank].claim(epoch)
+
+    def expel(self, rank: int, epoch: int) -> bool:
+        return self._opened().boards[rank].expel(epoch)
+
     def leave(self, blame: Blame | None = None) -> None:
         with self._leaving:
             opened, self._open = self._open, None

@@ -55,6 +55,7 @@ __all__ = [
     "HAS_FUTEX",
     "any_word_above",
     "await_each",
+    "exchange_word",
     "post_each",
     "publish_word",
     "read_word",
@@ -229,6 +230,12 @@ def publish_word(address: int, value: int) -> None:
 def read_word(address: int) -> int:
     """Read one word; what its writer wrote before it is visible from here on: acquire."""
     return load_acquire_i64(address)
+
+
+@compiled("int64(int64, int64, int64)")
+def exchange_word(address: int, expected: int, value: int) -> int:
+    """Write a word if it is as expected, and return what it was: ordered, so that all ranks see one winner."""
+    return exchange_if_i64(address, expected, value)
 
 
 @compiled("boolean(int64[::1], int64, int64)")

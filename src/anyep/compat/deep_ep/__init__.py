@@ -10,6 +10,7 @@ from anyep.compat.deep_ep.elastic_sizes import get_logical_domain_size, get_phys
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.indices import topk_idx_t
+from anyep.compat.deep_ep.toolkit import check_nccl_so, find_cuda_home, init_jit
 from anyep.version import __version__
 
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "__version__",
+    "check_nccl_so",
+    "find_cuda_home",
     "get_logical_domain_size",
     "get_physical_domain_size",
+    "init_jit",
     "topk_idx_t",
 ]

@@ -6,20 +6,20 @@ Legend: T tokens, H hidden, K top-k, E experts, L local experts, R ranks, N rece
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-from anyep.compat.deep_ep import layout, low_latency, normal
+from anyep.compat.deep_ep import layout, normal
 from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert, refuse
 from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.underway import event_of
 from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -27,10 +27,9 @@ _SIZE_UNIT = 128
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-Hook = Callable[[], None]
 
 
-class Buffer:
+class Buffer(LowLatencyCalls):
     """One rank's side of expert-parallel communication, with the interface that DeepEP had until version 2.5.
 
     ``num_nvl_bytes`` and ``num_rdma_bytes`` are echoed: memory is taken as batches need it. One buffer serves the
@@ -71,6 +70,7 @@ class Buffer:
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous)
         self._side = normal.side_of(self.runtime, domain_of(self.group_size))
+        self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
         if not explicitly_destroy:
@@ -177,8 +177,8 @@ class Buffer:
         side = self._side or self._no_side()
         if handle is not None:
             assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
-            rows = normal.dispatch_again(side, x, handle)
-            return rows, None, None, None, None, EventOverlap(EventHandle() if async_finish else None)
+            rows, underway = normal.dispatch_again(side, x, handle, go_on=async_finish)
+            return rows, None, None, None, None, event_of(underway, asked=async_finish)
         batch = normal.Batch(
             topk_idx,
             topk_weights,
@@ -189,7 +189,8 @@ class Buffer:
             expert_alignment,
         )
         channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
-        return (*normal.dispatch(side, x, batch, channels), EventOverlap(EventHandle() if async_finish else None))
+        sent = normal.dispatch(side, x, batch, channels, go_on=async_finish)
+        return (*sent[:-1], event_of(sent.underway, asked=async_finish))
 
     def combine(
         self,
@@ -206,84 +207,10 @@ class Buffer:
         if previous_event is not None or allocate_on_comm_stream or _deterministic():
             _begin(previous_event, async_finish, allocate_on_comm_stream)
         summed = normal.combine(self._side or self._no_side(), x, handle, topk_weights, bias, go_on=async_finish)
-        return summed.x, summed.topk_weights, _event(summed.underway)
+        return summed.x, summed.topk_weights, event_of(summed.underway)
 
     internode_dispatch = dispatch
     internode_combine = combine
-
-    def low_latency_dispatch(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
-        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
-        use_fp8: bool = True,
-        round_scale: bool = False,
-        use_ue8m0: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False,
-    ) -> tuple[Tensors, torch.Tensor, low_latency.LowLatencyHandle, EventOverlap, Hook | None]:
-        """Send a row for each (token, expert): (recv_x, recv_count [L], handle, event, hook).
-
-        ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.
-        """
-        self._check_low_latency(async_finish, return_recv_hook)
-        statistics = None
-        if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
-            statistics = low_latency.Statistics(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-        request = low_latency.Request(
-            x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0
-        )
-        natives, go_on = (self._side or self._no_side()).natives, async_finish or return_recv_hook
-        sent = low_latency.dispatch(natives, self._masks, request, statistics, go_on=go_on)
-        event, hook = _ends(sent.underway, return_recv_hook)
-        return sent.rows, sent.counts, sent.handle, event, hook
-
-    def low_latency_combine(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        handle: tuple[Any, ...],
-        use_logfmt: bool = False,
-        zero_copy: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False,
-        out: torch.Tensor | None = None,
-        combine_wait_recv_cost_stats: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
-        """Sum each token's rows times their weights, in top-k order: (combined_x [T, H], event, hook)."""
-        self._check_low_latency(async_finish, return_recv_hook)
-        if zero_copy and use_logfmt:
-            refuse("zero_copy and use_logfmt exclude each other")
-        given = low_latency.Sum(x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats)
-        natives, go_on = (self._side or self._no_side()).natives, async_finish or return_recv_hook
-        combined, underway = low_latency.combine(natives, handle, given, go_on=go_on)
-        event, hook = _ends(underway, return_recv_hook)
-        return combined, event, hook
-
-    def get_next_low_latency_combine_buffer(self, handle: object) -> torch.Tensor:
-        """Return BF16 [L, R * Tmax, H], which ``low_latency_combine(zero_copy=True)`` reads where it lies."""
-        return low_latency.next_combine_buffer(self._natives(), handle)
-
-    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Do nothing: normal and low-latency calls of any sizes do not disturb each other here."""
-
-    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Mask a rank (or take it in again): from the next call on it is neither sent to nor waited for."""
-        self._masks.update(rank_to_mask, mask)
-        self._natives().leave_out(self._masks.ranks)
-
-    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write 1 for masked ranks and 0 for others to int32 [R]."""
-        self._masks.query(mask_status)
-
-    def low_latency_clean_mask_buffer(self) -> None:
-        """Take in every rank."""
-        self._masks.clean()
-        self._natives().leave_out([])
 
     def _natives(self) -> Natives:
         return (self._side or self._no_side()).natives
@@ -292,16 +219,6 @@ class Buffer:
 
     def _no_side(self) -> NoReturn:
         refuse("this Buffer was destroyed, or its __init__ was replaced and not called")
-
-    def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
-        if _deterministic():
-            check_torch_deterministic()
-        if self._side is None:
-            self._no_side()
-        if not self.low_latency_mode:
-            refuse("make the Buffer with low_latency_mode=True for low-latency calls")
-        if async_finish and return_recv_hook:
-            refuse("async_finish and return_recv_hook exclude each other")
 
 
 def _begin(
@@ -315,17 +232,3 @@ def _begin(
         event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
         if event is not None:
             event.current_stream_wait()
-
-
-def _event(underway: Underway | None) -> EventOverlap:
-    """Return the event of a call; None inside where it is over."""
-    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
-
-
-def _ends(underway: Underway | None, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:
-    """Return event and hook of a low-latency call; it is over where nothing is under way."""
-    if underway is None:
-        return EventOverlap(), None
-    if return_recv_hook:
-        return EventOverlap(), underway.wait
-    return _event(underway), None

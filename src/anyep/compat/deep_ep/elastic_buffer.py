@@ -13,6 +13,7 @@ from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_ev
 from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
 from anyep.compat.deep_ep.elastic_combine import Outputs, combine
 from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch
+from anyep.compat.deep_ep.elastic_facts import ElasticFacts
 from anyep.compat.deep_ep.elastic_kinds import (
     are_plain,
     check_combine,
@@ -21,27 +22,20 @@ from anyep.compat.deep_ep.elastic_kinds import (
     key_of_dispatch,
 )
 from anyep.compat.deep_ep.elastic_side import Side, elastic_loops, kernels
-from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT, logical_domain, physical_domain
-from anyep.compat.deep_ep.elastic_sms import (
-    AUTO_QPS_DIRECT,
-    AUTO_QPS_HYBRID,
-    Rates,
-    theoretical_num_qps,
-    theoretical_num_sms,
-)
+from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
+from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.native import Natives
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.underway import event_of
 from anyep.errors import ClosedError, Unavailable
-from anyep.transport.inprocess import Member
 from anyep.transport.rendezvous import find_rendezvous
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
-class ElasticBuffer(ElasticCollectives):
+class ElasticBuffer(ElasticFacts, ElasticCollectives):
     """One rank's side of a group. Making it is collective; so is every dispatch, combine and barrier.
 
     ``num_bytes`` is echoed, not committed: memory is taken as batches need it. What concerns a GPU's links and
@@ -102,7 +96,6 @@ class ElasticBuffer(ElasticCollectives):
         self.runtime: Natives | None = Natives(
             group,
             timeout_s=self.timeout_s,
-            transport="inprocess" if isinstance(group, Member) else "shm",  # hosts that are played are one
         )
         self._side: Side | None = self._make_side(self.runtime)
         self._end = weakref.finalize(self, self.runtime.close)
@@ -132,21 +125,6 @@ class ElasticBuffer(ElasticCollectives):
             self._end()
             self.runtime = self._side = None
 
-    def get_physical_domain_size(self) -> tuple[int, int]:
-        """Return (hosts, ranks a host)."""
-        hosts, per_host = physical_domain(self.num_ranks)
-        return hosts, per_host
-
-    def get_logical_domain_size(self) -> tuple[int, int]:
-        """Return (scale-out ranks, scale-up ranks): the physical ones, or (1, R) without the hybrid mode."""
-        scaleout, scaleup = logical_domain(self.num_ranks, self.allow_hybrid_mode)
-        return scaleout, scaleup
-
-    @staticmethod
-    def capture() -> EventHandle:
-        """Return an event that marks this moment."""
-        return EventHandle()
-
     def get_comm_stream(self) -> torch.cuda.Stream:
         """Return the stream on which the exchange works, the current one; Unavailable without CUDA."""
         if not torch.cuda.is_available():
@@ -156,35 +134,6 @@ class ElasticBuffer(ElasticCollectives):
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Wait until every rank is here."""
         (self._side or self._no_side()).natives.barrier(self.num_ranks)
-
-    def get_theoretical_num_sms(
-        self,
-        num_experts: int,
-        num_topk: int,
-        num_scaleout_topk: int = 0,
-        rdma_gbs: float = 0,
-        nvlink_gbs: float = 0,
-        sm_read_gbs: float = 200,
-        sm_write_gbs: float = 50,
-    ) -> int:
-        """Return how many SMs upstream's model would take (elastic_sms.py), for callers who ask."""
-        assert num_scaleout_topk == 0, f"num_scaleout_topk must be 0: others are not defined, got {num_scaleout_topk}"
-        key = (num_experts, num_topk, rdma_gbs, nvlink_gbs, sm_read_gbs, sm_write_gbs)
-        known = self._sms.get(key)
-        if known is None:
-            known = self._sms[key] = theoretical_num_sms(
-                logical_domain(self.num_ranks, self.allow_hybrid_mode),
-                physical_domain(self.num_ranks),
-                num_experts=num_experts,
-                num_topk=num_topk,
-                rates=Rates(rdma=rdma_gbs, nvlink=nvlink_gbs, sm_read=sm_read_gbs, sm_write=sm_write_gbs),
-                overlap=self.prefer_overlap_with_compute,
-            )
-        return known
-
-    def get_theoretical_num_qps(self, num_sms: int) -> int:
-        """Return how many queue pairs so many SMs would use, at most ``num_allocated_qps``."""
-        return theoretical_num_qps(num_sms, hybrid=self.allow_hybrid_mode, allocated=self.num_allocated_qps)
 
     def dispatch(
         self,
@@ -243,7 +192,7 @@ class ElasticBuffer(ElasticCollectives):
         if stats is not None:
             stats += batch.handle.num_unaligned_recv_tokens_per_expert
         rows, idx, weights, handle, underway = batch
-        return rows, idx, weights, handle, _event(underway)
+        return rows, idx, weights, handle, event_of(underway, asked=async_with_compute_stream)
 
     def combine(
         self,
@@ -283,7 +232,7 @@ class ElasticBuffer(ElasticCollectives):
             ep, outputs = check_combine(side, x, handle, topk_weights, bias)
             sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
         combined, weights, underway = sums
-        return combined, weights, _event(underway)
+        return combined, weights, event_of(underway, asked=async_with_compute_stream)
 
     def _check(
         self,
@@ -321,11 +270,6 @@ def _begin(previous_event: object, previous_event_before_epilogue: object, alloc
     check_torch_deterministic()
     check_event(previous_event, allocate_on_comm_stream)
     wait_for(previous_event_before_epilogue)
-
-
-def _event(underway: Underway | None) -> EventOverlap:
-    """Return the event of a call; None inside where it is over."""
-    return EventOverlap(None if underway is None else EventHandle.of(underway.wait))
 
 
 def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:

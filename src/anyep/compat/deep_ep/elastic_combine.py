@@ -4,10 +4,10 @@
 
     stage A   expanded rows of a token at this rank, in column order      rounded    with several reductions
     stage B   the ranks of a host, by their master columns                rounded    with several reductions and hosts
-    last      biases, then what remains, by master columns                rounded
+    last      biases, then what remains, by master columns                rounded    at the origin
 
 A rank's or host's *master column* is the last of a token's columns that it serves. Stage A is the owners' work, before
-rows travel; the origin does the rest. Each stage sums in fp32 and rounds once to bfloat16.
+rows travel; a forwarder of each host does stage B. Each stage sums in fp32 and rounds once to bfloat16.
 
 Legend: T tokens, H hidden, K top-k, N rows of the exchange, O hosts.
 """
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from anyep.compat.deep_ep.elastic_dispatch import served_rows
-from anyep.compat.deep_ep.elastic_routes import native_handle, static_rows_of
-from anyep.compat.deep_ep.elastic_rows import places_from_handle
+from anyep.compat.deep_ep.elastic_routes import native_handle, rows_by_expert, static_rows_of
+from anyep.compat.deep_ep.elastic_rows import places_from_handle, rows_without_gaps
 from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.underway import Underway
@@ -72,13 +72,13 @@ def combine(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, *, go_on:
         y = y[places]
     elif y.shape[0] != native.num_rows:
         y = y[: native.num_rows]
-    if side.several_sums and side.num_scaleup < side.num_ranks:
-        return _sum_by_host(side, ep, y, weights, native, outputs.bias, go_on)
+    group = side.num_scaleup if side.several_sums and side.num_scaleup < side.num_ranks else 0
     if go_on:
-        return _start(side, ep, y, native, weights, outputs.bias)
+        return _start(side, ep, y, native, weights, outputs.bias, group=group)
     if weights is None:
-        return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column"), None)
-    return _summed(ep, y, native, weights, outputs.bias)
+        return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column", group=group), None)
+    combined = ep.combine(y, native, bias=outputs.bias, topk_weights=weights, reduce="column", group=group)
+    return Sums(combined.x, combined.topk_weights)
 
 
 def buffer_for_sums(side: Side, hidden: int, handle: EPHandle) -> Calls:
@@ -86,15 +86,6 @@ def buffer_for_sums(side: Side, hidden: int, handle: EPHandle) -> Calls:
     wire = carrying_wire(torch.bfloat16, hidden, 0, torch.float32, by_column=True)
     kind = handle.kind
     return side.natives.variant(kind.num_experts, wire, kind.num_topk, static_rows=static_rows_of(side, kind))
-
-
-def _summed(
-    ep: Calls, y: torch.Tensor, native: Handle, weights: torch.Tensor | None, bias: tuple[torch.Tensor, ...]
-) -> Sums:
-    if weights is None:
-        return Sums(ep.combine(y, native, bias=bias, reduce="column"), None)
-    combined = ep.combine(y, native, bias=bias, topk_weights=weights, reduce="column")
-    return Sums(combined.x, combined.topk_weights)
 
 
 def _start(
@@ -106,10 +97,11 @@ def _start(
     bias: tuple[torch.Tensor, ...],
     *,
     reduce: str = "column",
+    group: int = 0,
 ) -> Sums:
     """Send the first half."""
     side.natives.make_room()
-    pending = ep.combine(y, native, bias=bias, topk_weights=weights, reduce=reduce, wait=False)
+    pending = ep.combine(y, native, bias=bias, topk_weights=weights, reduce=reduce, group=group, wait=False)
     targets = pending.targets
     assert targets is not None, "a sum's place is always known"
     return Sums(targets.x, targets.topk_weights, side.natives.start(pending))
@@ -117,12 +109,9 @@ def _start(
 
 def _sum_columns(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, go_on: bool) -> Sums:
     """One sum only of an expanded batch: every row travels, and they are added in column order."""
-    native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
-    assert handle.announced_counts is not None
-    known = ep.handles.recall(
-        handle.topk_idx, handle.announced_counts, layout="expert", expert_alignment=handle.expert_alignment
-    )
-    y = outputs.x[: known.num_rows]
+    known, y = rows_by_expert(side, handle, ep), outputs.x
+    if y.shape[0] != known.num_rows:
+        y = y[rows_without_gaps(known.counts, handle.expert_alignment)] if ep.num_hosts > 1 else y[: known.num_rows]
     if go_on:
         return _start(side, ep, y, known, None, outputs.bias, reduce="expert")
     return Sums(ep.combine(y, known, bias=outputs.bias, reduce="expert"), None)
@@ -148,34 +137,3 @@ def _owned_weights(side: Side, weights: torch.Tensor, served: torch.Tensor, num_
     by_column = int(weights.dim() == 2)
     side.loops.gather_weights(num_valid, num_topk, served.data_ptr(), by_column, weights.data_ptr(), owned.data_ptr())
     return owned
-
-
-def _sum_by_host(
-    side: Side,
-    ep: Calls,
-    y: torch.Tensor,
-    weights: torch.Tensor | None,
-    native: Handle,
-    bias: tuple[torch.Tensor, ...],
-    go_on: bool,
-) -> Sums:
-    """Stage B, a sum for each (token, host), and then the last one."""
-    grouped, host_order = ep.handles.by_group(native, side.num_scaleup)
-    num_hosts, num_tokens = side.num_ranks // side.num_scaleup, host_order.shape[0]
-    partial = _start(side, ep, y, grouped, weights, ()) if go_on else _summed(ep, y, grouped, weights, ())
-    out = torch.empty((num_tokens, y.shape[1]), dtype=torch.bfloat16, device="cpu")
-    weights_out = None
-    if partial.topk_weights is not None:
-        weights_out = torch.empty((num_tokens, partial.topk_weights.shape[1]), dtype=torch.float32, device="cpu")
-
-    def sum_hosts() -> None:
-        first_T1 = torch.arange(0, num_tokens * num_hosts, num_hosts, dtype=torch.int32, device="cpu").unsqueeze(1)
-        rows = torch.where(host_order >= 0, host_order + first_T1, host_order)
-        _sum_rows(side.kernels, partial.x, rows, bias, out)
-        if partial.topk_weights is not None and weights_out is not None:
-            torch.sum(partial.topk_weights.view(num_tokens, num_hosts, weights_out.shape[1]), 1, out=weights_out)
-
-    if partial.underway is None:
-        sum_hosts()
-        return Sums(out, weights_out)
-    return Sums(out, weights_out, partial.underway.then(sum_hosts))

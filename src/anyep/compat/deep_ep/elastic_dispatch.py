@@ -73,8 +73,12 @@ def dispatch_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
     """Send tokens to their experts' ranks and return the batch with a new handle."""
     idx = tokens.topk_idx
     assert idx is not None
-    received = kind.native.dispatch(_wired(side, kind, tokens), idx)
-    native, arrived = received.handle, received.topk_idx
+    return _first_batch(side, kind, tokens, kind.native.dispatch(_wired(side, kind, tokens), idx))
+
+
+def _first_batch(side: Side, kind: Kind, tokens: Tokens, received: Received) -> RecvBatch:
+    idx, native, arrived = tokens.topk_idx, received.handle, received.topk_idx
+    assert idx is not None
     assert arrived is not None
     if kind.lands:
         origin = Origin(side, kind.terms, native, arrived.numpy().copy(), received.source_token)
@@ -120,8 +124,8 @@ def begin_first(side: Side, kind: Kind, tokens: Tokens) -> RecvBatch:
     side.natives.make_room()
     pending = kind.native.dispatch(_wired(side, kind, tokens), idx, wait="sizes")
     landing = pending.targets
-    assert landing is not None
-    assert landing.handle is not None
+    if landing is None or landing.handle is None:  # between hosts a handle is known at the end
+        return _first_batch(side, kind, tokens, pending.wait())
     native, late = landing.handle, Late()
     places = None if side.keeps_order else places_of(native.pair_rows[:, side.number], side.num_scaleup)
     origin = Origin(side, kind.terms, native, None, landing.source_token, late)

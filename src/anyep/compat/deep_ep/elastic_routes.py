@@ -71,14 +71,17 @@ def native_handle(side: Side, handle: EPHandle, ep: Calls) -> Handle:
 
 
 def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
-    """Return the same from what was noted of fields, or from the fields. Exchanges something in one case alone:
+    """Return the same from what was noted of fields, or from the fields. Exchanges something in two cases:
 
-    ``announced_counts`` is None. All ranks tell theirs then, by a dispatch whose rows nobody reads.
+    ``announced_counts`` is None, and between hosts, where ranks forward for each other and handles do not say for whom.
+    All ranks tell each other then, by a dispatch whose rows nobody reads.
     """
     route: Route | None = handle.route
     if route is not None and (route.unwritten() if handle.untouched else route.fits(handle)):
         return ep.handles.adopt(route.native)
     topk_idx = handle.topk_idx
+    if ep.num_hosts > 1:
+        return _asked_again(side, handle)
     if handle.announced_counts is None:
         handle.announced_counts = _ask_for_counts(side, handle.num_experts, topk_idx)
     recalled = ep.handles.recall(topk_idx, handle.announced_counts)
@@ -88,10 +91,37 @@ def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
     return recalled
 
 
-def _ask_for_counts(side: Side, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
+def rows_by_expert(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+    """Return the handle of the same dispatch with a row for each (token, column), from which each row goes back."""
+    native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
+    if ep.num_hosts == 1:
+        counts = handle.announced_counts
+        assert counts is not None, "asked for just now"
+        return ep.handles.recall(handle.topk_idx, counts, layout="expert", expert_alignment=handle.expert_alignment)
+    return _ask(side, handle.num_experts, handle.topk_idx, None, layout="expert")
+
+
+def _asked_again(side: Side, handle: EPHandle) -> Handle:
+    rows = static_rows_of(side, handle.kind)
+    native = _ask(side, handle.num_experts, handle.topk_idx, rows)
+    assert native.announced is not None, "wires with sums by column keep what was announced"
+    handle.announced_counts = torch.from_numpy(native.announced.copy())
+    handle.route = route = Route(native)
+    for name in ROUTING:
+        route.note(name, getattr(handle, name))
+    return native
+
+
+def _ask(
+    side: Side, num_experts: int, topk_idx: torch.Tensor, static_rows: int | None, layout: str = "compact"
+) -> Handle:
     nothing = carrying_wire(torch.uint8, 1, 0, torch.float32, by_column=True)
-    ep = side.natives.variant(num_experts, nothing, topk_idx.shape[1])
+    ep = side.natives.variant(num_experts, nothing, topk_idx.shape[1], static_rows=static_rows)
     x = torch.zeros((topk_idx.shape[0], 1), dtype=torch.uint8, device="cpu")
-    announced = ep.dispatch(x, topk_idx).handle.announced
+    return ep.dispatch(x, topk_idx, layout=layout).handle
+
+
+def _ask_for_counts(side: Side, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
+    announced = _ask(side, num_experts, topk_idx, None).announced
     assert announced is not None, "wires with sums by column keep what was announced"
     return torch.from_numpy(announced)

@@ -53,6 +53,15 @@ def _inverse(order_N: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.
     return torch.from_numpy(places_N)
 
 
+def rows_without_gaps(counts_L: Sequence[int], alignment: int) -> torch.Tensor:
+    """Return int64 [sum of counts]: the rows of an expanded batch that are no padding."""
+    starts, begin = [], 0
+    for count in counts_L:
+        starts.append(np.arange(begin, begin + count))
+        begin += align(count, alignment)
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *starts]))
+
+
 def fill_rows(batch: torch.Tensor, rows: torch.Tensor, places: torch.Tensor | None, fill: int = 0) -> None:
     """Copy ``rows`` to their places, or to the batch's beginning; the rest of it becomes ``fill``."""
     num_rows = rows.shape[0]

@@ -16,11 +16,9 @@ from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.layout import loops, made
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, KEY, recalled
+from anyep.compat.deep_ep.underway import Underway
 
-INTRANODE, INTERNODE = 6, 10
-"""Members."""
-_KEY = {INTRANODE: 0, INTERNODE: 6}
-"""The member by which a handle is known: rank_prefix_matrix, recv_gbl_rank_prefix_sum."""
 _META_BYTES = 8
 
 
@@ -35,6 +33,8 @@ class Origin(NamedTuple):
     """the caller's is_token_in_rank [T, R], handed on as a member"""
     domain: Domain
     channels: int
+    underway: Underway | None = None
+    """what brings the source tokens, where the dispatch is not over"""
 
 
 class NormalHandle(LazyTuple):
@@ -43,16 +43,18 @@ class NormalHandle(LazyTuple):
     origin: Origin
 
     def _make(self) -> tuple[Any, ...]:
+        if self.origin.underway is not None:
+            self.origin.underway.wait()
         return (_intranode if len(self) == INTRANODE else _internode)(self.origin)
 
 
 def find_handle(natives: Natives, handle: object) -> Kept:
-    """Return what a handle, or a tuple of a handle's members, stands for. RuntimeError for others."""
+    """Return what a handle stands for, or a tuple of its members, or of copies of them. RuntimeError for others."""
     if type(handle) is NormalHandle and handle.origin.natives is natives:
         return handle.origin.kept
-    if not isinstance(handle, (tuple, list)) or len(handle) not in _KEY:
+    if not isinstance(handle, (tuple, list)) or len(handle) not in KEY:
         refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
-    return natives.find(handle[_KEY[len(handle)]])
+    return natives.find(handle[KEY[len(handle)]]) or recalled(natives, tuple(handle))
 
 
 def _sent(kept: Kept, ranks: int) -> torch.Tensor:
@@ -82,7 +84,7 @@ def _starts(kept: Kept, token: torch.Tensor, rank: int, channels: int) -> Any:
 
 
 def _intranode(origin: Origin) -> tuple[Any, ...]:
-    natives, kept, token, inside, domain, channels = origin
+    natives, kept, token, inside, domain, channels, _ = origin
     assert token is not None, "the variants of normal calls bring source tokens"
     prefix, head = _numbered(_sent(kept, domain.num_ranks), 1, channels)
     return (
@@ -96,7 +98,7 @@ def _intranode(origin: Origin) -> tuple[Any, ...]:
 
 
 def _internode(origin: Origin) -> tuple[Any, ...]:
-    natives, kept, token, inside, domain, channels = origin
+    natives, kept, token, inside, domain, channels, _ = origin
     assert token is not None, "the variants of normal calls bring source tokens"
     rank, per_host, hosts = kept.ep.rank, domain.per_host, domain.num_hosts
     sent = _sent(kept, domain.num_ranks)

@@ -19,7 +19,6 @@ from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import LowLatencyKept, Natives
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
-from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire
 
 _MEMBERS = 5
@@ -193,14 +192,14 @@ def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
     clock.stop()
 
 
-def find_handle(natives: Natives, handle: object) -> LowLatencyKept:
-    """Return what a handle, or a tuple of a handle's members, stands for. RuntimeError for others."""
+def find_handle(natives: Natives, handle: object) -> LowLatencyKept | None:
+    """Return what a handle, or a tuple of its members, stands for; None for copies. RuntimeError for others."""
     if type(handle) is LowLatencyHandle and handle.origin.natives is natives:
         return handle.origin.kept
     if not isinstance(handle, (tuple, list)) or len(handle) != _MEMBERS:
         refuse(f"handle must be the tuple of {_MEMBERS} that low_latency_dispatch returned")
     kept = natives.find(handle[_LAYOUT_RANGE])
-    if not isinstance(kept, LowLatencyKept):
+    if kept is not None and not isinstance(kept, LowLatencyKept):
         refuse("handle must be that of a low_latency_dispatch, got members of a dispatch's")
     return kept
 
@@ -211,102 +210,6 @@ def wire_for(hidden: int, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) 
     if not use_fp8:
         return make_wire("bf16", "fp32", hidden)
     return make_wire("fp8", "ue8m0" if use_ue8m0 else "pow2" if round_scale else "fp32", hidden)
-
-
-def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:
-    """Return a BF16 tensor [L, P, H] that the next zero-copy combine of ``handle`` reads where it lies."""
-    kept = find_handle(natives, handle)
-    kept.combine_buffer = kept.ep.empty_output(kept.handle, torch.bfloat16)
-    return kept.combine_buffer
-
-
-class Sum(NamedTuple):
-    """Arguments of a combine."""
-
-    x: Any
-    topk_idx: Any
-    topk_weights: Any
-    use_logfmt: bool
-    zero_copy: bool
-    out: Any
-    waits: Any
-
-
-def combine(natives: Natives, handle: object, given: Sum, *, go_on: bool) -> tuple[torch.Tensor, Underway | None]:
-    """Sum rows at their origins; ``go_on``: send the first half; the sums [T, H] are valid after the second."""
-    kept = find_handle(natives, handle)
-    if given.zero_copy or not _as_dispatched(natives, kept.handle, given):
-        _check_sum(kept, given)
-    if given.waits is not None:
-        ranks = kept.ep.num_ranks
-        check_dense("combine_wait_recv_cost_stats", given.waits, torch.int64, [ranks], f"[{ranks}]")
-    y = _take_combine_buffer(kept) if given.zero_copy else given.x
-    try:
-        return (_start_sum if go_on else _run_sum)(natives, kept, y, given)
-    except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
-        _check_sum(kept, given)
-        raise
-
-
-def _run_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, None]:
-    clock = None if given.waits is None else WaitClock(kept.ep, given.waits)
-    wire = "logfmt10" if given.use_logfmt else None
-    summed = kept.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire)
-    if clock is not None:
-        clock.stop()
-    return summed, None
-
-
-def _start_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, Underway]:
-    natives.make_room()
-    clock = WaitClock(kept.ep, given.waits)
-    wire = "logfmt10" if given.use_logfmt else None
-    pending = kept.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire, wait=False)
-    assert pending.targets is not None, "a sum's place is always known"
-    return pending.targets.x, natives.start(pending, lambda _: clock.stop())
-
-
-def _as_dispatched(natives: Natives, handle: Handle, given: Sum) -> bool:
-    """Return whether all is right that the native combine does not check: rows in bfloat16, the dispatch's experts."""
-    x, idx, plan = given.x, given.topk_idx, handle.send
-    return (
-        type(x) is torch.Tensor
-        and type(idx) is torch.Tensor
-        and x.dtype is torch.bfloat16
-        and idx.dtype is indices.topk_idx_t
-        and idx.itemsize == plan.idx_bytes
-        and idx.shape == (plan.num_tokens, plan.geometry.num_topk)
-        and idx.is_cpu
-        and idx.is_contiguous()
-        and given.topk_weights is not None
-        and natives.loops.same_bytes(idx.data_ptr(), plan.idx_addr, idx.nbytes)
-    )
-
-
-def _check_sum(kept: LowLatencyKept, given: Sum) -> None:
-    """Check a combine's tensors. RuntimeError."""
-    check_dense("x", given.x, torch.bfloat16, [*kept.handle.shape, kept.hidden], "[L, R * Tmax, H]")
-    idx = indices.check_topk_idx(given.topk_idx, kept.handle.num_tokens)
-    check_dense("topk_weights", given.topk_weights, torch.float32, list(idx.shape), "[T, K]")
-    _check_same_routing(idx, kept)
-    if given.out is not None:
-        check_dense("out", given.out, torch.bfloat16, [idx.size(0), kept.hidden], "[T, H]")
-
-
-def _take_combine_buffer(kept: LowLatencyKept) -> torch.Tensor:
-    buffer, kept.combine_buffer = kept.combine_buffer, None
-    if buffer is None:
-        refuse("zero_copy=True: write the rows to get_next_low_latency_combine_buffer(handle) first")
-    return buffer
-
-
-def _check_same_routing(topk_idx: torch.Tensor, kept: LowLatencyKept) -> None:
-    """RuntimeError unless the experts are those of the dispatch; -1 may stand in place of any that were masked then."""
-    sent, topk_idx = kept.handle.send.topk_idx(), indices.widened(topk_idx)
-    if torch.equal(topk_idx, sent):
-        return
-    same = topk_idx.shape == sent.shape and bool(((topk_idx == sent) | (sent == -1)).all())
-    host_assert(same, "topk_idx must be the one that low_latency_dispatch was given")
 
 
 class WaitClock:

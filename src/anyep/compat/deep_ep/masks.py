@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from anyep.compat.deep_ep.checks import check_dense, host_assert
@@ -27,10 +29,15 @@ class Masks:
         host_assert(rank != self._rank or not masked, f"rank {rank} cannot mask itself")
         self._masked_R[rank] = int(masked)
 
-    def query(self, status: object) -> None:
-        """Write 1 for masked ranks and 0 for others to int32 [R]."""
+    def query(self, status: object, culprits: Collection[int] = ()) -> None:
+        """Write 1 for masked ranks and ``culprits``, and 0 for others, to int32 [R]."""
         self._check()
-        check_dense("mask_status", status, torch.int32, [len(self._masked_R)], "[R]").copy_(self._masked_R)
+        written = check_dense("mask_status", status, torch.int32, [len(self._masked_R)], "[R]").copy_(self._masked_R)
+        written[list(culprits)] = 1
+
+    def add(self, ranks: Collection[int]) -> None:
+        """Mask ranks that a call went on without."""
+        self._masked_R[list(ranks)] = 1
 
     def clean(self) -> None:
         """Take in every rank."""

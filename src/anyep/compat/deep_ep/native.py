@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
 from anyep.compat.deep_ep.layout import loops
@@ -80,11 +81,10 @@ class LowLatencyKept(Kept):
 class Natives:
     """The buffers of one group, their variants, and the handles that their dispatches left."""
 
-    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S, transport: str = "auto") -> None:
-        """``group``, ``timeout_s`` and ``transport`` as :class:`anyep.Buffer` takes them."""
+    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S) -> None:
+        """``group`` and ``timeout_s`` as :class:`anyep.Buffer` takes them."""
         self._group = group
         self._timeout_s = timeout_s
-        self._transport = transport
         self._buffers: dict[int, anyep.Buffer] = {}
         self._variants: OrderedDict[Hashable, Calls] = OrderedDict()
         self._underway: deque[Underway] = deque()
@@ -92,9 +92,13 @@ class Natives:
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self._kept: dict[int, Kept] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
+        self.recalled: Any = WeakTensorKeyDictionary()
+        """from copies of a handle's member to the versions of all of them, and what they stand for"""
         self.loops: Any = None
         """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
+        self.expels = False
+        """whether low-latency calls go on without ranks that do not come"""
 
     def buffer(self, num_experts: int) -> anyep.Buffer:
         """Return the buffer for so many experts; collective the first time."""
@@ -109,11 +113,12 @@ class Natives:
                 num_topk=1,
                 arena_bytes=0,
                 timeout_s=self._timeout_s,
-                transport=self._transport,
                 max_in_flight=_IN_FLIGHT,
                 hidden=_SLOT_HIDDEN,
                 max_tokens_per_rank=_SLOT_TOKENS,
             )
+            if self.expels and known.num_hosts == 1:
+                known.expel_absent()
         return known
 
     def variant(
@@ -153,14 +158,23 @@ class Natives:
         while self._underway and (self._underway[0].finished or len(self._underway) >= _IN_FLIGHT):
             self._underway.popleft().finish()
 
+    def left_out(self) -> set[int]:
+        """Return the ranks that some buffer goes on without."""
+        return {rank for buffer in self._buffers.values() for rank in buffer.left_out}
+
     def leave_out(self, ranks: list[int]) -> None:
         """Go on without these ranks in every buffer that there is."""
         for buffer in self._buffers.values():
             buffer.leave_out(ranks)
 
+    def culprits(self) -> set[int]:
+        """Return the ranks that were lost or silent in a call which ended a buffer."""
+        errors = [buffer.ended_by for buffer in self._buffers.values()]
+        return {rank for error in errors if isinstance(error, anyep.PeerError) for rank in error.ranks}
+
     def barrier(self, num_ranks: int) -> None:
         """Wait until every rank is here, on any buffer: the first that there is, on all ranks alike."""
-        self.buffer(next(iter(self._buffers), num_ranks)).barrier()
+        self.buffer(self.first_num_experts(num_ranks)).barrier()
 
     def start(self, pending: Pending[Any], fill: Callable[[Any], None] | None = None) -> Underway:
         """Note a call under way."""
@@ -180,15 +194,13 @@ class Natives:
         self._kept.pop(address, None)
         self._arrays.pop(address, None)
 
-    def find(self, tensor: object) -> Kept:
-        """Return what belongs to the handle that ``tensor`` is a member of. RuntimeError for others."""
-        kept = self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
-        if kept is None:
-            raise RuntimeError(
-                "Assertion exception: handle must hold the tensors that a dispatch of this Buffer returned; copies "
-                "of them lack where rows lie at other ranks"
-            )
-        return kept
+    def find(self, tensor: object) -> Kept | None:
+        """Return what belongs to the handle that ``tensor`` is a member of; None for others."""
+        return self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
+
+    def first_num_experts(self, num_ranks: int) -> int:
+        """Return a number of experts for which all ranks have a buffer; R, for a new one, where there is none."""
+        return next(iter(self._buffers), num_ranks)
 
     def close(self) -> None:
         """Close every buffer. Idempotent."""

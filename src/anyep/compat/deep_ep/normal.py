@@ -10,10 +10,13 @@ import anyep
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
-from anyep.compat.deep_ep.handles import INTERNODE, INTRANODE, NormalHandle, Origin, find_handle
+from anyep.compat.deep_ep.handles import NormalHandle, Origin, find_handle
 from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, ranks_as_experts
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
+from anyep.exchange.event import Pending, Targets
+from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, carrying_wire
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -129,10 +132,19 @@ def _checked(side: Side, x: Any, batch: Batch) -> Calls:
     return side.natives.variant(experts, wire, topk, static_rows=batch.worst_tokens or None)
 
 
-def dispatch(
-    side: Side, x: Any, batch: Batch, channels: int
-) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, list[int], NormalHandle]:
-    """Send rows; return what V1 returns but for the event."""
+class Dispatched(NamedTuple):
+    """What dispatch returns; ``underway`` if it is not over."""
+
+    rows: Rows
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    counts: list[int]
+    handle: NormalHandle
+    underway: Underway | None
+
+
+def dispatch(side: Side, x: Any, batch: Batch, channels: int, *, go_on: bool) -> Dispatched:
+    """Send rows; ``go_on``: return when the sizes are known."""
     kind, natives, idx = batch.kind(x), side.natives, batch.topk_idx
     ep = natives.checked.get(kind)
     if ep is None:
@@ -141,36 +153,53 @@ def dispatch(
             natives.remember(kind, ep)
     experts, expert_rows = batch.num_tokens_per_expert.size(0), None
     if idx is None:
-        idx, expert_rows = _ranks_as_experts(batch.is_token_in_rank, experts), batch.num_tokens_per_expert
+        idx, expert_rows = ranks_as_experts(batch.is_token_in_rank, experts), batch.num_tokens_per_expert
     elif idx.itemsize < 4:
         idx = indices.widened(idx)
+    pending = None
+    received: anyep.Received | Targets
     try:
-        received = ep.dispatch(x, idx, batch.topk_weights, expert_rows=expert_rows)
+        if go_on and (batch.topk_idx is None or idx is batch.topk_idx):  # narrow ones are narrowed again at the end
+            natives.make_room()
+            pending = ep.dispatch(x, idx, batch.topk_weights, expert_rows=expert_rows, wait="sizes")
+            received = _landing(pending)
+        else:
+            received = ep.dispatch(x, idx, batch.topk_weights, expert_rows=expert_rows)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
         _checked(side, x, batch)
         raise
-    _check_counts(natives, received, batch)
-    kept = Kept(ep, experts, idx.size(1), batch.worst_tokens or None, received.handle)
-    origin = Origin(natives, kept, received.source_token, batch.is_token_in_rank, side.domain, channels)
+    native = received.handle
+    assert native is not None
+    underway = None if pending is None or isinstance(received, anyep.Received) else natives.start(pending)
+    _check_counts(natives, native, batch)
+    kept = Kept(ep, experts, idx.size(1), batch.worst_tokens or None, native)
+    origin = Origin(natives, kept, received.source_token, batch.is_token_in_rank, side.domain, channels, underway)
     recv_idx = None if batch.topk_idx is None else received.topk_idx
     if recv_idx is not None and recv_idx.dtype is not batch.topk_idx.dtype:
         recv_idx = recv_idx.to(batch.topk_idx.dtype)
-    counts = list(received.counts)
+    counts = list(native.counts)
     if batch.worst_tokens:
         counts = []
     elif batch.alignment > 1:
         counts = [-(-count // batch.alignment) * batch.alignment for count in counts]
-    return (
+    return Dispatched(
         received.x if received.scales is None else (received.x, received.scales),
         recv_idx,
         received.topk_weights,
         counts,
         NormalHandle(side.members, origin),
+        underway,
     )
 
 
-def dispatch_again(side: Side, x: Any, handle: object) -> Rows:
-    """Send other rows where an earlier dispatch sent its own."""
+def _landing(pending: Pending[anyep.Received]) -> anyep.Received | Targets:
+    """Return where rows will stand; between hosts, where that is known at the end only, what has arrived."""
+    targets = pending.targets
+    return pending.wait() if targets is None or targets.handle is None else targets
+
+
+def dispatch_again(side: Side, x: Any, handle: object, *, go_on: bool) -> tuple[Rows, Underway | None]:
+    """Send other rows where an earlier dispatch sent its own; ``go_on``: return at once."""
     kept = find_handle(side.natives, handle)
     rows = _kind_of_rows(x)
     kind = ("again", kept.num_experts, kept.num_topk, kept.static_rows, rows)
@@ -179,12 +208,20 @@ def dispatch_again(side: Side, x: Any, handle: object) -> Rows:
         ep = _checked_again(side, x, kept)
         if rows is not None:
             side.natives.remember(kind, ep)
+    underway = None
+    received: anyep.Received | Targets
     try:
-        received = ep.dispatch(x, handle=kept.handle)
+        if go_on:
+            side.natives.make_room()
+            pending = ep.dispatch(x, handle=kept.handle, wait=False)
+            received = _landing(pending)
+            underway = None if isinstance(received, anyep.Received) else side.natives.start(pending)
+        else:
+            received = ep.dispatch(x, handle=kept.handle)
     except (TypeError, ValueError):
         _checked_again(side, x, kept)
         raise
-    return received.x if received.scales is None else (received.x, received.scales)
+    return (received.x if received.scales is None else (received.x, received.scales)), underway
 
 
 def _checked_again(side: Side, x: object, kept: Kept) -> Calls:
@@ -195,16 +232,9 @@ def _checked_again(side: Side, x: object, kept: Kept) -> Calls:
     return side.natives.variant(kept.num_experts, wire, kept.num_topk, static_rows=kept.static_rows)
 
 
-def _ranks_as_experts(inside: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return int32 [T, R]: each rank's first expert where the token goes there, else -1."""
-    ranks = inside.size(1)
-    first = torch.arange(0, num_experts, num_experts // ranks, dtype=torch.int32, device="cpu")
-    return first.masked_fill(~inside, -1) if inside.size(0) else inside.int()
-
-
-def _check_counts(natives: Natives, received: anyep.Received, batch: Batch) -> None:
+def _check_counts(natives: Natives, native: Handle, batch: Batch) -> None:
     """RuntimeError where the caller's counts are not those of the rows that went out."""
-    plan, given = received.handle.send, batch.num_tokens_per_rank
+    plan, given = native.send, batch.num_tokens_per_rank
     if natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), given.nbytes):
         return
     refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {plan.numbers('rank_rows').tolist()}")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.exchange.event import Pending
 
 
@@ -18,18 +19,6 @@ class Underway:
         self._fill = fill
         self._error: BaseException | None = None
         self._turn = threading.Lock()
-
-    def then(self, step: Callable[[], None]) -> Underway:
-        """Let ``step`` come after the second half; return this. Before anybody has asked for it."""
-        first = self._fill
-
-        def both(result: Any) -> None:
-            if first is not None:
-                first(result)
-            step()
-
-        self._fill = both
-        return self
 
     def finish(self) -> None:
         """Do the second half; remember what went wrong."""
@@ -54,3 +43,10 @@ class Underway:
     @property
     def finished(self) -> bool:
         return self._pending is None
+
+
+def event_of(underway: Underway | None, *, asked: bool = False) -> EventOverlap:
+    """Return the event of a call; None inside where it is over, unless one was ``asked`` for."""
+    if underway is None:
+        return EventOverlap(EventHandle() if asked else None)
+    return EventOverlap(EventHandle.of(underway.wait))

@@ -1,0 +1,105 @@
+"""Padded operations that go on without a rank which does not come: before a dispatch, or between it and its combine."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import anyep
+
+R, E, K, H, T = 4, 8, 3, 32, 6
+SIZES = {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": T}
+SILENT = 2
+
+
+def batch(rank):
+    generator = torch.Generator().manual_seed(rank)
+    idx = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].contiguous()
+    return torch.randn(T, H, generator=generator).bfloat16(), idx
+
+
+def sums_without(rank, silent):
+    """What comes back where experts return what they get, and those of ``silent`` do not answer."""
+    x, idx = batch(rank)
+    total = torch.zeros(T, H)
+    for column in range(K):
+        total = total + x.float() * (idx[:, column : column + 1] // (E // R) != silent)
+    return total.bfloat16()
+
+
+def run(rank_main, **options):
+    def thread_main(member):
+        ep = anyep.Buffer(member, **SIZES, timeout_s=1.0, **options)
+        try:
+            ep.expel_absent()
+            return rank_main(ep)
+        finally:
+            ep.close()
+
+    return anyep.local_group(R).run(thread_main)
+
+
+@pytest.mark.parametrize("eager_bytes", [0, 1 << 16])
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+def test_the_others_go_on_as_if_the_silent_rank_had_been_left_out(where, eager_bytes):
+    done = threading.Barrier(R)
+
+    def rank_main(ep):
+        x, idx = batch(ep.rank)
+        ep.barrier()
+        if ep.rank == SILENT:
+            late = lambda: ep.dispatch(x, idx, layout="padded")  # noqa: E731
+            if where == "combine":
+                received = late()
+                late = lambda: ep.combine(received.x, received.handle)  # noqa: E731
+            done.wait(30)
+            with pytest.raises(anyep.PeerLost, match="went on without it"):
+                late()
+            return
+        received = ep.dispatch(x, idx, layout="padded")
+        out = ep.combine(received.x, received.handle)
+        assert torch.equal(out, sums_without(ep.rank, SILENT))
+        if where == "dispatch":
+            assert int(received.source_count[:, SILENT].sum()) == 0
+        assert ep.left_out == [SILENT]
+        masked = idx.masked_fill(idx // (E // R) == SILENT, -1)
+        again = ep.dispatch(x, masked, layout="padded")
+        assert torch.equal(ep.combine(again.x, again.handle), out)
+        with pytest.raises(ValueError, match="rank 2 was expelled"):
+            ep.leave_out(())
+        done.wait(30)
+
+    run(rank_main, eager_bytes=eager_bytes)
+
+
+def test_operations_of_other_layouts_still_end_the_buffer():
+    done = threading.Barrier(R)
+
+    def rank_main(ep):
+        x, idx = batch(ep.rank)
+        if ep.rank != SILENT:
+            with pytest.raises(anyep.PeerError, match="rank 2"):
+                ep.dispatch(x, idx)
+        done.wait(30)
+
+    run(rank_main)
+
+
+def test_a_rank_that_comes_late_but_in_time_takes_part():
+    def rank_main(ep):
+        x, idx = batch(ep.rank)
+        if ep.rank == SILENT:
+            threading.Event().wait(0.3)
+        received = ep.dispatch(x, idx, layout="padded")
+        assert torch.equal(ep.combine(received.x, received.handle), sums_without(ep.rank, None))
+        assert ep.left_out == []
+
+    run(rank_main)
+
+
+def test_ranks_between_hosts_cannot_be_expelled(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+    with pytest.raises(anyep.Unavailable, match="one host"):
+        run(lambda ep: None)
