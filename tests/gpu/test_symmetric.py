@@ -109,7 +109,7 @@ def test_without_a_process_group_it_is_unavailable(monkeypatch):
 
 
 def test_processes_with_a_device_each_give_the_same_bits():
-    played = [replace(draw(seed), num_tokens=(6, 0, 5)) for seed in (3, 4, 10)]
+    played = [replace(draw(seed), num_tokens=(6, 0, 5)) for seed in (3, 10)]
     for case, *outcomes in zip(played, *run_processes(3, play_mapped, played, 7), strict=True):
         check(case, outcomes)
 
