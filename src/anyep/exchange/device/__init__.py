@@ -13,7 +13,7 @@ counts          travel with the announcement                     kernel announce
 places          compiled settle and connect                      kernels settle and connect (``second_half``)
 rows            scatter, quantise_scatter, scatter_routing       the same kernels, on tables in device memory
 sums            reduce, reduce_weights, reduce_logfmt            the same kernels
-order           messages, awaited by every rank                  that of one stream, or words (``order``, ``concurrent``)
+order           messages, awaited by every rank                  of a stream, or words (``order``, ``concurrent``)
 =============== ================================================ ======================================================
 
 *Where memory lives* is said by one object, a :class:`~anyep.exchange.device.devices.Device`: where a caller's tensors
