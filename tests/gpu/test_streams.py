@@ -10,7 +10,8 @@ import anyep
 from anyep.errors import CapacityError, PeerLost
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.opening import RefusedError
-from anyep.testing.pretend_device import LazyDevice, PretendDevice, pretended
+from anyep.testing.lazy_device import LazyDevice
+from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.rounds import check, open_buffer, play
 from tests.gpu.exchanged import WAYS, draw
 

@@ -10,7 +10,8 @@ import torch
 
 import anyep
 from anyep.errors import CapacityError, Unavailable
-from anyep.testing.pretend_device import LazyDevice, PretendDevice, pretended
+from anyep.testing.lazy_device import LazyDevice
+from anyep.testing.pretend_device import PretendDevice, pretended
 from anyep.testing.processes import RankProcesses, run_processes
 from anyep.transport import cuda_symmetric
 from anyep.transport.cuda_symmetric import SymmetricHeap

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from anyep.errors import CapacityError, PeerTimeout
-from anyep.exchange.device.arrival import ARRIVALS, arrive
+from anyep.exchange.device.arrival import arrive, wrap
 from anyep.exchange.device.devices import Fetch
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.faults import refusal
@@ -164,7 +164,7 @@ class DeviceDispatch:
         visit.end([*batch.parts, self._turned])
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
         handle = self._handle(rows) if self._out.cached is None else self._known(self._out.cached)
-        return ARRIVALS[geometry.padded](end, batch, handle, self._plan, self._turned)
+        return wrap(end, batch, handle, self._plan, self._turned)
 
     def _rows_known(self) -> int:
         """Return the number of rows of the batch; where counts decide it, wait for them."""
