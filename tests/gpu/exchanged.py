@@ -1,4 +1,4 @@
-"""A process in which whole buffers run interpreted kernels on host memory: ``first_seed last_seed``.
+"""A process in which whole buffers run interpreted kernels on host memory: ``seed...``.
 
 Prints one JSON object: for each seed what went wrong, "" for nothing.
 """
@@ -56,11 +56,11 @@ def run(case):
     check(case, anyep.local_group(case.num_ranks).run(rank_main))
 
 
-def main(first, last):
+def main(*seeds):
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's about Inf and NaN, which the kernels mean
     found = {}
     with pretended(PretendDevice(interpreted_kernels())):
-        for seed in range(int(first), int(last)):
+        for seed in map(int, seeds):
             try:
                 run(draw(seed))
                 found[seed] = ""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from anyep.exchange.device import devices
-from anyep.testing.pretend_device import LazyDevice
+from anyep.testing.lazy_device import LazyDevice
 from anyep.transport import cuda_symmetric
 from anyep.transport.cuda_symmetric import SymmetricHeap
 from tests.exchange.rounds import open_buffer, play

@@ -9,7 +9,8 @@ import torch
 
 import anyep
 from anyep.errors import PeerTimeout
-from anyep.testing.pretend_device import LazyDevice, pretended
+from anyep.testing.lazy_device import LazyDevice
+from anyep.testing.pretend_device import pretended
 from tests.exchange.rounds import check, open_buffer, play
 from tests.gpu.exchanged import WAYS, draw
 

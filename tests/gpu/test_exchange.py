@@ -33,7 +33,7 @@ def run(case, **options):
     return anyep.local_group(case.num_ranks).run(rank_main)
 
 
-@settings(max_examples=25, **PATIENT)
+@settings(max_examples=15, **PATIENT)
 @given(cases())
 def test_exchange_is_exact(case):
     small = tuple(min(tokens, 40) for tokens in case.num_tokens)
@@ -51,15 +51,15 @@ def test_exchange_is_exact_at_length(case):
 
 @needs_triton
 def test_interpreted_kernels_exchange_the_same_bits(tmp_path):
-    found = run_program("exchanged", "0", "12", cache=tmp_path, interpreted=True)
-    assert found == {str(seed): "" for seed in range(12)}
+    seeds = [str(seed) for seed in (0, 3, 4, 7, 8, 11)]  # BF16 and FP8 in every layout
+    assert run_program("exchanged", *seeds, cache=tmp_path, interpreted=True) == dict.fromkeys(seeds, "")
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_interpreted_kernels_exchange_the_same_bits_at_length(tmp_path):
-    found = run_program("exchanged", "12", "200", cache=tmp_path, interpreted=True, timeout=1700)
+    found = run_program("exchanged", *map(str, range(200)), cache=tmp_path, interpreted=True, timeout=1700)
     assert [trace for trace in found.values() if trace] == []
 
 

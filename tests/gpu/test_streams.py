@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 import anyep
-from anyep.errors import CapacityError
+from anyep.errors import CapacityError, PeerLost
 from anyep.exchange.device.streams import Visit
-from anyep.testing.pretend_device import LazyDevice, PretendDevice, pretended
+from anyep.exchange.opening import RefusedError
+from anyep.testing.lazy_device import LazyDevice
+from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.rounds import check, open_buffer, play
 from tests.gpu.exchanged import WAYS, draw
 
@@ -49,6 +51,16 @@ def test_a_caller_who_does_not_follow_the_exchange_is_found_out(monkeypatch):
     monkeypatch.setattr(LazyDevice, "follow", careless)
     case = replace(draw(11), num_tokens=(6, 4, 5), num_topk=2, num_experts=8)
     assert not all(is_right(case, seed) for seed in range(6))
+
+
+def test_the_memory_of_a_call_that_broke_off_is_kept_and_that_of_a_refused_one_is_not_in_use():
+    device, abandoned = Noted(), []
+    for error in (RefusedError(ValueError("refused")), PeerLost("lost", ranks=[1], step="")):
+        visit = Visit.begin(device, "exchange")
+        with pytest.raises(type(error)), visit.cleared(error, abandoned):
+            raise error
+    assert abandoned == [error]
+    assert device.notes == [("exchange", "caller"), ("caller", "exchange"), ("exchange", "caller")]
 
 
 class Noted(PretendDevice):

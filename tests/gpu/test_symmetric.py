@@ -10,7 +10,8 @@ import torch
 
 import anyep
 from anyep.errors import CapacityError, Unavailable
-from anyep.testing.pretend_device import LazyDevice, PretendDevice, pretended
+from anyep.testing.lazy_device import LazyDevice
+from anyep.testing.pretend_device import PretendDevice, pretended
 from anyep.testing.processes import RankProcesses, run_processes
 from anyep.transport import cuda_symmetric
 from anyep.transport.cuda_symmetric import SymmetricHeap
@@ -109,7 +110,7 @@ def test_without_a_process_group_it_is_unavailable(monkeypatch):
 
 
 def test_processes_with_a_device_each_give_the_same_bits():
-    played = [replace(draw(seed), num_tokens=(6, 0, 5)) for seed in (3, 4, 10)]
+    played = [replace(draw(seed), num_tokens=(6, 0, 5)) for seed in (3, 10)]
     for case, *outcomes in zip(played, *run_processes(3, play_mapped, played, 7), strict=True):
         check(case, outcomes)
 

@@ -2,28 +2,34 @@
 
 What is shared with the host (``exchange/``), and what is not:
 
-=============== ================================================ ==================================================
+=============== ================================================ ======================================================
 part            host                                             device
-=============== ================================================ ==================================================
+=============== ================================================ ======================================================
 agreement       headers on the lanes of a transport              the same, on the same lanes
 checks          outgoing, returning, wire                        the same, for tensors of the device
-memory          the transport's arena                            torch's allocator of the device (``landing``)
+memory          the transport's arena                            of the device, within peers' ``reach`` (``landing``)
 routing         kernels: route                                   begin_route, which nobody waits for (``plan``)
 counts          travel with the announcement                     kernel announce, to the *board* of every rank
 places          compiled settle and connect                      kernels settle and connect (``second_half``)
 rows            scatter, quantise_scatter, scatter_routing       the same kernels, on tables in device memory
 sums            reduce, reduce_weights, reduce_logfmt            the same kernels
-order           messages, awaited by every rank                  the order of a stream (``order``)
-=============== ================================================ ==================================================
+order           messages, awaited by every rank                  of a stream, or words (``order``, ``concurrent``)
+=============== ================================================ ======================================================
 
 *Where memory lives* is said by one object, a :class:`~anyep.exchange.device.devices.Device`: where a caller's tensors
 must lie, streams and events, how words come to the host, and the kernels. Nothing else here knows CUDA; tests put
 host memory and interpreted kernels in its place.
 
+*Who reaches what* is said by a second one, a :class:`~anyep.exchange.device.reach.Reach`: where ranks share one device
+every tensor is within reach; where each has its own, what is cut from a heap that all have mapped
+(``transport/cuda_symmetric.py``). Places are counted from a base, so that kernels do not know the difference.
+
 *Halves.* ``post`` launches what concerns this rank alone (route, announce) and tells the others so; ``finish`` waits on
 the host until all have posted. The **second half** of every rank (places, rows, sums) is then launched by whoever comes
 first, for all ranks, in rank order (:class:`~anyep.exchange.device.order.PhaseSplit`): on one stream nothing that is
-launched ever waits for anything, so that ranks may be threads, or calls of one thread with ``wait=False``.
+launched ever waits for anything, so that ranks may be threads, or calls of one thread with ``wait=False``. Ranks with
+streams of their own wait for words on the device instead (:class:`~anyep.exchange.device.concurrent.Concurrent`), a
+bounded number of times.
 
 *The host waits for the device* once in a dispatch whose number of rows is not known before: for the ledger, which comes
 along while rows are moved, without the GIL. With ``static_rows``, in the padded layout, for a cached dispatch and for a

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from anyep.exchange.device.endpoint import DeviceEndpoint
@@ -27,11 +25,14 @@ def arrive(end: DeviceEndpoint, plan: DevicePlan, geometry: Geometry, batch: Lan
     )
 
 
-def _received(
+def wrap(
     end: DeviceEndpoint, batch: Landing, handle: Handle, plan: DevicePlan, turned: torch.Tensor | None
 ) -> Received:
+    """Return the batch for the caller; ``turned``: its scales in column-major order, in the padded layout."""
     x, scales, idx, weights, token = batch.parts
     assert x is not None
+    if plan.geometry.padded:
+        return _wrap_padded(end, batch, handle, plan, turned)
     return Received(
         x=x,
         scales=scales,
@@ -43,7 +44,7 @@ def _received(
     )
 
 
-def _received_padded(
+def _wrap_padded(
     end: DeviceEndpoint, batch: Landing, handle: Handle, plan: DevicePlan, turned: torch.Tensor | None
 ) -> Received:
     """Blocks of experts; where each source's rows begin in them is worked out on the caller's stream."""
@@ -69,7 +70,3 @@ def _received_padded(
 def _own(handle: Handle) -> DeviceCounts | list[int]:
     """Return the counts; a list of the batch's own."""
     return handle.counts if isinstance(handle.counts, DeviceCounts) else list(handle.counts)
-
-
-ARRIVALS: dict[bool, Callable[..., Received]] = {False: _received, True: _received_padded}
-"""By whether the layout is padded."""

@@ -180,6 +180,11 @@ class DeviceCombine:
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements; the caller's stream then follows all ranks' sums."""
+        assert self._visit is not None, "what was posted has begun"
+        with self._visit.cleared(self, self._end.abandoned):
+            return self._finish(self._visit)
+
+    def _finish(self, visit: Visit) -> torch.Tensor | Combined:
         end, back = self._end, self._back
         opened_RW = end.hear(self._epoch, self._step, self._header)
         turn = Turn(self._epoch, 0)
@@ -190,8 +195,7 @@ class DeviceCombine:
         if end.order.is_concurrent:
             with end.device.on(end.stream):
                 end.faults.ask()
-        assert self._visit is not None
-        self._visit.end([back.out, back.weights_out])
+        visit.end([back.out, back.weights_out])
         end.counters.combined(0, back.row_bytes)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 

@@ -17,11 +17,11 @@ from dataclasses import replace
 import torch
 
 from anyep.errors import CapacityError, PeerTimeout
-from anyep.exchange.device.arrival import ARRIVALS, arrive
+from anyep.exchange.device.arrival import arrive, wrap
 from anyep.exchange.device.devices import Fetch
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.faults import refusal
-from anyep.exchange.device.landing import Landing, cut_landing
+from anyep.exchange.device.landing import Landing, cut_landing, room_to_turn
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.device.second_half import SecondHalf
@@ -30,7 +30,6 @@ from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.opening import BODY, STATUS, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.receive import room_for_scales
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
 
@@ -105,7 +104,7 @@ class DeviceDispatch:
         try:
             self._landing = cut_landing(self._end, self._geometry, rows)
             if self._geometry.padded:
-                self._turned = room_for_scales(self._end, self._geometry)
+                self._turned = room_to_turn(self._end, self._geometry)
         except CapacityError as error:
             self._no_memory = error
             words_RW[:, STATUS] = max(1, rows * self._geometry.row.sent)
@@ -145,6 +144,11 @@ class DeviceDispatch:
 
     def finish(self) -> Received:
         """Wait for all announcements, and for the counts where they are not known. Errors as a host's dispatch."""
+        assert self._visit is not None, "what was posted has begun"
+        with self._visit.cleared(self, self._end.abandoned):
+            return self._finish(self._visit)
+
+    def _finish(self, visit: Visit) -> Received:
         end, geometry = self._end, self._geometry
         opened_RW = end.hear(self._epoch, self._step, self._header)
         turn = Turn(self._epoch, 0)
@@ -154,17 +158,16 @@ class DeviceDispatch:
         end.order.launch(turn)
         rows = self._rows_known() if self._out.cached is None else self._out.cached.num_rows
         assert self._landing is not None
-        assert self._visit is not None
         batch = self._landing.cut(rows)
         with end.device.on(end.stream):
             if self._turned is not None:
                 arrive(end, self._plan, geometry, batch, self._turned)
             if end.order.is_concurrent or (not self._waits and self._out.cached is None):
                 end.faults.ask()
-        self._visit.end([*batch.parts, self._turned])
+        visit.end([*batch.parts, self._turned])
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
         handle = self._handle(rows) if self._out.cached is None else self._known(self._out.cached)
-        return ARRIVALS[geometry.padded](end, batch, handle, self._plan, self._turned)
+        return wrap(end, batch, handle, self._plan, self._turned)
 
     def _rows_known(self) -> int:
         """Return the number of rows of the batch; where counts decide it, wait for them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +29,8 @@ class DeviceEndpoint(Endpoint):
     """int64 [R] on the device: what places of a rank are counted from"""
     account: MemoryAccount
     faults: Faults
+    abandoned: list[object] = field(default_factory=list)
+    """operations that broke off, whose memory peers may still write to"""
     kept: tuple[torch.Tensor, ...]
     """tables on the device, whose addresses are known elsewhere"""
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.reach import NOWHERE, Reach
 from anyep.exchange.geometry import Geometry
@@ -44,6 +45,14 @@ def cut_landing(end: DeviceEndpoint, geometry: Geometry, capacity: int) -> Landi
         room(row.token, (capacity,), torch.int32),
     )
     return Landing(parts=parts, capacity=capacity)
+
+
+def room_to_turn(end: DeviceEndpoint, geometry: Geometry) -> torch.Tensor | None:
+    """Return memory for a padded batch's scales in column-major order, [L, G, R * Tmax]; None where rows have none."""
+    if not geometry.row.scales:
+        return None
+    shape = (geometry.shape.num_local, end.wire.scale_columns, geometry.shape.block_rows)
+    return allocate(end.device, shape, end.wire.scale_dtype, end.account.__str__)
 
 
 def _known(place: int | None) -> int:

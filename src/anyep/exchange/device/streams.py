@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from anyep.exchange.device.devices import Device, Stream
+from anyep.exchange.opening import RefusedError
 
 
 class Visit:
@@ -31,6 +33,22 @@ class Visit:
     def again(self) -> None:
         """Let it see what has been launched since then, in the stream that is current now."""
         self._device.follow(self._exchange, self._device.mark(self._device.current_stream()))
+
+    @contextmanager
+    def cleared(self, operation: object, abandoned: list[object]) -> Iterator[None]:
+        """See that an operation which fails leaves no memory that somebody still uses.
+
+        Where all ranks refuse it, its launches are over before the caller's stream goes on. Where it broke off, peers
+        may write at any time to where they were told: what it holds is kept with ``abandoned``.
+        """
+        try:
+            yield
+        except RefusedError:
+            self.end(())
+            raise
+        except BaseException:
+            abandoned.append(operation)
+            raise
 
     def end(self, results: Iterable[torch.Tensor | None]) -> None:
         """Let the caller see the results, also on a stream on which it did not begin."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyep.kernels.gpu import settling
+from anyep.kernels.gpu import boards, settling
 from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, power_of_two
 
 _COUNTS = 256
@@ -29,7 +29,7 @@ class SettleLaunches(Launches):
     ) -> None:
         places = (place0, place1, place2, place3, place4)
         self._launch(
-            settling.announce,
+            boards.announce,
             (num_ranks,),
             *(peer_message_addr, capacity, *places, verdict_addr, counts_addr, num_counts),
             threads=SMALL,
@@ -91,7 +91,7 @@ class SettleLaunches(Launches):
         gap_end_addr: int,
     ) -> None:
         self._launch(
-            settling.connect,
+            boards.connect,
             (1,),
             *(board_addr, message_bytes, rank, num_ranks, base_addr, filled_rows_addr, static_rows),
             *(expert_total_addr, num_experts, block_rows, tables_addr, summary_addr, fault_addr),
@@ -105,7 +105,7 @@ class SettleLaunches(Launches):
         self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
     ) -> None:
         self._launch(
-            settling.withdraw,
+            boards.withdraw,
             (-(-max(num_entries, num_local) // NUMBER_BLOCK),),
             *(summary_addr, entry_rank_addr, num_entries, counts_addr, num_local),
             BLOCK=NUMBER_BLOCK,

@@ -1,0 +1,110 @@
+"""What only a GPU can show: exchanges of CUDA tensors against the oracle, streams, graphs. Skipped without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import anyep
+from anyep.errors import Unavailable
+from anyep.exchange.device.devices import find_device
+from tests.exchange.rounds import Outcome, ReceivedCopy, check, open_buffer
+from tests.gpu.exchanged import WAYS, draw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    try:
+        find_device("cuda")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def on_host(received):
+    """The same batch, copied to the host."""
+    names = ("x", "scales", "topk_idx", "topk_weights", "source_begin", "source_count", "source_token")
+    tensors = {name: None if (one := getattr(received, name)) is None else one.cpu() for name in names}
+    return ReceivedCopy.of(replace(received, **tensors, counts=list(received.counts)))
+
+
+def play(case, ep, stream=None):
+    """Dispatch, combine, and dispatch again, on ``stream``; return what came, on the host."""
+    batch = case.batches[ep.rank]
+    weights = None if batch.topk_weights is None else batch.topk_weights.cuda()
+    x, idx, bias = batch.x.cuda(), batch.topk_idx.cuda(), [one.cuda() for one in batch.bias]
+    dtype = torch.bfloat16 if case.wire == "fp8" else x.dtype
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        received = ep.dispatch(x, idx, weights, layout=case.layout)
+        generator = torch.Generator().manual_seed(case.seed + 31 * ep.rank)
+        y = torch.randn(received.x.shape, generator=generator).to(dtype).cuda()
+        back = received.topk_weights
+        result = ep.combine(y, received.handle, topk_weights=back, bias=bias or None, reduce=case.reduce)
+        again = ep.dispatch(x, None, weights, handle=received.handle)
+    torch.cuda.synchronize()
+    return Outcome(
+        received=on_host(received),
+        again=on_host(again),
+        y=y.cpu(),
+        combined=(result if back is None else result.x).cpu(),
+        weights=None if back is None else result.topk_weights.cpu(),
+    )
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize("seed", range(2 * len(WAYS)))
+def test_exchange_is_exact(seed, concurrent):
+    case = replace(draw(seed), hidden=[7, 128, 1030, 7168][seed % 4], num_tokens=(40, 0, 33, 5)[: 1 + seed % 4])
+
+    def rank_main(member):
+        with open_buffer(case, member, device="cuda", concurrent=concurrent) as ep:
+            return play(case, ep, torch.cuda.Stream() if seed % 2 else None)
+
+    check(case, anyep.local_group(case.num_ranks, timeout_s=600).run(rank_main))
+
+
+@pytest.mark.parametrize("layout", ["compact", "padded"])
+def test_two_graphs_replay_on_other_tokens(layout):
+    """y is the received rows: what comes back is each token as often as it went."""
+    sizes = {"hidden": 128, "num_experts": 4, "num_topk": 2, "max_tokens_per_rank": 6, "wire": "bf16"}
+    members = anyep.local_group(2, timeout_s=600)
+    buffers = members.run(lambda member: anyep.Buffer(member, **sizes, static_rows=12, device="cuda"))
+    x = [torch.zeros(6, 128, dtype=torch.bfloat16, device="cuda") for _ in buffers]
+    idx = torch.tensor([[0, 3]] * 6, device="cuda")
+
+    def exchange():
+        calls = [ep.dispatch(one, idx, layout=layout, wait=False) for ep, one in zip(buffers, x, strict=True)]
+        received = [call.wait() for call in calls]
+        back = [ep.combine(one.x, one.handle, wait=False) for ep, one in zip(buffers, received, strict=True)]
+        return [call.wait() for call in back]
+
+    exchange()
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, exchange()))
+    for turn in range(4):
+        for rank, one in enumerate(x):
+            one.fill_(turn + 10 * rank)
+        graph, out = graphs[turn % 2]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all((sums == 2 * one).all() for sums, one in zip(out, x, strict=True))
+    for ep in buffers:
+        ep.close()
+
+
+def test_a_graph_that_would_have_to_wait_is_refused():
+    def rank_main(member):
+        with anyep.Buffer(member, hidden=8, num_experts=2, num_topk=1, max_tokens_per_rank=4, device="cuda") as ep:
+            x = torch.ones(4, 8, dtype=torch.bfloat16, device="cuda")
+            idx = torch.zeros(4, 1, dtype=torch.int64, device="cuda")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph), pytest.raises(Unavailable, match="make the buffer with static_rows"):
+                ep.dispatch(x, idx)
+
+    anyep.local_group(1, timeout_s=600).run(rank_main)
