@@ -17,7 +17,7 @@ import anyep
 from anyep.exchange import across, courier, setup, sums_in
 from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks, map_hosts
-from anyep.transport import registry
+from anyep.transport import hierarchical, registry
 from tests.exchange.cases import LAYOUTS, Case, cases
 from tests.exchange.programs import Player, check_program, programs
 from tests.exchange.rounds import check, open_buffer, play
@@ -257,6 +257,43 @@ def test_rows_of_a_rank_that_gave_up_do_not_cross(played):
             with pytest.raises(anyep.PeerLost) as caught:
                 pending.wait()
             assert caught.value.ranks == (3,)
+
+    anyep.local_group(4).run(rank_main)
+
+
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
+@pytest.mark.parametrize("refusal", ["too many rows", "another call", "a barrier"])
+def test_what_was_sent_ahead_of_a_refusal_is_not_taken_for_a_later_message(
+    played, monkeypatch, refusal, straight_bytes
+):
+    """Messages of an operation and of the eighth after it have the same tags here, instead of the 4096th."""
+    played(2)
+    cut_small(monkeypatch, 700)
+    monkeypatch.setattr(hierarchical, "_EPOCH_BITS", 3)
+    options = {"hidden": 64, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 40, "max_in_flight": 2}
+    tokens = torch.arange(40)
+    idx = torch.stack([tokens % 8, (tokens + 4) % 8], 1)
+
+    def call(ep, x):
+        if refusal == "too many rows":
+            ep.dispatch(x, idx * 0 + 7)
+        elif ep.rank != 2:
+            ep.dispatch(x, idx)
+        elif refusal == "a barrier":
+            ep.barrier()
+        else:
+            ep.dispatch(x, idx, layout="expert")
+
+    def rank_main(member):
+        x = torch.full((40, 64), member.rank + 1.0).bfloat16()
+        with anyep.Buffer(member, static_rows=90, straight_bytes=straight_bytes, **options) as ep:
+            with pytest.raises((anyep.CapacityError, ValueError)):
+                call(ep, x)
+            for number in range(10):
+                batch = x * (number + 1)
+                received = ep.dispatch(batch[: 20 + number], idx[: 20 + number])
+                y = ep.empty_output(received.handle).copy_(received.x)
+                assert torch.equal(ep.combine(y, received.handle), 2 * batch[: 20 + number])
 
     anyep.local_group(4).run(rank_main)
 

@@ -16,19 +16,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.across import Across
-from anyep.exchange.courier import Part, carry, piece_memory
-from anyep.exchange.crossing import address_of
+from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.proxy import Proxy
 from anyep.exchange.recall import announced_counts
 from anyep.exchange.receive import (
     NO_PLACES,
@@ -42,12 +37,8 @@ from anyep.exchange.receive import (
     settle_down,
     wrap,
 )
-from anyep.exchange.rows_across import RowsOut
-from anyep.exchange.rows_in import RowsIn
 from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
-from anyep.exchange.straight import StraightIn, StraightOut, straight_sources
-from anyep.layout.pieces import pack_rows
 from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
@@ -76,11 +67,7 @@ class Dispatch:
         self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
-        self._crossing_out: list[RowsOut] = []
-        self._straight_out: StraightOut | None = None
-        self._straight_in: StraightIn | None = None
-        self._straight_from: tuple[int, ...] = ()
-        self._proxies: tuple[Proxy, ...] = ()
+        self._far: DispatchAcross | None = None
         self._early = early and out.geometry.padded
         self._ahead: Ahead | None = None
         self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
@@ -143,16 +130,25 @@ class Dispatch:
         )
         self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
         if end.across is not None:
-            self._open_straight(end.across, desk)
-        if self._eager_rows or self._straight_out is not None:
+            self._far = DispatchAcross(end, end.across, self._out, epoch)
+        straight = self._far is not None and self._far.open(desk.eager)
+        if self._eager_rows or straight:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW)
-        if end.across is not None:
-            self._begin_to_cross(end.across)
+        if self._far is not None:
+            self._far.begin()
 
     def finish(self) -> Received:
         """Wait for all announcements, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
+        try:
+            return self._finish()
+        except RefusedError:
+            if self._far is not None:
+                self._far.retract()
+            raise
+
+    def _finish(self) -> Received:
         end, out = self._end, self._out
         plan, desk = out.plan, end.desk(self._epoch)
         opened_RW = end.hear(self._epoch, self._step, self._header)
@@ -170,14 +166,13 @@ class Dispatch:
             batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
         else:
             batch, turned = self._ahead
-        if end.across is not None:
-            self._cross(end.across, desk, opened_RW, offered_RW, offer)
+        if self._far is not None:
+            self._cross(desk, opened_RW, offered_RW, offer)
         elif self._direct_rows:
             send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)
             self._say_done(desk)
         if came_rows:
             self._unpack(desk, batch)
-        self._straight_in = None  # kept until here: it was unpacked
         fill_gaps(end, self._geometry, plan, batch)
         if num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
@@ -216,85 +211,20 @@ class Dispatch:
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
             topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
-            proxies=self._proxies,
-            straight_from=self._straight_from,
+            proxies=() if self._far is None else self._far.proxies,
+            straight_from=() if self._far is None else self._far.straight_from,
             announced=announced_counts(opened_RW, end.num_ranks + end.placement.num_experts) if end.wire.raw else None,
         )
 
-    def _open_straight(self, across: Across, desk: Desk) -> None:
-        """Let the rows that go straight to ranks of other hosts be written into their messages like eager ones."""
-        plan, row = self._out.plan, self._geometry.eager_row
-        assert plan.crossing is not None, "plans of several hosts have one"
-        rows_R = plan.numbers("rank_rows")
-        packed = {rank: pack_rows(row, int(rows_R[rank])) for rank in plan.crossing.straight_ranks}
-        if not packed:
-            return
-        sizes = {rank: one.num_bytes for rank, one in packed.items()}
-        self._straight_out = StraightOut(across.transport, sizes, self._epoch)
-        for rank, memory in self._straight_out.memory.items():
-            desk.eager.values[:, rank] = address_of(memory) + np.array(packed[rank].parts())
-
-    def _await_straight(self, across: Across, opened_RW: Words) -> StraightIn:
-        """Ask for the rows of other hosts' ranks that come straight."""
-        rows_R = self._out.plan.numbers("source_rows")
-        sources = straight_sources(across, opened_RW, rows_R)
-        row, self._straight_from = self._geometry.eager_row, tuple(sources)
-        memory = {source: piece_memory(pack_rows(row, int(rows_R[source])).num_bytes) for source in sources}
-        return StraightIn(across.transport, memory, self._epoch)
-
-    def _find_straight(self, desk: Desk, straight: StraightIn) -> None:
-        """Let them be unpacked like eager ones."""
-        rows_R = self._out.plan.numbers("source_rows")
-        for source, memory in straight.memory.items():
-            packed = pack_rows(self._geometry.eager_row, int(rows_R[source]))
-            desk.arrived.values[:, source] = address_of(memory) + np.array(packed.parts())
-
-    def _begin_to_cross(self, across: Across) -> None:
-        """Send other hosts what needs no answer: the routing, and as many rows as may be on their way."""
-        end, crossing = self._end, self._out.plan.crossing
-        assert crossing is not None, "plans of several hosts have one"
-        if self._straight_out is not None:
-            self._straight_out.send()
-            end.counters.add(straight_rows=int(self._out.plan.numbers("rank_rows")[crossing.straight_ranks].sum()))
-        self._crossing_out = [
-            RowsOut(end, across, self._out, crossing, host, self._epoch)
-            for host in across.hosts.far_hosts(end.rank)
-            if crossing.tokens_M[host] and not crossing.straight_M[host]
-        ]
-        for part in self._crossing_out:
-            part.advance()
-
-    def _cross(self, across: Across, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
-        """Send the rest of what goes to other hosts, pass on what comes from them, and write to this host's ranks."""
-        end, out, epoch = self._end, self._out, self._epoch
-        known = {} if out.cached is None else {proxy.source: proxy for proxy in out.cached.proxies}
+    def _cross(self, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int) -> None:
+        """Let rows cross to and from other hosts, and write to this host's ranks meanwhile."""
+        assert self._far is not None
         self._connect(desk, opened_RW, offered_RW, offer, forward=True)
-        incoming = [
-            RowsIn(
-                end,
-                across,
-                end.geometry_of(self._geometry.key, source),
-                source,
-                int(opened_RW[source, BODY + ledger.WAY]),
-                epoch,
-                opened_RW=opened_RW,
-                places=desk.forwarded,
-                known=known.get(source),
-            )
-            for source in across.hosts.sources_of(end.rank)
-            if opened_RW[source, BODY + ledger.WAY] > 0
-        ]
-        straight = self._straight_in = self._await_straight(across, opened_RW)
-        parts: list[Part] = [*self._crossing_out, *incoming, straight]
-        if self._straight_out is not None:
-            parts.append(self._straight_out)
+        near = None
         if self._direct_rows:
-            near = self._final_route(), desk.direct.addr
-            parts.append(RowsNear(end, out, *near, then=lambda: self._say_done(desk)))
-        carry(parts, across.transport, epoch, self._step)
-        self._find_straight(desk, straight)
-        self._crossing_out, self._straight_out = [], None
-        self._proxies = tuple(part.proxy for part in incoming if part.proxy is not None)
+            route = self._final_route()
+            near = RowsNear(self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk))
+        self._far.cross(opened_RW, desk, near, self._step)
 
     def _settle(self, opened_RW: Words) -> bool:
         """Work out every place; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
