@@ -50,15 +50,27 @@ def run(case: Case, straight_bytes: int | None = 0, kernels: str = "cpu") -> lis
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_exchange_between_hosts_is_exact(played, layout):
-    """3 x 50 cases."""
+    """3 x 40 cases."""
 
-    @settings(max_examples=50, **PATIENT)
+    @settings(max_examples=40, **PATIENT)
     @given(cases(layouts=[layout]), st.integers(1, 4), STRAIGHT_BYTES)
     def property_holds(case, ranks_per_host, straight_bytes):
         played(ranks_per_host)
         check(case, run(case, straight_bytes), group_ranks(case.num_ranks, ranks_per_host))
 
     property_holds()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=3_000, **{**PATIENT, "derandomize": False})
+@given(cases(), st.integers(1, 4), STRAIGHT_BYTES, st.sampled_from([64, 5000, 256 << 10]))
+def test_an_exchange_between_hosts_is_exact_at_length(played, case, ranks_per_host, straight_bytes, chunk_bytes):
+    played(ranks_per_host)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, chunk_bytes)
+        outcomes = run(case, straight_bytes)
+    check(case, outcomes, group_ranks(case.num_ranks, ranks_per_host))
 
 
 @settings(max_examples=10, **PATIENT)
