@@ -344,6 +344,20 @@ def test_rows_go_straight_to_another_host_up_to_as_many_bytes_as_were_asked_for(
     assert anyep.local_group(2).run(rank_main) == straight_rows
 
 
+def test_the_account_is_that_of_a_buffer_between_hosts(played):
+    played(2)
+    sizes = {"hidden": 512, "num_experts": 8, "num_topk": 4, "max_tokens_per_rank": 100}
+
+    def rank_main(member):
+        with anyep.Buffer(member, **sizes) as ep:
+            return ep.explain().memory
+
+    for rank, memory in enumerate(anyep.local_group(5).run(rank_main)):
+        assert memory == anyep.memory_account(5, rank=rank, ranks_per_host=2, **sizes)
+        assert f"{memory.crossing_bytes / 2**20:.1f} MiB on their way between hosts" in str(memory)
+    assert anyep.memory_account(5, ranks_per_host=5, **sizes).crossing_bytes == 0
+
+
 def test_all_ranks_choose_the_same_way_for_announcements(played):
     played(2)
 
