@@ -71,7 +71,7 @@ def test_an_exchange_between_hosts_is_exact(engine, num_tokens, ranks_per_host, 
 
 
 def exchange_large(group, rank, engine):
-    """Rows of several messages of 1 MiB for each pair of hosts, there and back."""
+    """Rows of several messages for each pair of hosts, there and back."""
     os.environ["ANYEP_RANKS_PER_HOST"] = "2"
     x = (torch.arange(512)[:, None] + rank).expand(512, 4096).bfloat16().contiguous()
     idx = torch.tensor([[0, 2]]).expand(512, 2).contiguous() + (torch.arange(512) % 2)[:, None]
