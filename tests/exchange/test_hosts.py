@@ -17,7 +17,7 @@ import anyep
 from anyep.exchange import across, courier, setup, sums_in
 from anyep.exchange.courier import Outbox
 from anyep.layout.hosts import group_ranks, map_hosts
-from anyep.transport import registry
+from anyep.transport import hierarchical, registry
 from tests.exchange.cases import LAYOUTS, Case, cases
 from tests.exchange.programs import Player, check_program, programs
 from tests.exchange.rounds import check, open_buffer, play
@@ -50,15 +50,27 @@ def run(case: Case, straight_bytes: int | None = 0, kernels: str = "cpu") -> lis
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_exchange_between_hosts_is_exact(played, layout):
-    """3 x 50 cases."""
+    """3 x 40 cases."""
 
-    @settings(max_examples=50, **PATIENT)
+    @settings(max_examples=40, **PATIENT)
     @given(cases(layouts=[layout]), st.integers(1, 4), STRAIGHT_BYTES)
     def property_holds(case, ranks_per_host, straight_bytes):
         played(ranks_per_host)
         check(case, run(case, straight_bytes), group_ranks(case.num_ranks, ranks_per_host))
 
     property_holds()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=3_000, **{**PATIENT, "derandomize": False})
+@given(cases(), st.integers(1, 4), STRAIGHT_BYTES, st.sampled_from([64, 5000, 256 << 10]))
+def test_an_exchange_between_hosts_is_exact_at_length(played, case, ranks_per_host, straight_bytes, chunk_bytes):
+    played(ranks_per_host)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, chunk_bytes)
+        outcomes = run(case, straight_bytes)
+    check(case, outcomes, group_ranks(case.num_ranks, ranks_per_host))
 
 
 @settings(max_examples=10, **PATIENT)
@@ -261,6 +273,43 @@ def test_rows_of_a_rank_that_gave_up_do_not_cross(played):
     anyep.local_group(4).run(rank_main)
 
 
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
+@pytest.mark.parametrize("refusal", ["too many rows", "another call", "a barrier"])
+def test_what_was_sent_ahead_of_a_refusal_is_not_taken_for_a_later_message(
+    played, monkeypatch, refusal, straight_bytes
+):
+    """Messages of an operation and of the eighth after it have the same tags here, instead of the 4096th."""
+    played(2)
+    cut_small(monkeypatch, 700)
+    monkeypatch.setattr(hierarchical, "_EPOCH_BITS", 3)
+    options = {"hidden": 64, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 40, "max_in_flight": 2}
+    tokens = torch.arange(40)
+    idx = torch.stack([tokens % 8, (tokens + 4) % 8], 1)
+
+    def call(ep, x):
+        if refusal == "too many rows":
+            ep.dispatch(x, idx * 0 + 7)
+        elif ep.rank != 2:
+            ep.dispatch(x, idx)
+        elif refusal == "a barrier":
+            ep.barrier()
+        else:
+            ep.dispatch(x, idx, layout="expert")
+
+    def rank_main(member):
+        x = torch.full((40, 64), member.rank + 1.0).bfloat16()
+        with anyep.Buffer(member, static_rows=90, straight_bytes=straight_bytes, **options) as ep:
+            with pytest.raises((anyep.CapacityError, ValueError)):
+                call(ep, x)
+            for number in range(10):
+                batch = x * (number + 1)
+                received = ep.dispatch(batch[: 20 + number], idx[: 20 + number])
+                y = ep.empty_output(received.handle).copy_(received.x)
+                assert torch.equal(ep.combine(y, received.handle), 2 * batch[: 20 + number])
+
+    anyep.local_group(4).run(rank_main)
+
+
 def test_what_was_chosen_is_told(played):
     played(2)
 
@@ -293,6 +342,20 @@ def test_rows_go_straight_to_another_host_up_to_as_many_bytes_as_were_asked_for(
             return ep.stats().straight_rows
 
     assert anyep.local_group(2).run(rank_main) == straight_rows
+
+
+def test_the_account_is_that_of_a_buffer_between_hosts(played):
+    played(2)
+    sizes = {"hidden": 512, "num_experts": 8, "num_topk": 4, "max_tokens_per_rank": 100}
+
+    def rank_main(member):
+        with anyep.Buffer(member, **sizes) as ep:
+            return ep.explain().memory
+
+    for rank, memory in enumerate(anyep.local_group(5).run(rank_main)):
+        assert memory == anyep.memory_account(5, rank=rank, ranks_per_host=2, **sizes)
+        assert f"{memory.crossing_bytes / 2**20:.1f} MiB on their way between hosts" in str(memory)
+    assert anyep.memory_account(5, ranks_per_host=5, **sizes).crossing_bytes == 0
 
 
 def test_all_ranks_choose_the_same_way_for_announcements(played):

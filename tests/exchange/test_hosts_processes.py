@@ -50,11 +50,18 @@ def play_cases(group, rank, engine, ranks_per_host, straight_bytes, chosen):
     return outcomes, told
 
 
-TOPOLOGIES = [((17, 0, 40, 9), 2), ((17, 0, 40), 1), ((5, 40, 0, 7, 30, 1, 20), 3)]
+TOPOLOGIES = {"2x2": ((17, 0, 40, 9), 2), "3x1": ((17, 0, 40), 1), "3+3+1": ((5, 40, 0, 7, 30, 1, 20), 3)}
+QUICK = {("2x2", 0), ("3x1", 1 << 20), ("3+3+1", 1 << 20)}
+WAYS = [
+    pytest.param(
+        *TOPOLOGIES[name], straight, id=f"{name}-{way}", marks=() if (name, straight) in QUICK else pytest.mark.slow
+    )
+    for name in TOPOLOGIES
+    for way, straight in (("forwarded", 0), ("straight", 1 << 20))
+]
 
 
-@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
-@pytest.mark.parametrize(("num_tokens", "ranks_per_host"), TOPOLOGIES, ids=["2x2", "3x1", "3+3+1"])
+@pytest.mark.parametrize(("num_tokens", "ranks_per_host", "straight_bytes"), WAYS)
 def test_an_exchange_between_hosts_is_exact(engine, num_tokens, ranks_per_host, straight_bytes):
     chosen = [replace(case, num_tokens=num_tokens) for case in CASES]
     results = run_processes(len(num_tokens), play_cases, engine, ranks_per_host, straight_bytes, chosen)
@@ -64,7 +71,7 @@ def test_an_exchange_between_hosts_is_exact(engine, num_tokens, ranks_per_host, 
 
 
 def exchange_large(group, rank, engine):
-    """Rows of several messages of 1 MiB for each pair of hosts, there and back."""
+    """Rows of several messages for each pair of hosts, there and back."""
     os.environ["ANYEP_RANKS_PER_HOST"] = "2"
     x = (torch.arange(512)[:, None] + rank).expand(512, 4096).bfloat16().contiguous()
     idx = torch.tensor([[0, 2]]).expand(512, 2).contiguous() + (torch.arange(512) % 2)[:, None]

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from anyep.errors import AnyEPError, PeerLost
-from anyep.testing.engine_steps import arrive, finish, meet, peers, receive, send, settle
+from anyep.testing.engine_steps import arrive, finish, meet, opened, peers, receive, send, settle
 from anyep.transport.engine_gloo import GlooEngine
 from anyep.transport.engines import open_engine
 
@@ -221,3 +221,19 @@ def open_by_name(
     meet(engine)
     engine.close()
     return engine.name, reason
+
+
+def speak_and_go(group: Any, rank: int, num_messages: int) -> Any:
+    """Rank 1 sends messages that go at once, and closes; rank 0 tells how many came, and how it left."""
+    with opened(partial(GlooEngine, group)) as engine:
+        incoming = [receive(engine, 1, number, 16 << 10) for number in range(num_messages)] if rank == 0 else []
+        group.allgather(b"")
+        if rank == 1:
+            for number in range(num_messages):
+                send(engine, 0, number, 16 << 10)
+            return engine.flush(3.0)
+        arrive(engine, incoming)
+        deadline = time.monotonic() + 10
+        while not engine.departures() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return engine.departures()[1].how

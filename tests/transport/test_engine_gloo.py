@@ -7,7 +7,7 @@ import time
 import pytest
 
 from anyep.errors import Unavailable
-from anyep.testing.hosts import Hosts, check_hosts
+from anyep.testing.hosts import Hosts, check_hosts, run_on_hosts
 from anyep.testing.processes import run_processes
 from anyep.transport.inprocess import local_group
 from anyep.transport.interfaces import addresses, choose_interface
@@ -80,6 +80,16 @@ def test_the_loopback_interface_is_the_last_choice(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert addresses()["lo"] == "127.0.0.1"
     assert (choose_interface().name == "lo") == (set(addresses()) == {"lo"})
+
+
+@pytest.mark.slow
+def test_last_words_arrive_over_a_slow_link_though_their_sender_closes():
+    """1 MiB over 4 Mbit/s takes two seconds: as long as it moves, the sender waits."""
+    try:
+        told = run_on_hosts([1, 1], engine_ranks.speak_and_go, 64, link_mbit=4)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert told == ["closed", True]
 
 
 def _until(holds) -> None:

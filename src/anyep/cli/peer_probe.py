@@ -19,7 +19,7 @@ from anyep.transport.engine import Bytes, Engine, Transfer
 
 _PINGS, _WARM_UP = 200, 20
 _MESSAGE_BYTES = 1 << 20
-"""As large as the pieces in which rows cross (``exchange/across.py``)."""
+"""Large enough that what a message costs by itself does not count."""
 _WINDOW = 4
 _TRIAL_MESSAGES, _MOST_MESSAGES = 4, 512
 _STREAM_S = 0.5

@@ -51,38 +51,51 @@ class Across:
         return self.hosts.members == group_ranks(self.transport.size, ranks_per_host).members
 
     @property
-    def num_far_pairs(self) -> int:
-        """Streams of rows of one operation, both ways, that begin or end here."""
-        rank = self.transport.rank
-        return len(self.hosts.far_hosts(rank)) + len(self.hosts.sources_of(rank))
+    def num_streams(self) -> int:
+        """Streams of rows of one operation that begin or end here."""
+        return num_streams(self.hosts, self.transport.rank)
 
     @property
     def window(self) -> int:
         """Pieces of one stream on their way."""
-        return window_for(self.num_far_pairs)
+        return window_for(self.num_streams)
 
     def bound_bytes(self, row: RowBytes, num_topk: int, max_tokens: int) -> int:
-        """Return what one operation keeps of rows that cross, at most.
+        """Return what one operation keeps of rows that cross, at most."""
+        sizes = {"num_topk": num_topk, "max_tokens": max_tokens, "straight_bytes": self.straight.most_bytes}
+        return bound_bytes(self.hosts, self.transport.rank, row, chunk_bytes=self.chunk_bytes, **sizes)
 
-        Pieces of all streams, each of ``chunk_bytes`` or of a single token: as many rows as it has columns; for each
-        stream that is summed here as if it crossed, one more. Besides the columns of the tokens of the sources for
-        which this rank forwards, for a plan is made of whole batches; and what goes straight.
-        """
-        widest = max(row.sent, num_topk * (row.y + row.topk_weights))
-        pieces = (self.num_far_pairs * self.window + self.hosts.num_hosts) * (
-            max(self.chunk_bytes, widest) + PIECE_GAPS
-        )
-        columns = len(self.hosts.sources_of(self.transport.rank)) * max_tokens * row.topk_idx
-        return pieces + columns + self.straight_bound_bytes
 
-    @property
-    def straight_bound_bytes(self) -> int:
-        """Return what goes straight and comes straight in one operation at most.
+def num_streams(hosts: HostMap, rank: int) -> int:
+    """Count the streams of rows of one operation that begin or end at ``rank``, were all rows forwarded."""
+    return len(hosts.far_hosts(rank)) + len(hosts.sources_of(rank))
 
-        Twice what the rule says: experts may return rows that are twice as wide as expected.
-        """
-        far_ranks = self.transport.size - len(self.hosts.near(self.transport.rank))
-        return 2 * self.straight.most_bytes * (self.hosts.num_hosts - 1 + far_ranks) if far_ranks else 0
+
+def bound_bytes(
+    hosts: HostMap,
+    rank: int,
+    row: RowBytes,
+    *,
+    num_topk: int,
+    max_tokens: int,
+    straight_bytes: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> int:
+    """Return what one operation keeps of rows that cross on one rank, at most.
+
+    Pieces of all streams, each of ``chunk_bytes`` or of a single token: as many rows as it has columns; for each stream
+    that is summed here as if it crossed, one more. The columns of the tokens of the sources for which this rank
+    forwards, for a plan is made of whole batches. And what goes straight and comes straight, up to ``straight_bytes`` a
+    host and a rank; twice that, as experts may return rows that are twice as wide as expected.
+    """
+    if hosts.num_hosts == 1:
+        return 0
+    streams = num_streams(hosts, rank)
+    widest = max(row.sent, num_topk * (row.y + row.topk_weights))
+    pieces = (streams * window_for(streams) + hosts.num_hosts) * (max(chunk_bytes, widest) + PIECE_GAPS)
+    columns = len(hosts.sources_of(rank)) * max_tokens * row.topk_idx
+    far_ranks = len(hosts.host_R) - len(hosts.near(rank))
+    return pieces + columns + 2 * straight_bytes * (hosts.num_hosts - 1 + far_ranks)
 
 
 def look_across(transport: HierarchicalTransport, placement: Placement, straight: StraightRule) -> Across:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.opening import BODY, Kind, check_agreement, make_header
+from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, make_header
+from anyep.exchange.retract import retract
+from anyep.transport.base import Words
 
 _HEADER = make_header(kind=Kind.BARRIER)
 
@@ -46,5 +48,13 @@ class Barrier:
         step = f"{self.label} {self._epoch}"
         opened_RW = self._end.hear(self._epoch, step, _HEADER)
         if not self._end.books.agree(opened_RW, _HEADER):
-            check_agreement(_HEADER, opened_RW, step)
+            self._refuse(opened_RW, step)
         self._end.counters.add(barriers=1)
+
+    def _refuse(self, opened_RW: Words, step: str) -> None:
+        try:
+            check_agreement(_HEADER, opened_RW, step)
+        except RefusedError:
+            if self._end.across is not None:  # others may have sent more than their announcements
+                retract(self._end.across.transport, self._epoch, [])
+            raise

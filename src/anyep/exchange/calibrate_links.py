@@ -23,8 +23,9 @@ _ROUNDS, _TURNS = 3, 4
 """Rounds that are timed together, and how often."""
 _CLEARLY = 0.8
 """Straight announcements are more messages: they have to be faster by more than what comes and goes."""
-_MESSAGE_BYTES = 1 << 20
-"""Crosses to each host when the rate is measured, once: more than links and their queues let pass at first."""
+_RATE_BYTES, _LEAST_BYTES = 1 << 20, 64 << 10
+"""Cross from each rank when the rate is measured, once: more than links and their queues let pass at first; and to each
+host at least."""
 _FORWARDING_S = 300e-6
 """What a forwarder does for a small batch of one source, besides copying it: route it, find its places, say done. It is
 the same code whatever the link (docs/log.md)."""
@@ -70,13 +71,14 @@ def _measure_rate(transport: HierarchicalTransport) -> float:
     """Return the bytes a second at which this rank's messages cross while all others send theirs."""
     hosts, rank = transport.hosts, transport.rank
     to = [hosts.forwarder(rank, host) for host in hosts.far_hosts(rank)]
+    num_bytes = max(_LEAST_BYTES, _RATE_BYTES // len(to))
     begin = time.perf_counter()
-    sent = StraightOut(transport, dict.fromkeys(to, _MESSAGE_BYTES), _BEFORE)
-    came = StraightIn(transport, {s: np.empty(_MESSAGE_BYTES, np.uint8) for s in hosts.sources_of(rank)}, _BEFORE)
+    sent = StraightOut(transport, dict.fromkeys(to, num_bytes), _BEFORE)
+    came = StraightIn(transport, {s: np.empty(num_bytes, np.uint8) for s in hosts.sources_of(rank)}, _BEFORE)
     sent.send()
     parts: list[Part] = [sent, came]
     carry(parts, transport, _BEFORE, "opening: links")
-    return len(to) * _MESSAGE_BYTES / (time.perf_counter() - begin)
+    return len(to) * num_bytes / (time.perf_counter() - begin)
 
 
 def _round(transport: HierarchicalTransport, lanes: Lanes, epoch: int, words: list[int]) -> Words:

@@ -35,6 +35,7 @@ from anyep.exchange.opening import (
     REDUCE_CODES,
     STATUS,
     Kind,
+    RefusedError,
     check_agreement,
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
@@ -141,7 +142,7 @@ class Combine:
         if len(end.crowd.absent) > len(before):
             forget_rows_from(back.handle.send, set(end.crowd.absent) - before)
         if not end.books.agree(opened_RW, self._header):
-            check_agreement(self._header, opened_RW, self._step, self._no_memory)
+            self._refuse(opened_RW)
         if self._straight is not None:
             self._straight.ask()
         self._connect(desk, opened_RW)
@@ -162,6 +163,14 @@ class Combine:
         self._loans = []  # kept until here: peers were reading them
         end.counters.combined(num_rows, back.row_bytes)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
+
+    def _refuse(self, opened_RW: Words) -> None:
+        try:
+            check_agreement(self._header, opened_RW, self._step, self._no_memory)
+        except RefusedError:
+            if self._straight is not None:
+                self._straight.retract()
+            raise
 
     def _send_back(self, desk: Desk) -> None:
         """Copy rows, and weights, to the slots of their origins."""

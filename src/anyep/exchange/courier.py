@@ -16,7 +16,7 @@ from anyep.exchange.across import Across
 from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.hierarchical import HierarchicalTransport, tag_of
 
-ROUTING, DATA, STRAIGHT = 4, 5, 6
+RETRACTED, ROUTING, DATA, STRAIGHT = 3, 4, 5, 6
 """Kinds of messages, beside the lanes' own numbers (transport/hierarchical.py)."""
 
 

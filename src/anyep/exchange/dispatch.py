@@ -26,7 +26,7 @@ from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.handle import Handle, Received
-from anyep.exchange.opening import BODY, Kind, check_agreement, check_memory
+from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.places import connect, settle
 from anyep.exchange.recall import announced_counts, number_of
@@ -87,7 +87,7 @@ class Dispatch:
         self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = 0
-        self._crossing: DispatchAcross | None = None
+        self._far: DispatchAcross | None = None
         self._early = early and (out.geometry.padded or out.cached is not None)
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
         self._ahead: Ahead | None = None
@@ -167,16 +167,24 @@ class Dispatch:
         )
         self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
         if end.across is not None:
-            self._crossing = DispatchAcross(end, end.across, self._out, epoch)
-        if (self._crossing is not None and self._crossing.open(desk)) or self._eager_rows:
+            self._far = DispatchAcross(end, end.across, self._out, epoch)
+        if (self._far is not None and self._far.open(desk.eager)) or self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
         end.announce(epoch, words_RW, claim=self._expels)
-        if self._crossing is not None:
-            self._crossing.begin()
+        if self._far is not None:
+            self._far.begin()
 
     def size_up(self) -> None:
         """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
+        try:
+            self._size_up()
+        except RefusedError:
+            if self._far is not None:
+                self._far.retract()
+            raise
+
+    def _size_up(self) -> None:
         end, desk = self._end, self._end.desk(self._epoch)
         before = set(end.crowd.absent)
         opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
@@ -209,10 +217,10 @@ class Dispatch:
         assert sized is not None
         end, out, plan, desk = self._end, self._out, self._out.plan, self._end.desk(self._epoch)
         handle = sized.handle
-        if self._crossing is not None:
-            self._cross(self._crossing, desk, sized)
+        if self._far is not None:
+            self._cross(self._far, desk, sized)
             if out.cached is None:
-                crossed = self._crossing
+                crossed = self._far
                 handle = replace(handle, proxies=crossed.proxies, straight_from=crossed.straight_from)
         elif self._direct_rows:
             send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)

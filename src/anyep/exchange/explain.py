@@ -64,7 +64,7 @@ def explain(end: Endpoint, memory: MemoryAccount, transport_reason: str, threads
 def _between_hosts(end: Endpoint, memory: MemoryAccount) -> list[Choice]:
     if end.across is None:
         return []
-    chunk_kib, window, pairs = end.across.chunk_bytes / 1024, end.across.window, end.across.num_far_pairs
+    chunk_kib, window, pairs = end.across.chunk_bytes / 1024, end.across.window, end.across.num_streams
     pieces = Choice(
         topic="pieces",
         chosen=f"rows cross in pieces of {chunk_kib:g} KiB, {window} of a stream on their way",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from anyep.exchange.across import bound_bytes
 from anyep.exchange.arguments import check_integer
 from anyep.exchange.eager import slot_bytes_for
 from anyep.exchange.endpoint import Lanes, lanes_for
+from anyep.exchange.straight_rule import most_bytes_for
 from anyep.exchange.wire import Wire, make_wire
+from anyep.layout.hosts import group_ranks
 from anyep.layout.placement import Placement, even_placement, mapped_placement
 from anyep.layout.regions import MemoryAccount, RowBytes, account_step
 from anyep.layout.trace_file import TraceRecorder
@@ -214,14 +217,19 @@ def memory_account(
     arena_bytes: int | None = None,
     max_in_flight: int = 4,
     eager_bytes: int | None = None,
+    ranks_per_host: int | None = None,
 ) -> MemoryAccount:
     """Return the memory that :class:`anyep.Buffer` with these arguments commits on ``rank``, without allocating it.
 
-    TypeError and ValueError as the buffer's.
+    ``ranks_per_host``: where ranks live on several hosts, in order. TypeError and ValueError as the buffer's.
 
     >>> account = memory_account(8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8")
     >>> account.step.balanced_rows, account.step.worst_rows, account.committed_bytes >> 20
     (21687, 32768, 630)
+    >>> memory_account(
+    ...     8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8", ranks_per_host=4
+    ... ).crossing_bytes >> 20
+    14
     """
     options = BufferOptions(
         hidden=hidden,
@@ -238,4 +246,16 @@ def memory_account(
     options.check()
     check_integer("num_ranks", num_ranks, at_least=1)
     check_integer("rank", rank, at_least=0, at_most=num_ranks - 1)
-    return options.account(num_ranks, rank)
+    account = options.account(num_ranks, rank)
+    if ranks_per_host is None:
+        return account
+    check_integer("ranks_per_host", ranks_per_host, at_least=1)
+    crossing_bytes = bound_bytes(
+        group_ranks(num_ranks, ranks_per_host),
+        rank,
+        options.row_bytes(),
+        num_topk=num_topk,
+        max_tokens=max_tokens_per_rank,
+        straight_bytes=most_bytes_for(num_ranks),
+    )
+    return replace(account, crossing_bytes=crossing_bytes)

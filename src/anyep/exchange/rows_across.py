@@ -55,7 +55,8 @@ class RowsOut:
         self._next = 0 if cached else -len(self._tokens) // self._idx_tokens
         """routing is numbered up to -1, rows from 0 on"""
         self._first = self._next
-        self._box = Outbox(across, across.hosts.forwarder(end.rank, host), epoch)
+        self._to = across.hosts.forwarder(end.rank, host)
+        self._box = Outbox(across, self._to, epoch)
 
     def advance(self) -> bool:
         moved = False
@@ -70,6 +71,10 @@ class RowsOut:
 
     def pending(self) -> list[Transfer]:
         return self._box.pending()
+
+    def sent_to(self) -> dict[int, tuple[int, int, int]]:
+        """See exchange/retract.py."""
+        return {self._to: (min(self._next, 0) - self._first, max(self._next, 0), 0)}
 
     def _table(self, address: int) -> tuple[Words, int]:
         """Return a peer table by host, with an address for this one alone."""

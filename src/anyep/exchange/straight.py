@@ -46,6 +46,10 @@ class StraightOut:
         tag = tag_of(STRAIGHT, self._epoch)
         self._sent = [self._transport.engine.send(rank, tag, memory) for rank, memory in self.memory.items()]
 
+    def sent_to(self) -> dict[int, tuple[int, int, int]]:
+        """See exchange/retract.py."""
+        return {transfer.rank: (0, 0, 1) for transfer in self._sent}
+
     def advance(self) -> bool:
         return False
 

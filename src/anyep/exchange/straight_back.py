@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from anyep.exchange.courier import piece_memory
 from anyep.exchange.crossing import address_of
 from anyep.exchange.ledger import COMES_STRAIGHT, GOES_STRAIGHT, NEAR
+from anyep.exchange.retract import retract
 from anyep.exchange.straight import StraightIn, StraightOut
 from anyep.exchange.sums_out import back_row
 from anyep.transport.base import Words
@@ -71,6 +72,11 @@ class StraightBack:
         self._end.kernels.fence()
         self.outgoing.send()
         self._end.counters.add(straight_rows=int(self._rows_of_R[list(self._to)].sum()))
+
+    def retract(self) -> None:
+        """All ranks refuse: take what was sent out of the way."""
+        assert self.outgoing is not None
+        retract(self._across.transport, self._epoch, [self.outgoing])
 
     def ask(self) -> None:
         """Ask for this rank's rows: those of one host's ranks lie one behind the other."""

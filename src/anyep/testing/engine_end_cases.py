@@ -92,6 +92,21 @@ def leaves(make: Make, rank: int, num_bytes: int) -> None:
         finish(engine, sent)
 
 
+def last_words(make: Make, rank: int, num_bytes: int, count: int) -> None:
+    """What was sent before flush() arrives, though its sender closes right behind it."""
+    with opened(make) as engine:
+        speaker = engine.size - 1
+        awaited = [] if rank == speaker else [receive(engine, speaker, number, num_bytes) for number in range(count)]
+        meet(engine)
+        if rank == speaker:
+            for number in range(count):
+                for peer in peers(engine):
+                    send(engine, peer, number, num_bytes)
+            require(engine.flush(30.0), "flush() gave up, though everybody is there")
+            return
+        arrive(engine, awaited)
+
+
 def lost_sends(make: Make, rank: int, num_bytes: int) -> None:
     """A message to a rank that closes instead of receiving it is an error that names the rank."""
     with opened(make) as engine:

@@ -47,6 +47,7 @@ def engine_exams(*, seed: int = 0) -> list[Exam]:
     ]
     exams += [Exam(case=end_cases.bad_arguments, num_ranks=2), Exam(case=end_cases.patience, num_ranks=2)]
     exams += [Exam(case=end_cases.leaves, num_ranks=n, arguments=(num_bytes,)) for n, num_bytes in ((2, 10), (3, _BIG))]
+    exams += [Exam(case=end_cases.last_words, num_ranks=3, arguments=(n, 50)) for n in (_SMALL, 16384)]
     exams += [Exam(case=end_cases.lost_sends, num_ranks=3, arguments=(_BIG,))]
     exams += [Exam(case=end_cases.closed, num_ranks=2), Exam(case=end_cases.opened_often, num_ranks=2, arguments=(5,))]
     return exams

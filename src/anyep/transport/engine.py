@@ -61,6 +61,13 @@ class Engine(Protocol):
         """Return when one of ``transfers`` may be done, or after ``timeout_s``; without burning a core."""
         ...
 
+    def flush(self, quiet_s: float) -> bool:
+        """Wait until the other sides have heard all that was sent, or have left; return whether they have.
+
+        Gives up when nothing has moved for ``quiet_s``. Before a close: what still waits to be sent goes with it.
+        """
+        ...
+
     def departures(self) -> Mapping[int, Departure]:
         """Return the ranks whose end the network has told of."""
         ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,8 @@ _NOTES, _DATA, _NOBODY = 0, 1, NUM_TAGS + 1
 """gloo's tags: of notes, of data (plus ours), and one that nothing is ever sent under."""
 _AT_ONCE = timedelta(milliseconds=1)
 _JOIN_S = 1.0
+_LOOK_S = 0.01
+"""How often a flush looks whether anything has moved."""
 
 
 class GlooEngine:
@@ -79,6 +82,22 @@ class GlooEngine:
         self._check_open()
         with self._changed:
             self._changed.wait_for(lambda: self._group is None or any(map(_settled, transfers)), timeout_s)
+
+    def flush(self, quiet_s: float) -> bool:
+        self._check_open()
+        for line in self._lines.values():
+            line.talk.ask()
+        moved = time.monotonic()
+        unheard = -1
+        while not all(line.talk.is_heard for line in self._lines.values()):
+            now_unheard = sum(line.num_unheard for line in self._lines.values() if not line.talk.is_heard)
+            if now_unheard != unheard:
+                unheard, moved = now_unheard, time.monotonic()
+            elif time.monotonic() - moved >= quiet_s:
+                return False
+            with self._changed:
+                self._changed.wait(_LOOK_S)
+        return True
 
     def departures(self) -> Mapping[int, Departure]:
         talks = {rank: line.talk for rank, line in self._lines.items()}
@@ -179,6 +198,11 @@ class _Line:
         self.tell(self._rank, Kind.DONE, parcel.tag, told_bytes, np.zeros(0, np.uint8))
         if not count:
             self.talk.sent(parcel)
+
+    @property
+    def num_unheard(self) -> int:
+        """Notes and data that the other side has not heard of."""
+        return len(self._unheard)
 
     def settled(self) -> None:
         self._engine.settled()

@@ -128,6 +128,10 @@ class InProcessEngine:
                     return
                 self._exchange.changed.wait(min(left_s, _LOOK_S))
 
+    def flush(self, quiet_s: float) -> bool:
+        """A message is where it belongs as soon as both sides know of it."""
+        return True
+
     def departures(self) -> Mapping[int, Departure]:
         gone = {rank: Departure(how="closed") for rank in set(self._exchange.closed) if rank != self.rank}
         for rank, error in self._group.failed().items():

@@ -127,6 +127,21 @@ class NixlEngine:
                 time.sleep(min(left_s, nap_s))
                 nap_s = min(2 * nap_s, _LONG_NAP_S)
 
+    def flush(self, quiet_s: float) -> bool:
+        self._check_open()
+        talks = [peer.talk for peer in self._peers.values()]
+        for talk in talks:
+            talk.ask()
+        moved = time.monotonic()
+        while not all(talk.is_heard for talk in talks):
+            if self._progress():
+                moved = time.monotonic()
+            elif time.monotonic() - moved >= quiet_s:
+                return False
+            else:
+                time.sleep(_SHORT_NAP_S)
+        return True
+
     def departures(self) -> Mapping[int, Departure]:
         talks = {rank: peer.talk for rank, peer in self._peers.items()}
         return {rank: talk.departure for rank, talk in talks.items() if talk.departure is not None}

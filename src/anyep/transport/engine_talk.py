@@ -11,6 +11,8 @@ OFFER    from the sender: I have a message, and have not heard of a place for it
 DONE     from the sender: the message is there; it had ``num_bytes``
 MISFIT   from the receiver: an eager message came where I had given a place; take the place back
 BYE      nothing will come any more
+ASK      answer when you have heard all this
+HEARD    the answer
 =======  ==============================================================================================
 
 A message of a wrong size ends like any other, with what fits of it put where the receiver said, so that nothing stays
@@ -39,6 +41,8 @@ class Kind(IntEnum):
     BYE = 5
     CREDIT = 6
     """for the wire alone: it only tells how many notes were heard"""
+    ASK = 7
+    HEARD = 8
 
 
 class Note(NamedTuple):
@@ -138,6 +142,8 @@ class Talk:
         self._early: dict[int, Bytes] = {}
         """eager messages before their receive"""
         self._offers: set[int] = set()
+        self._unanswered = 0
+        """ASKs without an answer"""
         self._obstacle: Exception | None = None
         self._why = ""
 
@@ -185,6 +191,18 @@ class Talk:
         """Whether a message is under way."""
         return bool(self._sends or self._receives)
 
+    def ask(self) -> None:
+        """Let the other side say when it has heard everything: :attr:`is_heard` then."""
+        with self._lock:
+            if self.departure is None and self._obstacle is None:
+                self._unanswered += 1
+                self._wire.tell(self.rank, Kind.ASK, 0, 0, _NOTHING)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether it has, or has left."""
+        return not self._unanswered or self.departure is not None
+
     def awaited(self, tag: int) -> Parcel | None:
         """Return the receive that is under way under a tag."""
         return self._receives.get(tag)
@@ -205,6 +223,11 @@ class Talk:
                 self._heard_offer(tag)
             elif kind == Kind.MISFIT:
                 self._put(Parcel(self, tag, np.zeros(1, np.uint8), incoming=False), *self._places.pop(tag), num_bytes)
+            elif kind == Kind.ASK:
+                self._wire.tell(self.rank, Kind.HEARD, 0, 0, _NOTHING)
+            elif kind == Kind.HEARD:
+                self._unanswered -= 1
+                self._wire.settled()
             elif kind == Kind.BYE:
                 self.end(Departure(how="closed"))
 

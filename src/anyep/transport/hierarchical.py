@@ -30,8 +30,9 @@ SLICE_S = 0.05
 _LANE_BITS, _CHUNK_BITS, _EPOCH_BITS = 3, 15, 12
 MAX_CHUNKS = 1 << _CHUNK_BITS
 _FAREWELL = 7
-_LAST_WORDS_S = 1.0
-"""How long a rank that leaves waits until its last messages have left: their receivers wait for them already."""
+_QUIET_S = 1.0
+"""A rank that leaves waits until its last messages have been heard, as long as anything moves: their receivers wait for
+them already. After so long without a sign it goes."""
 
 
 def tag_of(kind: int, epoch: int, chunk: int = 0) -> int:
@@ -263,7 +264,7 @@ class _Farewells:
         return departures
 
     def say(self, blame: Blame | None, under_way: Sequence[Transfer]) -> None:
-        """Tell everybody once; wait until that, and what is ``under_way``, has left, for a short time at most."""
+        """Tell everybody once; wait until that, and what is ``under_way``, has been heard, as long as that moves."""
         if self._said:
             return
         self._said = True
@@ -273,12 +274,13 @@ class _Farewells:
             words[2 + np.array(blame.ranks, np.int64)] = 1
         memory = words.view(np.uint8)
         sent = [*under_way, *(self._engine.send(rank, self._tag, memory) for rank in self._awaited)]
-        deadline = time.monotonic() + _LAST_WORDS_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            sent = [transfer for transfer in sent if not _is_over(transfer)]
-            if not sent:
-                return
+        deadline = time.monotonic() + _QUIET_S
+        while sent and (left_s := deadline - time.monotonic()) > 0:
             self._engine.wait(sent, min(left_s, SLICE_S))
+            remaining = [transfer for transfer in sent if not _is_over(transfer)]
+            if len(remaining) < len(sent):
+                sent, deadline = remaining, time.monotonic() + _QUIET_S
+        self._engine.flush(_QUIET_S)
 
 
 def _has_come(transfer: Transfer) -> bool:
