@@ -35,11 +35,12 @@ def retract(transport: HierarchicalTransport, epoch: int, senders: Sequence[Send
             counts_RK[rank] += counts
     tag = tag_of(RETRACTED, epoch)
     told = [transport.engine.send(rank, tag, counts_RK[rank].view(np.uint8)) for rank in far]
-    carry([_Told(told), *(_Delivery(transport, rank, epoch) for rank in far)], transport, epoch, f"refusal of {epoch}")
+    ahead = [transfer for sender in senders for transfer in sender.pending()]
+    carry([_Leaving([*told, *ahead]), *(_Delivery(transport, rank, epoch) for rank in far)], transport, epoch, f"refusal of {epoch}")
 
 
-class _Told:
-    """Sends under way."""
+class _Leaving:
+    """Sends under way: a rank that ended before they have left would take them with it."""
 
     def __init__(self, sent: Sequence[Transfer]) -> None:
         self._sent = sent
