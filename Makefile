@@ -12,6 +12,8 @@
 
 PYTHON ?= python3
 BENCH ?=
+# Tests start rank processes of their own, and wait for many of them: two files at a time keep two cores busy.
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ sweep: $(STAMP)
 		--json $(RESULTS)/sweep.json --picture $(RESULTS)/sweep.png $(BENCH)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
