@@ -36,20 +36,26 @@ def retract(transport: HierarchicalTransport, epoch: int, senders: Sequence[Send
     tag = tag_of(RETRACTED, epoch)
     told = [transport.engine.send(rank, tag, counts_RK[rank].view(np.uint8)) for rank in far]
     ahead = [transfer for sender in senders for transfer in sender.pending()]
-    carry([_Leaving([*told, *ahead]), *(_Delivery(transport, rank, epoch) for rank in far)], transport, epoch, f"refusal of {epoch}")
+    carry(
+        [_Leaving(transport, [*told, *ahead]), *(_Delivery(transport, rank, epoch) for rank in far)],
+        transport,
+        epoch,
+        f"refusal of {epoch}",
+    )
 
 
 class _Leaving:
     """Sends under way: a rank that ended before they have left would take them with it."""
 
-    def __init__(self, sent: Sequence[Transfer]) -> None:
+    def __init__(self, transport: HierarchicalTransport, sent: Sequence[Transfer]) -> None:
+        self._transport = transport
         self._sent = sent
 
     def advance(self) -> bool:
         return False
 
     def pending(self) -> list[Transfer]:
-        return [transfer for transfer in self._sent if not transfer.done()]
+        return [transfer for transfer in self._sent if not self._transport.is_done(transfer)]
 
 
 class _Delivery:
@@ -77,7 +83,7 @@ class _Delivery:
     def pending(self) -> list[Transfer]:
         if self._word is not None:
             return [self._word]
-        return [transfer for transfer in self._dropped if not transfer.done()]
+        return [transfer for transfer in self._dropped if not self._transport.is_done(transfer)]
 
 
 class _Dropped:

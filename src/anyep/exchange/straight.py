@@ -3,7 +3,7 @@
 Forwarded, a token crosses once a host, however many of its ranks want it; straight, once a rank, and its rank waits for
 one message instead of for a neighbour who has to route it first. Each sender decides for each host alone
 (exchange/straight_rule.py), and announces it; rows go back as they came. They travel as rows do that come along with an
-announcement inside a host, and are unpacked alike (exchange/eager.py).
+announcement inside a host, and are unpacked alike (exchange/receive.py).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class StraightBack:
             sizes = [self._row.piece_bytes(int(self._rows_at_R[rank])) for rank in ranks]
             whole = self._host_memory[host] = piece_memory(sum(sizes))
             begins = np.cumsum([0, *sizes])
-            for rank, begin, size in zip(ranks, begins.tolist(), sizes, strict=False):
+            for rank, begin, size in zip(ranks, begins[:-1].tolist(), sizes, strict=True):
                 memory[rank] = whole[begin : begin + size]
                 self.first_row_R[rank] = begin // self._row.row
         self.incoming = StraightIn(self._across.transport, memory, self._epoch)

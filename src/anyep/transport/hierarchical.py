@@ -149,7 +149,7 @@ class HierarchicalTransport:
         hosts = "; ".join(f"rank{'s' * (len(ranks) > 1)} {spell_ranks(ranks)}" for ranks in self.hosts.members)
         return {
             **self._local.describe(),
-            "hosts": f"{self.hosts.num_hosts} ({hosts}); a token crosses once a host",
+            "hosts": f"{self.hosts.num_hosts} ({hosts})",
             **self.engine.describe(),
         }
 

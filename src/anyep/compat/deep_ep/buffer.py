@@ -85,7 +85,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Return False: no kernel here is compiled for a GPU."""
+        """Return False: rows are moved by the host."""
         return False
 
     @staticmethod

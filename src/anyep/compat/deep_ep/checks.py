@@ -35,9 +35,11 @@ def check_torch_deterministic() -> None:
 
 
 def check_cpu(name: str, value: object) -> None:
-    """Raise Unavailable for a tensor of another device: rows are moved in the host's memory so far."""
+    """Raise Unavailable for a tensor of another device: CUDA tensors are exchanged by ``anyep.Buffer(device=...)``."""
     if isinstance(value, torch.Tensor) and not value.is_cpu:
-        raise Unavailable(f"{name} is on {value.device}: there is no transport for GPUs yet; pass {name}.cpu()")
+        raise Unavailable(
+            f"{name} is on {value.device}, and DeepEP's interface exchanges CPU tensors: pass {name}.cpu()"
+        )
 
 
 def check_dense(

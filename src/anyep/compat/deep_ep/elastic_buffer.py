@@ -128,7 +128,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
     def get_comm_stream(self) -> torch.cuda.Stream:
         """Return the stream on which the exchange works, the current one; Unavailable without CUDA."""
         if not torch.cuda.is_available():
-            raise Unavailable("there are no streams without CUDA: calls of this buffer are over when they return")
+            raise Unavailable("there is no communication stream without CUDA: rows are moved by the host, not on a GPU")
         return torch.cuda.current_stream()
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:

@@ -27,7 +27,7 @@ def find_cuda_home() -> str:
         return _CUDA_DIRECTORY
     raise Unavailable(
         "there is no CUDA toolkit: CUDA_HOME and CUDA_PATH are not set, nvcc is not on PATH, and "
-        f"{_CUDA_DIRECTORY} does not exist; nothing here compiles for a GPU, so that no call needs one"
+        f"{_CUDA_DIRECTORY} does not exist; no call of this interface needs one"
     )
 
 

@@ -1,6 +1,6 @@
 """Combine on a device: every rank says where its rows lie, then each sums the rows of its tokens where they lie.
 
-Outputs may be any tensors of the device: all of its memory is within every rank's reach.
+Outputs that the other ranks cannot reach are copied in first.
 """
 
 from __future__ import annotations

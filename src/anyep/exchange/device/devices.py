@@ -1,4 +1,4 @@
-"""Where an arena's memory lives: one object that knows a device, its streams, its kernels, and the way to the host."""
+"""Where tensors live: one object that knows a device, its streams, its kernels, and the way to the host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Fetch(Protocol):
 
 
 class Device(Protocol):
-    """One device and what can be done with it. All ranks of a group share it."""
+    """One device and what can be done with it. Ranks that are threads share it; else each has its own."""
 
     where: torch.device
     kernels: DeviceKernels

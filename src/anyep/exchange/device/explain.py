@@ -13,7 +13,7 @@ def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
     wire, scale = end.wire, end.wire.scale_format
     choices = (
         Choice(topic="device", chosen=str(end.where), reason="tensors of another device are refused"),
-        Choice(topic="mode", chosen="every row straight to its final place", reason="ranks share the device's memory"),
+        Choice(topic="mode", chosen="every row straight to its final place", reason=end.reach.why),
         _order(end),
         Choice(topic="host waits", chosen=waits, reason=counts),
         Choice(topic="transport", chosen=end.transport.name, reason=f"for headers; {transport_reason}"),

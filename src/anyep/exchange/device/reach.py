@@ -22,6 +22,8 @@ NOWHERE = -1
 class Reach(Protocol):
     """One rank's side."""
 
+    why: str
+    """why rows can go straight to their final place"""
     base_R: list[int]
     """what places of each rank are counted from, as addresses here"""
 
@@ -37,6 +39,8 @@ class Reach(Protocol):
 class OneDevice:
     """All ranks share a device and one process: every tensor is within reach, and addresses are places."""
 
+    why = "ranks share the device's memory"
+
     def __init__(self, device: Device, num_ranks: int) -> None:
         self._device = device
         self.base_R = [0] * num_ranks
@@ -50,6 +54,8 @@ class OneDevice:
 
 class OwnDevices:
     """Each rank has a device, and a heap on it that the others have mapped."""
+
+    why = "each rank has mapped the others' heaps"
 
     def __init__(self, heap: SymmetricHeap) -> None:
         self._heap = heap
