@@ -13,7 +13,7 @@ _ONE_WARP = 64
 class GpuKernels(NumberLaunches, SettleLaunches):
     """A :class:`~anyep.kernels.spec_device.DeviceKernels`; addresses are device addresses, tables lie there too.
 
-    Calls launch and return; ``route`` and ``gather`` wait for their verdicts (``begin_route``, ``begin_gather`` do not).
+    Calls launch and return; ``route`` and ``gather`` wait for their verdicts, ``begin_route``, ``begin_gather`` do not.
     They launch on the stream that is torch's current one for the device, in the order of the calls.
     """
 
