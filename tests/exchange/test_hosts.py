@@ -322,7 +322,7 @@ def test_what_was_chosen_is_told(played):
     outcomes = anyep.local_group(3).run(rank_main)
     assert all("ANYEP_RANKS_PER_HOST=2: threads play 2 hosts" in text for text, _ in outcomes)
     assert all("(ranks 0-1; rank 2)" in text for text, _ in outcomes)
-    assert all("rows cross in pieces of 256 KiB, 8 of a stream on their way" in text for text, _ in outcomes)
+    assert all("rows cross in pieces of 1024 KiB, 2 of a stream on their way" in text for text, _ in outcomes)
     assert all("up to 1024.0 KiB to another host that need not take" in text for text, _ in outcomes)
     assert all("a round of announcements takes" in text for text, _ in outcomes)
     assert [stats.far_rows for _, stats in outcomes] == [2, 1, 3]  # rank 2 owns expert 3, rank 0 expert 0

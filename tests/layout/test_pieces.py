@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyep.layout.pieces import cut_tokens, pack_rows, window_for
+from anyep.layout.pieces import cut_tokens, pack_rows
 from anyep.layout.regions import RowBytes
 
 
@@ -47,7 +47,3 @@ def test_parts_of_rows_in_a_message_do_not_overlap(sizes, num_rows):
     for (begin, num_bytes), (following, _) in pairwise(parts):
         assert begin + num_bytes <= following
     assert parts[-1][0] + parts[-1][1] <= packed.num_bytes
-
-
-def test_a_rank_of_many_hosts_has_fewer_pieces_of_each_stream_on_their_way():
-    assert [window_for(pairs) for pairs in (0, 1, 8, 9, 30, 1000)] == [8, 8, 8, 7, 2, 2]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.straight_rule import StraightRule
 from anyep.layout.hosts import HostMap, group_ranks
-from anyep.layout.pieces import CHUNK_BYTES, window_for
+from anyep.layout.pieces import CHUNK_BYTES, WINDOW
 from anyep.layout.placement import Placement
 from anyep.layout.regions import ALIGNMENT_BYTES, RowBytes
 from anyep.transport.base import Words
@@ -58,7 +58,7 @@ class Across:
     @property
     def window(self) -> int:
         """Pieces of one stream on their way."""
-        return window_for(self.num_streams)
+        return WINDOW
 
     def bound_bytes(self, row: RowBytes, num_topk: int, max_tokens: int) -> int:
         """Return what one operation keeps of rows that cross, at most."""
@@ -92,7 +92,7 @@ def bound_bytes(
         return 0
     streams = num_streams(hosts, rank)
     widest = max(row.sent, num_topk * (row.y + row.topk_weights))
-    pieces = (streams * window_for(streams) + hosts.num_hosts) * (max(chunk_bytes, widest) + PIECE_GAPS)
+    pieces = (streams * WINDOW + hosts.num_hosts) * (max(chunk_bytes, widest) + PIECE_GAPS)
     columns = len(hosts.sources_of(rank)) * max_tokens * row.topk_idx
     far_ranks = len(hosts.host_R) - len(hosts.near(rank))
     return pieces + columns + 2 * straight_bytes * (hosts.num_hosts - 1 + far_ranks)

@@ -229,7 +229,7 @@ def memory_account(
     >>> memory_account(
     ...     8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8", ranks_per_host=4
     ... ).crossing_bytes >> 20
-    14
+    16
     """
     options = BufferOptions(
         hidden=hidden,

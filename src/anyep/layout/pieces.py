@@ -9,21 +9,11 @@ from numpy.typing import NDArray
 
 from anyep.layout.regions import RowBytes, aligned, row_region
 
-CHUNK_BYTES = 256 << 10
-"""Rows cross in pieces of at most this size, or of one token where that is more; at 1 Gbit/s one takes 2 ms."""
-_LEAST_WINDOW, _MOST_WINDOW, _ALL_WINDOWS = 2, 8, 64
-
-
-def window_for(num_pairs: int) -> int:
-    """Return how many pieces of a pair of ranks are on their way, where a rank has ``num_pairs`` streams in all.
-
-    Two: one crosses while the other is packed, or unpacked. Eight where there are few pairs: then a rank that has to
-    wait for a core for some milliseconds does not let the link stand still.
-
-    >>> window_for(2), window_for(14), window_for(126)
-    (8, 4, 2)
-    """
-    return max(_LEAST_WINDOW, min(_MOST_WINDOW, _ALL_WINDOWS // max(1, num_pairs)))
+CHUNK_BYTES = 1 << 20
+"""Rows cross in pieces of at most this size, or of one token where that is more; at 1 Gbit/s one takes 8 ms. Each
+piece costs both ends as much as some hundred KiB do: a decode step cut in quarters takes half as long again."""
+WINDOW = 2
+"""Pieces of a pair of ranks on their way: one crosses while the other is packed, or unpacked."""
 
 
 def rows_a_piece(row_bytes: int, chunk_bytes: int) -> int:
