@@ -48,9 +48,11 @@ class SegmentMaker:
             memory = self._commit(num_bytes, "an arena")
             self._own = Board(self._signals, memory.address, self._size)
         else:
+            what = "an arena that is full"
+            check_room(num_bytes, 0, linux.available_bytes(), what)  # what cannot be had stands in nobody's way
             self._own.growing_bytes = num_bytes
             try:
-                memory = self._commit(num_bytes, "an arena that is full")
+                memory = self._commit(num_bytes, what)
             finally:
                 self._own.growing_bytes = 0
         self._own.add_segment(memory)
