@@ -23,6 +23,7 @@ import torch
 
 import anyep
 from anyep.compat import deep_ep
+from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending
 from anyep.exchange.wire import make_wire
 from anyep.testing.processes import run_processes
@@ -36,7 +37,7 @@ class Inside:
 
     def __init__(self) -> None:
         self.total_ns = 0
-        for owner, name in ((anyep.Buffer, "dispatch"), (anyep.Buffer, "combine"), (Pending, "wait")):
+        for owner, name in ((Calls, "dispatch"), (Calls, "combine"), (Pending, "wait")):
             setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, method: Call) -> Call:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from anyep.compat.deep_ep import layout, normal
+from anyep.compat.deep_ep import layout, normal, normal_sums
 from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert, refuse
 from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
@@ -19,7 +19,6 @@ from anyep.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
-from anyep.compat.deep_ep.underway import event_of
 from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -69,7 +68,7 @@ class Buffer(LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous)
-        self._side = normal.side_of(self.runtime, domain_of(self.group_size))
+        self._context = normal.context_of(self.runtime, domain_of(self.group_size))
         self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
@@ -79,7 +78,7 @@ class Buffer(LowLatencyCalls):
     def destroy(self) -> None:
         """Leave the group; the buffer cannot be used any more. AssertionError unless made with explicitly_destroy."""
         assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
-        runtime, self.runtime, self._side = self.runtime, None, None
+        runtime, self.runtime, self._context = self.runtime, None, None
         if runtime is not None:
             runtime.close()
 
@@ -148,7 +147,7 @@ class Buffer(LowLatencyCalls):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
         """Count tokens: int32 [R], int32 [hosts] or None, int32 [E], and bool [T, R] of who goes where."""
         _begin(previous_event, async_finish, allocate_on_comm_stream)
-        counted = layout.count(topk_idx, num_experts, (self._side or self._no_side()).domain)
+        counted = layout.count(topk_idx, num_experts, (self._context or self._no_context()).domain)
         return (*counted, EventOverlap(EventHandle() if async_finish else None))
 
     def dispatch(
@@ -174,11 +173,10 @@ class Buffer(LowLatencyCalls):
         """
         if previous_event is not None or allocate_on_comm_stream or _deterministic():
             _begin(previous_event, async_finish, allocate_on_comm_stream)
-        side = self._side or self._no_side()
+        context = self._context or self._no_context()
         if handle is not None:
             assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
-            rows, underway = normal.dispatch_again(side, x, handle, go_on=async_finish)
-            return rows, None, None, None, None, event_of(underway, asked=async_finish)
+            return normal.dispatch_again(context, x, handle, go_on=async_finish)
         batch = normal.Batch(
             topk_idx,
             topk_weights,
@@ -189,8 +187,7 @@ class Buffer(LowLatencyCalls):
             expert_alignment,
         )
         channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
-        sent = normal.dispatch(side, x, batch, channels, go_on=async_finish)
-        return (*sent[:-1], event_of(sent.underway, asked=async_finish))
+        return normal.dispatch(context, x, batch, channels, go_on=async_finish)
 
     def combine(
         self,
@@ -206,18 +203,15 @@ class Buffer(LowLatencyCalls):
         """Sum each token's rows, unweighted: (combined_x [T, H], combined_topk_weights [T, K] or None, event)."""
         if previous_event is not None or allocate_on_comm_stream or _deterministic():
             _begin(previous_event, async_finish, allocate_on_comm_stream)
-        summed = normal.combine(self._side or self._no_side(), x, handle, topk_weights, bias, go_on=async_finish)
-        return summed.x, summed.topk_weights, event_of(summed.underway)
+        context = self._context or self._no_context()
+        return normal_sums.combine(context, x, handle, topk_weights, bias, go_on=async_finish)
 
     internode_dispatch = dispatch
     internode_combine = combine
 
-    def _natives(self) -> Natives:
-        return (self._side or self._no_side()).natives
+    _context: normal.NormalContext | None = None
 
-    _side: normal.Side | None = None
-
-    def _no_side(self) -> NoReturn:
+    def _no_context(self) -> NoReturn:
         refuse("this Buffer was destroyed, or its __init__ was replaced and not called")
 
 

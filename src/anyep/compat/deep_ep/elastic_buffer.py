@@ -10,24 +10,24 @@ import torch
 from anyep.compat.deep_ep import elastic_sizes
 from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
 from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats, wait_for
-from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
-from anyep.compat.deep_ep.elastic_combine import Outputs, combine
-from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens, dispatch
-from anyep.compat.deep_ep.elastic_facts import ElasticFacts
-from anyep.compat.deep_ep.elastic_kinds import (
+from anyep.compat.deep_ep.elastic_checked import (
     are_plain,
     check_combine,
     check_dispatch,
     key_of_combine,
     key_of_dispatch,
 )
-from anyep.compat.deep_ep.elastic_side import Side, elastic_loops, kernels
+from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
+from anyep.compat.deep_ep.elastic_combine import Outputs, combine
+from anyep.compat.deep_ep.elastic_context import ElasticContext, elastic_loops, kernels
+from anyep.compat.deep_ep.elastic_dispatch import begin_again, begin_first, dispatch_again, dispatch_first
+from anyep.compat.deep_ep.elastic_facts import ElasticFacts
+from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
 from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
 from anyep.compat.deep_ep.native import Natives
-from anyep.compat.deep_ep.underway import event_of
 from anyep.errors import ClosedError, Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -97,13 +97,13 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             group,
             timeout_s=self.timeout_s,
         )
-        self._side: Side | None = self._make_side(self.runtime)
+        self._context: ElasticContext | None = self._make_context(self.runtime)
         self._end = weakref.finalize(self, self.runtime.close)
         self._sms: dict[tuple[object, ...], int] = {}
         rendezvous.allgather(b"")  # all ranks have made theirs when a constructor returns, as upstream
 
-    def _make_side(self, natives: Natives) -> Side:
-        return Side(
+    def _make_context(self, natives: Natives) -> ElasticContext:
+        return ElasticContext(
             natives=natives,
             number=self.rank_idx,
             num_ranks=self.num_ranks,
@@ -123,7 +123,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             self.barrier()
             self.close_collectives()
             self._end()
-            self.runtime = self._side = None
+            self.runtime = self._context = None
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """Return the stream on which the exchange works, the current one; Unavailable without CUDA."""
@@ -133,7 +133,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Wait until every rank is here."""
-        (self._side or self._no_side()).natives.barrier(self.num_ranks)
+        (self._context or self._no_context()).natives.barrier(self.num_ranks)
 
     def dispatch(
         self,
@@ -168,31 +168,31 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         """
         if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
-        side = self._side or self._no_side()
+        context = self._context or self._no_context()
         options = (
             *(num_experts, num_max_tokens_per_rank, expert_alignment, num_sms, num_qps, do_cpu_sync, do_expand),
             *(do_zero_padding, do_handle_copy, use_tma_aligned_col_major_sf),
         )
         stats = cumulative_local_expert_recv_stats
         key = key_of_dispatch(x, topk_idx, topk_weights, stats, handle, options)
-        kind = side.natives.checked.get(key)
-        given = (*(x if isinstance(x, tuple) else (x, None)), topk_idx, topk_weights)
-        if kind is None:
-            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
-            side.natives.remember(key, kind)
+        plan = context.natives.checked.get(key)
+        if plan is None:
+            plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            context.natives.remember(key, plan)
         else:
-            tokens = Tokens._make(given)
+            rows, scales = x if isinstance(x, tuple) else (x, None)
+            tokens = Tokens(rows, scales, topk_idx, topk_weights)
+        first, again = (begin_first, begin_again) if async_with_compute_stream else (dispatch_first, dispatch_again)
         try:
-            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
+            batch = first(context, plan, tokens) if handle is None else again(context, plan, tokens, handle)
         except (TypeError, ValueError):
-            if are_plain(*given):
+            if are_plain(*tokens):
                 raise
-            kind, tokens = self._check(side, x, topk_idx, topk_weights, stats, handle, Asked(*options))
-            batch = dispatch(side, kind, tokens, handle, go_on=async_with_compute_stream)
+            plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            batch = first(context, plan, tokens) if handle is None else again(context, plan, tokens, handle)
         if stats is not None:
-            stats += batch.handle.num_unaligned_recv_tokens_per_expert
-        rows, idx, weights, handle, underway = batch
-        return rows, idx, weights, handle, event_of(underway, asked=async_with_compute_stream)
+            stats += batch[3].num_unaligned_recv_tokens_per_expert
+        return batch
 
     def combine(
         self,
@@ -214,36 +214,35 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         """
         if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
-        side = self._side or self._no_side()
+        context = self._context or self._no_context()
         host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")
         key = key_of_combine(x, topk_weights, bias, handle, num_sms, num_qps)
-        ep = side.natives.checked.get(key)
+        ep = context.natives.checked.get(key)
         if ep is None:
             self._check_qps(num_qps, num_sms or handle.num_sms)
-            ep, outputs = check_combine(side, x, handle, topk_weights, bias)
-            side.natives.remember(key, ep)
+            ep, outputs = check_combine(context, x, handle, topk_weights, bias)
+            context.natives.remember(key, ep)
         else:
             outputs = Outputs(x, topk_weights, ())
         try:
-            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
+            sums = combine(context, ep, outputs, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
             if are_plain(x, topk_weights):
                 raise
-            ep, outputs = check_combine(side, x, handle, topk_weights, bias)
-            sums = combine(side, ep, outputs, handle, go_on=async_with_compute_stream)
-        combined, weights, underway = sums
-        return combined, weights, event_of(underway, asked=async_with_compute_stream)
+            ep, outputs = check_combine(context, x, handle, topk_weights, bias)
+            sums = combine(context, ep, outputs, handle, go_on=async_with_compute_stream)
+        return sums
 
     def _check(
         self,
-        side: Side,
+        context: ElasticContext,
         x: Rows,
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         stats: torch.Tensor | None,
         handle: EPHandle | None,
         asked: Asked,
-    ) -> tuple[Kind, Tokens]:
+    ) -> tuple[DispatchPlan, Tokens]:
         """Check a dispatch in full. AssertionError and RuntimeError where upstream raises them."""
         terms = agreed_terms(handle, topk_idx, asked, self.num_max_tokens_per_rank, self.get_theoretical_num_sms)
         self._check_qps(asked.num_qps, terms.num_sms)
@@ -252,9 +251,9 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         )
         host_assert(stats is None or handle is None, "statistics are counted by a dispatch without a handle only")
         check_stats(stats, terms.num_experts // self.num_ranks)
-        return check_dispatch(side, x, topk_idx, topk_weights, handle, terms)
+        return check_dispatch(context, x, topk_idx, topk_weights, handle, terms)
 
-    def _no_side(self) -> NoReturn:
+    def _no_context(self) -> NoReturn:
         raise ClosedError("this buffer was destroyed; make a new one")
 
     def _check_qps(self, num_qps: int, num_sms: int) -> None:

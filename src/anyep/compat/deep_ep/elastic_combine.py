@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.compat.deep_ep.elastic_dispatch import served_rows
+from anyep.compat.deep_ep.elastic_context import ElasticContext
+from anyep.compat.deep_ep.elastic_landing import served_rows
 from anyep.compat.deep_ep.elastic_routes import native_handle, rows_by_expert, static_rows_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle, rows_without_gaps
-from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.events import EventOverlap
+from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.calls import Calls
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
@@ -41,55 +42,50 @@ class Outputs(NamedTuple):
     """up to two, bfloat16 [T, H]"""
 
 
-class Sums(NamedTuple):
-    """What combine returns, but for the event."""
-
-    x: torch.Tensor
-    topk_weights: torch.Tensor | None
-    underway: Underway | None = None
-    """what fills them, where that is not over"""
+Sums = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
+"""What combine returns."""
 
 
-def combine(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, *, go_on: bool = False) -> Sums:
+def combine(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHandle, *, go_on: bool = False) -> Sums:
     """Bring the experts' outputs back and sum them, with the buffer of :func:`buffer_for_sums`.
 
     ``go_on``: return when the first half was sent.
     """
     kind = handle.kind
-    if kind.do_expand and not side.several_sums:
-        return _sum_columns(side, ep, outputs, handle, go_on)
-    native = native_handle(side, handle, ep)
-    places = places_from_handle(handle, side.num_ranks)
+    if kind.do_expand and not context.several_sums:
+        return _sum_columns(context, ep, outputs, handle, go_on)
+    native = native_handle(context, handle, ep)
+    places = places_from_handle(handle, context.num_ranks)
     y, weights = outputs.x, outputs.topk_weights
     if kind.do_expand or weights is not None:
         served = served_rows(handle.recv_src_metadata[: handle.num_valid_tokens], places)
         if weights is not None:
-            weights = _owned_weights(side, weights, served, native.num_rows)
+            weights = _owned_weights(context, weights, served, native.num_rows)
     if kind.do_expand:
         y = ep.empty_output(native, torch.bfloat16)
-        _sum_rows(side.kernels, outputs.x, served, (), y)
+        _sum_rows(context.kernels, outputs.x, served, (), y)
     elif places is not None:
         y = y[places]
     elif y.shape[0] != native.num_rows:
         y = y[: native.num_rows]
-    group = side.num_scaleup if side.several_sums and side.num_scaleup < side.num_ranks else 0
+    group = context.num_scaleup if context.several_sums and context.num_scaleup < context.num_ranks else 0
     if go_on:
-        return _start(side, ep, y, native, weights, outputs.bias, group=group)
+        return _start(context, ep, y, native, weights, outputs.bias, group=group)
     if weights is None:
-        return Sums(ep.combine(y, native, bias=outputs.bias, reduce="column", group=group), None)
+        return ep.combine(y, native, bias=outputs.bias, reduce="column", group=group), None, EventOverlap()
     combined = ep.combine(y, native, bias=outputs.bias, topk_weights=weights, reduce="column", group=group)
-    return Sums(combined.x, combined.topk_weights)
+    return combined.x, combined.topk_weights, EventOverlap()
 
 
-def buffer_for_sums(side: Side, hidden: int, handle: EPHandle) -> Calls:
+def buffer_for_sums(context: ElasticContext, hidden: int, handle: EPHandle) -> Calls:
     """Return the buffer that sums rows of ``hidden`` bfloat16."""
     wire = carrying_wire(torch.bfloat16, hidden, 0, torch.float32, by_column=True)
     kind = handle.kind
-    return side.natives.variant(kind.num_experts, wire, kind.num_topk, static_rows=static_rows_of(side, kind))
+    return context.natives.variant(kind.num_experts, wire, kind.num_topk, static_rows=static_rows_of(context, kind))
 
 
 def _start(
-    side: Side,
+    context: ElasticContext,
     ep: Calls,
     y: torch.Tensor,
     native: Handle,
@@ -100,21 +96,21 @@ def _start(
     group: int = 0,
 ) -> Sums:
     """Send the first half."""
-    side.natives.make_room()
+    context.natives.make_room()
     pending = ep.combine(y, native, bias=bias, topk_weights=weights, reduce=reduce, group=group, wait=False)
     targets = pending.targets
     assert targets is not None, "a sum's place is always known"
-    return Sums(targets.x, targets.topk_weights, side.natives.start(pending))
+    return targets.x, targets.topk_weights, event_of(context.natives.start(pending))
 
 
-def _sum_columns(side: Side, ep: Calls, outputs: Outputs, handle: EPHandle, go_on: bool) -> Sums:
+def _sum_columns(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHandle, go_on: bool) -> Sums:
     """One sum only of an expanded batch: every row travels, and they are added in column order."""
-    known, y = rows_by_expert(side, handle, ep), outputs.x
+    known, y = rows_by_expert(context, handle, ep), outputs.x
     if y.shape[0] != known.num_rows:
         y = y[rows_without_gaps(known.counts, handle.expert_alignment)] if ep.num_hosts > 1 else y[: known.num_rows]
     if go_on:
-        return _start(side, ep, y, known, None, outputs.bias, reduce="expert")
-    return Sums(ep.combine(y, known, bias=outputs.bias, reduce="expert"), None)
+        return _start(context, ep, y, known, None, outputs.bias, reduce="expert")
+    return ep.combine(y, known, bias=outputs.bias, reduce="expert"), None, EventOverlap()
 
 
 def _sum_rows(
@@ -129,11 +125,13 @@ def _sum_rows(
     kernels.fence()
 
 
-def _owned_weights(side: Side, weights: torch.Tensor, served: torch.Tensor, num_rows: int) -> torch.Tensor:
+def _owned_weights(context: ElasticContext, weights: torch.Tensor, served: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Return fp32 [N, K]: this rank's value in the columns that it serves, 0 elsewhere, so that a sum picks them."""
     num_valid, num_topk = served.shape
     owned = torch.empty((num_rows, num_topk), dtype=torch.float32, device="cpu")
     owned[num_valid:] = 0
     by_column = int(weights.dim() == 2)
-    side.loops.gather_weights(num_valid, num_topk, served.data_ptr(), by_column, weights.data_ptr(), owned.data_ptr())
+    context.loops.gather_weights(
+        num_valid, num_topk, served.data_ptr(), by_column, weights.data_ptr(), owned.data_ptr()
+    )
     return owned

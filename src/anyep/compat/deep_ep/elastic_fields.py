@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from anyep.compat.deep_ep.elastic_arguments import Terms
+from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
-from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.underway import Underway
@@ -41,10 +41,10 @@ class Late:
 class Origin(NamedTuple):
     """What a dispatch left: its own records, which no caller can write to."""
 
-    side: Side
+    context: ElasticContext
     terms: Terms
     native: Handle
-    indices: NDArray[Any] | None
+    indices: torch.Tensor | None
     """local experts of each row [N, K], as they were when the caller got them; None: the metadata is made already"""
     token: torch.Tensor | None
     """int32 [N]: each row's token at its source"""
@@ -63,26 +63,26 @@ class Origin(NamedTuple):
         if self.late is not None:
             return self.late.wait()
         assert self.indices is not None
-        return describe_rows(self, self.indices.ctypes.data, None)
+        return describe_rows(self, self.indices.data_ptr(), None)
 
 
 def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) -> torch.Tensor:
     """Return ``recv_src_metadata``, from what the dispatch knows of the rows; ``idx`` [N, K]: their local experts."""
-    side, terms, plan = origin.side, origin.terms, origin.native.send
+    context, terms, plan = origin.context, origin.terms, origin.native.send
     assert origin.token is not None, "the variants of these calls bring source tokens"
     num_topk = plan.geometry.num_topk
-    rows = origin.native.num_rows if terms.exact else side.num_ranks * terms.num_max_tokens
+    rows = origin.native.num_rows if terms.exact else context.num_ranks * terms.num_max_tokens
     metadata = torch.empty((rows, num_topk + 2), dtype=torch.int32, device="cpu")
     cursors = slab_starts(terms, origin.native) if terms.do_expand else None
-    side.loops.describe_rows(
+    context.loops.describe_rows(
         idx_addr,
         plan.idx_bytes,
         rows,
         num_topk,
         origin.token.data_ptr(),
         plan.field("pair_rows"),
-        side.num_ranks,
-        side.number,
+        context.num_ranks,
+        context.number,
         max(1, terms.num_max_tokens),
         0 if places is None else places.data_ptr(),
         0 if cursors is None else cursors.__array_interface__["data"][0],
@@ -113,13 +113,13 @@ def _aligned_list(origin: Origin) -> list[int]:
     return _aligned(origin).tolist() if origin.terms.exact else []
 
 
-def expanded_rows(side: Side, terms: Terms, native: Handle) -> int:
+def expanded_rows(context: ElasticContext, terms: Terms, native: Handle) -> int:
     """Return the rows of an expanded batch: what arrived, or the most that can arrive."""
     num_local = native.send.geometry.shape.num_local
     if terms.exact:
         counts_L, alignment = native.send.numbers("counts"), terms.alignment
         return int((-(-counts_L // alignment) * alignment).sum())
-    most, padding = side.num_ranks * terms.num_max_tokens, (terms.alignment - 1) * num_local
+    most, padding = context.num_ranks * terms.num_max_tokens, (terms.alignment - 1) * num_local
     return align(most * min(native.send.geometry.num_topk, num_local) + padding, terms.alignment)
 
 
@@ -131,8 +131,8 @@ def slab_starts(terms: Terms, native: Handle) -> NDArray[np.int32]:
 
 
 def _sums_by_source(origin: Origin) -> torch.Tensor:
-    rows_R = origin.native.pair_rows[:, origin.side.number]
-    by_host_OS = rows_R.reshape(-1, origin.side.num_scaleup)
+    rows_R = origin.native.pair_rows[:, origin.context.number]
+    by_host_OS = rows_R.reshape(-1, origin.context.num_scaleup)
     return torch.from_numpy(np.cumsum(by_host_OS.sum(0), dtype=np.int32))
 
 
@@ -143,15 +143,15 @@ def _ends(origin: Origin) -> torch.Tensor:
 
 
 def _slots(origin: Origin) -> torch.Tensor:
-    plan, side, terms = origin.native.send, origin.side, origin.terms
+    plan, context, terms = origin.native.send, origin.context, origin.terms
     slots_TK = np.empty((plan.num_tokens, plan.geometry.num_topk), np.int32)
-    side.loops.number_slots(
+    context.loops.number_slots(
         plan.idx_addr,
         plan.idx_bytes,
         *slots_TK.shape,
-        side.num_ranks,
-        terms.num_experts // side.num_ranks,
-        side.number * terms.num_max_tokens,
+        context.num_ranks,
+        terms.num_experts // context.num_ranks,
+        context.number * terms.num_max_tokens,
         slots_TK.__array_interface__["data"][0],
     )
     return _tensor(slots_TK)
@@ -170,7 +170,7 @@ _MAKERS: dict[str, Callable[[Origin], Any]] = {
     "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
     "num_sms": lambda origin: origin.terms.num_sms,
     "topk_idx": _topk_idx,
-    "num_expanded_tokens": lambda origin: expanded_rows(origin.side, origin.terms, origin.native),
+    "num_expanded_tokens": lambda origin: expanded_rows(origin.context, origin.terms, origin.native),
     "num_recv_tokens_per_expert_list": _aligned_list,
     "psum_num_recv_tokens_per_scaleup_rank": _sums_by_source,
     "psum_num_recv_tokens_per_expert": _ends,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anyep.compat.deep_ep.elastic_side import Side
+from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.exchange.calls import Calls
 from anyep.exchange.handle import Handle
@@ -56,21 +56,21 @@ def route_of(handle: EPHandle, native: Handle) -> Route:
     return route
 
 
-def static_rows_of(side: Side, kind: HandleKind) -> int | None:
+def static_rows_of(context: ElasticContext, kind: HandleKind) -> int | None:
     """Return the rows of a batch of fixed size, which the exchange keeps; None where it knows those that arrived."""
-    return kind.static_rows if kind.static_rows >= 0 and side.keeps_order and not kind.do_expand else None
+    return kind.static_rows if kind.static_rows >= 0 and context.keeps_order and not kind.do_expand else None
 
 
-def native_handle(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+def native_handle(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle:
     """Return the handle of the dispatch, as ``ep`` takes it: the dispatch's own, or from the handle's fields."""
     source: Any = handle.source
     if handle.untouched and handle.route is None:  # nobody has looked at a field
         native: Handle = source.native
-        return native if source.side.natives is side.natives else ep.handles.adopt(native)
-    return _from_fields(side, handle, ep)
+        return native if source.context.natives is context.natives else ep.handles.adopt(native)
+    return _from_fields(context, handle, ep)
 
 
-def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+def _from_fields(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle:
     """Return the same from what was noted of fields, or from the fields. Exchanges something in two cases:
 
     ``announced_counts`` is None, and between hosts, where ranks forward for each other and handles do not say for whom.
@@ -81,9 +81,9 @@ def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
         return ep.handles.adopt(route.native)
     topk_idx = handle.topk_idx
     if ep.num_hosts > 1:
-        return _asked_again(side, handle)
+        return _asked_again(context, handle)
     if handle.announced_counts is None:
-        handle.announced_counts = _ask_for_counts(side, handle.num_experts, topk_idx)
+        handle.announced_counts = _ask_for_counts(context, handle.num_experts, topk_idx)
     recalled = ep.handles.recall(topk_idx, handle.announced_counts)
     handle.route = route = Route(recalled)
     for name in ROUTING:
@@ -91,19 +91,19 @@ def _from_fields(side: Side, handle: EPHandle, ep: Calls) -> Handle:
     return recalled
 
 
-def rows_by_expert(side: Side, handle: EPHandle, ep: Calls) -> Handle:
+def rows_by_expert(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle:
     """Return the handle of the same dispatch with a row for each (token, column), from which each row goes back."""
-    native_handle(side, handle, ep)  # asks the others where the handle does not have their counts
+    native_handle(context, handle, ep)  # asks the others where the handle does not have their counts
     if ep.num_hosts == 1:
         counts = handle.announced_counts
         assert counts is not None, "asked for just now"
         return ep.handles.recall(handle.topk_idx, counts, layout="expert", expert_alignment=handle.expert_alignment)
-    return _ask(side, handle.num_experts, handle.topk_idx, None, layout="expert")
+    return _ask(context, handle.num_experts, handle.topk_idx, None, layout="expert")
 
 
-def _asked_again(side: Side, handle: EPHandle) -> Handle:
-    rows = static_rows_of(side, handle.kind)
-    native = _ask(side, handle.num_experts, handle.topk_idx, rows)
+def _asked_again(context: ElasticContext, handle: EPHandle) -> Handle:
+    rows = static_rows_of(context, handle.kind)
+    native = _ask(context, handle.num_experts, handle.topk_idx, rows)
     assert native.announced is not None, "wires with sums by column keep what was announced"
     handle.announced_counts = torch.from_numpy(native.announced.copy())
     handle.route = route = Route(native)
@@ -113,15 +113,15 @@ def _asked_again(side: Side, handle: EPHandle) -> Handle:
 
 
 def _ask(
-    side: Side, num_experts: int, topk_idx: torch.Tensor, static_rows: int | None, layout: str = "compact"
+    context: ElasticContext, num_experts: int, topk_idx: torch.Tensor, static_rows: int | None, layout: str = "compact"
 ) -> Handle:
     nothing = carrying_wire(torch.uint8, 1, 0, torch.float32, by_column=True)
-    ep = side.natives.variant(num_experts, nothing, topk_idx.shape[1], static_rows=static_rows)
+    ep = context.natives.variant(num_experts, nothing, topk_idx.shape[1], static_rows=static_rows)
     x = torch.zeros((topk_idx.shape[0], 1), dtype=torch.uint8, device="cpu")
     return ep.dispatch(x, topk_idx, layout=layout).handle
 
 
-def _ask_for_counts(side: Side, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
-    announced = _ask(side, num_experts, topk_idx, None).announced
+def _ask_for_counts(context: ElasticContext, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
+    announced = _ask(context, num_experts, topk_idx, None).announced
     assert announced is not None, "wires with sums by column keep what was announced"
     return torch.from_numpy(announced)

@@ -36,7 +36,7 @@ def places_of(rows_R: NDArray[np.int32], num_scaleup: int) -> torch.Tensor:
 def places_from_handle(handle: EPHandle, num_ranks: int) -> torch.Tensor | None:
     """Return the same from a handle's metadata: tokens' numbers at large ascend in the order of the exchange."""
     source: Any = handle.source
-    if handle.untouched and source.side.keeps_order:
+    if handle.untouched and source.context.keeps_order:
         return None
     if handle.psum_num_recv_tokens_per_scaleup_rank.shape[0] == num_ranks:
         return None

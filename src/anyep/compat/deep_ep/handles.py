@@ -6,7 +6,8 @@ token goes straight to each of its ranks. Members that describe queues say what 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from anyep.compat.deep_ep.underway import Underway
 _META_BYTES = 8
 
 
-class Origin(NamedTuple):
-    """What a handle's members are made from: the dispatch's own records, which no caller can write to."""
+@dataclass(eq=False, slots=True)
+class NormalKept(Kept):
+    """What a handle's members are made from besides: the dispatch's own records, which no caller can write to."""
 
     natives: Natives
-    kept: Kept
     token: torch.Tensor | None
     """source token of each row [N]"""
     inside: torch.Tensor
@@ -40,7 +41,7 @@ class Origin(NamedTuple):
 class NormalHandle(LazyTuple):
     """A dispatch's handle."""
 
-    origin: Origin
+    origin: NormalKept
 
     def _make(self) -> tuple[Any, ...]:
         if self.origin.underway is not None:
@@ -51,7 +52,7 @@ class NormalHandle(LazyTuple):
 def find_handle(natives: Natives, handle: object) -> Kept:
     """Return what a handle stands for, or a tuple of its members, or of copies of them. RuntimeError for others."""
     if type(handle) is NormalHandle and handle.origin.natives is natives:
-        return handle.origin.kept
+        return handle.origin
     if not isinstance(handle, (tuple, list)) or len(handle) not in KEY:
         refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
     return natives.find(handle[KEY[len(handle)]]) or recalled(natives, tuple(handle))
@@ -83,22 +84,22 @@ def _starts(kept: Kept, token: torch.Tensor, rank: int, channels: int) -> Any:
     return starts
 
 
-def _intranode(origin: Origin) -> tuple[Any, ...]:
-    natives, kept, token, inside, domain, channels, _ = origin
+def _intranode(kept: NormalKept) -> tuple[Any, ...]:
+    token, domain, channels = kept.token, kept.domain, kept.channels
     assert token is not None, "the variants of normal calls bring source tokens"
     prefix, head = _numbered(_sent(kept, domain.num_ranks), 1, channels)
     return (
-        natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
+        kept.natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
         prefix,
         torch.from_numpy(_starts(kept, token, kept.ep.rank, channels)),
         token,
-        inside,
+        kept.inside,
         head,
     )
 
 
-def _internode(origin: Origin) -> tuple[Any, ...]:
-    natives, kept, token, inside, domain, channels, _ = origin
+def _internode(kept: NormalKept) -> tuple[Any, ...]:
+    token, domain, channels = kept.token, kept.domain, kept.channels
     assert token is not None, "the variants of normal calls bring source tokens"
     rank, per_host, hosts = kept.ep.rank, domain.per_host, domain.num_hosts
     sent = _sent(kept, domain.num_ranks)
@@ -118,13 +119,13 @@ def _internode(origin: Origin) -> tuple[Any, ...]:
     nvl_head = np.full((num_rows, per_host), -1, np.int32)
     nvl_head[:, rank % per_host] = np.arange(num_rows)
     return (
-        inside,
+        kept.inside,
         host_prefix,
         prefix,
         torch.from_numpy(host_ends_HC),
         torch.from_numpy(np.cumsum(host_ends_HC[:, -1], dtype=np.int32)),
         torch.from_numpy(starts_RC + (ends_R - rows_R)[:, None].astype(np.int32)),
-        natives.keep(ends_R, kept),
+        kept.natives.keep(ends_R, kept),
         torch.from_numpy(meta).view(torch.uint8).view(len(token), _META_BYTES),
         host_head,
         torch.from_numpy(nvl_head),

@@ -6,19 +6,24 @@ Legend: T tokens, H hidden, K top-k, E experts, L local experts, R ranks, P = R 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import anyep
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
+from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.masks import Masks
-from anyep.compat.deep_ep.native import LowLatencyKept, Natives
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.underway import Underway, ends_of
 from anyep.exchange.calls import Calls
+from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire
 
 _MEMBERS = 5
@@ -26,28 +31,47 @@ _LAYOUT_RANGE = 1
 """The member by which a handle is known."""
 
 
-class Origin(NamedTuple):
-    """What a handle's members are made from."""
+@dataclass(eq=False, slots=True)
+class LowLatencyKept(Kept):
+    """The same for low latency, whose dispatch may still be under way."""
 
     natives: Natives
-    kept: LowLatencyKept
-    token: torch.Tensor
-    """int32 [L, P]"""
-    request: Request
+    token: torch.Tensor | None
+    """int32 [L, P]: source token of each row; None of handles that were made again from copies"""
+    most_tokens: int
+    """Tmax"""
+    hidden: int
+    """H of the dispatch"""
+    sources: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int32 [L, R]: where each source's rows begin in each block, and how many; None until the dispatch is over"""
+    underway: Underway | None = None
+    """what finishes the dispatch"""
+    ranges: weakref.ref[NDArray[np.int64]] | None = None
+    """the member that is filled from ``sources``, once somebody has looked at it"""
+    combine_buffer: torch.Tensor | None = None
+    """where the next combine reads without a copy, if that was asked for"""
+
+    @property
+    def handle(self) -> Handle:
+        """The dispatch, which is finished if it was not."""
+        if self.landed is None and self.underway is not None:
+            self.underway.wait()
+        assert self.landed is not None, "a dispatch that ended without an error has a handle"
+        return self.landed
 
 
 class LowLatencyHandle(LazyTuple):
     """(src_info int32 [L, P], layout_range int64 [L, R], Tmax, H, E); a range is (first row << 32) | rows."""
 
-    origin: Origin
+    origin: LowLatencyKept
 
     def _make(self) -> tuple[Any, ...]:
-        natives, kept, token, request = self.origin
+        kept = self.origin
         ranks = kept.ep.num_ranks
-        ranges = np.empty((request.num_experts // ranks, ranks), np.int64)
+        ranges = np.empty((kept.num_experts // ranks, ranks), np.int64)
         kept.ranges = weakref.ref(ranges)
         _fill_ranges(kept)
-        return token, natives.keep(ranges, kept), request.most_tokens, kept.hidden, request.num_experts
+        return kept.token, kept.natives.keep(ranges, kept), kept.most_tokens, kept.hidden, kept.num_experts
 
 
 def _fill_ranges(kept: LowLatencyKept) -> None:
@@ -71,7 +95,7 @@ class Request(NamedTuple):
     round_scale: bool
     use_ue8m0: bool
 
-    def kind(self) -> tuple[Any, ...] | None:
+    def key(self) -> tuple[Any, ...] | None:
         """Return what :meth:`check` depends on; the native dispatch checks the tensors' memory order itself."""
         x, idx = self.x, self.topk_idx
         if type(x) is not torch.Tensor or type(idx) is not torch.Tensor:
@@ -105,59 +129,66 @@ class Statistics(NamedTuple):
             check_dense("dispatch_wait_recv_cost_stats", self.waits, torch.int64, [num_ranks], f"[{num_ranks}]")
 
 
-class Dispatched(NamedTuple):
-    """What low_latency_dispatch returns; ``underway`` if it is not over."""
-
-    rows: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    counts: torch.Tensor
-    handle: LowLatencyHandle
-    underway: Underway | None = None
+Dispatched = tuple[
+    torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    torch.Tensor,
+    LowLatencyHandle,
+    EventOverlap,
+    Callable[[], None] | None,
+]
+"""What low_latency_dispatch returns."""
 
 
 def dispatch(
-    natives: Natives, masks: Masks, request: Request, statistics: Statistics | None, *, go_on: bool
+    natives: Natives, masks: Masks, request: Request, statistics: Statistics | None, *, go_on: bool, wants_hook: bool
 ) -> Dispatched:
-    """Send rows; ``go_on``: return when the first half was sent."""
-    kind = request.kind()
-    ep = natives.checked.get(kind) or _checked(natives, masks.num_ranks, request, kind)
+    """Send rows; ``go_on``: return when the first half was sent, and with a hook for the second if one is wanted."""
+    ep = natives.checked.get(request.key()) or _checked(natives, masks.num_ranks, request)
     if statistics is not None:
         statistics.check(request.num_experts, masks.num_ranks)
     idx = request.topk_idx if request.topk_idx.itemsize >= 4 else indices.widened(request.topk_idx)
     if masks.enabled:
         idx = masks.without(idx, request.num_experts // masks.num_ranks)
     try:
-        return (_start if go_on else _run)(natives, ep, request, idx, statistics)
+        if go_on:
+            return _start(natives, ep, request, idx, statistics, wants_hook=wants_hook)
+        return _run(natives, ep, request, idx, statistics)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
         request.check(masks.num_ranks)
         raise
 
 
-def _checked(natives: Natives, num_ranks: int, request: Request, kind: tuple[Any, ...] | None) -> Calls:
+def _checked(natives: Natives, num_ranks: int, request: Request) -> Calls:
     wire, topk = request.check(num_ranks), request.topk_idx.size(1)
     ep = natives.variant(request.num_experts, wire, topk, max_tokens=request.most_tokens)
-    return ep if kind is None else natives.remember(kind, ep)
+    return natives.remember(request.key(), ep)
 
 
 def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, statistics: Statistics | None) -> Dispatched:
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
     received = ep.dispatch(request.x, idx, layout="padded")
-    kept = LowLatencyKept(ep, request.num_experts, idx.shape[1], None, received.handle, request.x.shape[1])
-    assert received.source_begin is not None
-    assert received.source_count is not None
-    assert received.source_token is not None
-    kept.sources = received.source_begin, received.source_count
-    count = torch.from_numpy(received.handle.send.numbers("counts").copy())
+    native, begin, sent = received.handle, received.source_begin, received.source_count
+    assert begin is not None
+    assert sent is not None
+    kept = LowLatencyKept(
+        *(ep, request.num_experts, idx.shape[1], None, native, natives),
+        *(received.source_token, request.most_tokens, request.x.shape[1], (begin, sent)),
+    )
+    count = torch.from_numpy(native.send.numbers("counts").copy())
     if statistics is not None and clock is not None:
         _add(statistics, count, clock)
-    return Dispatched(
-        received.x if received.scales is None else (received.x, received.scales),
-        count,
-        LowLatencyHandle(_MEMBERS, Origin(natives, kept, received.source_token, request)),
-    )
+    rows = received.x if received.scales is None else (received.x, received.scales)
+    return rows, count, LowLatencyHandle(_MEMBERS, kept), EventOverlap(), None
 
 
 def _start(
-    natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, statistics: Statistics | None
+    natives: Natives,
+    ep: Calls,
+    request: Request,
+    idx: torch.Tensor,
+    statistics: Statistics | None,
+    *,
+    wants_hook: bool,
 ) -> Dispatched:
     natives.make_room()
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
@@ -166,10 +197,12 @@ def _start(
     if targets is None:  # without memory: all ranks refuse together
         pending.wait()
         raise AssertionError("a rank without memory refuses")
-    assert targets.source_token is not None
     counts = np.empty(request.num_experts // ep.num_ranks, np.int32)
     count = torch.from_numpy(counts)
-    kept = LowLatencyKept(ep, request.num_experts, idx.shape[1], hidden=request.x.shape[1])
+    kept = LowLatencyKept(
+        *(ep, request.num_experts, idx.shape[1], None, None, natives),
+        *(targets.source_token, request.most_tokens, request.x.shape[1]),
+    )
 
     def fill(received: anyep.Received) -> None:
         assert received.source_begin is not None
@@ -182,8 +215,7 @@ def _start(
 
     kept.underway = natives.start(pending, fill)
     rows = targets.x if targets.scales is None else (targets.x, targets.scales)
-    handle = LowLatencyHandle(_MEMBERS, Origin(natives, kept, targets.source_token, request))
-    return Dispatched(rows, count, handle, kept.underway)
+    return rows, count, LowLatencyHandle(_MEMBERS, kept), *ends_of(kept.underway, wants_hook=wants_hook)
 
 
 def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
@@ -195,7 +227,7 @@ def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
 def find_handle(natives: Natives, handle: object) -> LowLatencyKept | None:
     """Return what a handle, or a tuple of its members, stands for; None for copies. RuntimeError for others."""
     if type(handle) is LowLatencyHandle and handle.origin.natives is natives:
-        return handle.origin.kept
+        return handle.origin
     if not isinstance(handle, (tuple, list)) or len(handle) != _MEMBERS:
         refuse(f"handle must be the tuple of {_MEMBERS} that low_latency_dispatch returned")
     kept = natives.find(handle[_LAYOUT_RANGE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,7 +13,8 @@ from anyep.compat.deep_ep.checks import check_torch_deterministic, refuse
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
-from anyep.compat.deep_ep.underway import Underway, event_of
+from anyep.compat.deep_ep.normal import NormalContext
+from anyep.compat.deep_ep.underway import ends_of
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Hook = Callable[[], None]
@@ -26,9 +27,11 @@ class LowLatencyCalls:
     low_latency_mode: bool
     _masks: Masks
 
+    _context: NormalContext | None
+
     @abstractmethod
-    def _natives(self) -> Natives:
-        """Return the buffers below. RuntimeError where there are none."""
+    def _no_context(self) -> NoReturn:
+        """Raise RuntimeError: there are no buffers below."""
 
     def low_latency_dispatch(
         self,
@@ -49,17 +52,17 @@ class LowLatencyCalls:
         ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.
         """
         self._check_low_latency(async_finish, return_recv_hook)
-        self._note_expelled()
         statistics = None
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
             statistics = low_latency.Statistics(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
         request = low_latency.Request(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0
         )
-        natives, go_on = self._natives(), async_finish or return_recv_hook
-        sent = low_latency.dispatch(natives, self._masks, request, statistics, go_on=go_on)
-        event, hook = _ends(sent.underway, return_recv_hook)
-        return sent.rows, sent.counts, sent.handle, event, hook
+        natives, masks = (self._context or self._no_context()).natives, self._masks
+        if masks.enabled:
+            masks.add(natives.left_out())
+        go_on = async_finish or return_recv_hook
+        return low_latency.dispatch(natives, masks, request, statistics, go_on=go_on, wants_hook=return_recv_hook)
 
     def low_latency_combine(
         self,
@@ -81,10 +84,9 @@ class LowLatencyCalls:
         given = low_latency_sums.Sum(
             x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats
         )
-        natives, go_on = self._natives(), async_finish or return_recv_hook
+        natives, go_on = (self._context or self._no_context()).natives, async_finish or return_recv_hook
         combined, underway = low_latency_sums.combine(natives, self._masks, handle, given, go_on=go_on)
-        event, hook = _ends(underway, return_recv_hook)
-        return combined, event, hook
+        return combined, *ends_of(underway, wants_hook=return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: object) -> torch.Tensor:
         """Return BF16 [L, R * Tmax, H], which ``low_latency_combine(zero_copy=True)`` reads where it lies."""
@@ -121,6 +123,9 @@ class LowLatencyCalls:
         if self._masks.enabled:
             self._masks.add(self._natives().left_out())
 
+    def _natives(self) -> Natives:
+        return (self._context or self._no_context()).natives
+
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
         if _deterministic():
             check_torch_deterministic()
@@ -128,12 +133,3 @@ class LowLatencyCalls:
             refuse("make the Buffer with low_latency_mode=True for low-latency calls")
         if async_finish and return_recv_hook:
             refuse("async_finish and return_recv_hook exclude each other")
-
-
-def _ends(underway: Underway | None, return_recv_hook: bool) -> tuple[EventOverlap, Hook | None]:
-    """Return event and hook of a low-latency call; it is over where nothing is under way."""
-    if underway is None:
-        return EventOverlap(), None
-    if return_recv_hook:
-        return EventOverlap(), underway.wait
-    return event_of(underway), None

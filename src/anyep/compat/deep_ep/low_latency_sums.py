@@ -11,9 +11,9 @@ import torch
 
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
-from anyep.compat.deep_ep.low_latency import WaitClock, find_handle
+from anyep.compat.deep_ep.low_latency import LowLatencyKept, WaitClock, find_handle
 from anyep.compat.deep_ep.masks import Masks
-from anyep.compat.deep_ep.native import LowLatencyKept, Natives
+from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.recalled import ask_for_blocks
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
@@ -28,7 +28,7 @@ def _recalled(natives: Natives, masks: Masks, members: Any, topk_idx: object) ->
     idx = masks.without(indices.widened(indices.check_topk_idx(topk_idx)), experts // masks.num_ranks)
     native = ask_for_blocks(natives, idx, most_tokens, experts)
     ep = natives.variant(experts, make_wire("bf16", "fp32", hidden), idx.size(1), max_tokens=most_tokens)
-    return LowLatencyKept(ep, experts, idx.size(1), None, native, hidden)
+    return LowLatencyKept(ep, experts, idx.size(1), None, native, natives, None, most_tokens, hidden)
 
 
 def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:

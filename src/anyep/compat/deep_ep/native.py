@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -33,47 +32,24 @@ _IN_FLIGHT = 4
 _SLOT_HIDDEN, _SLOT_TOKENS = 1024, 128
 """A pair's small batches take up to so many bytes: 256 KiB, of which R^2 times 8 are committed on a host."""
 _MOST_VARIANTS = 64
-_MOST_KINDS = 4096
+_MOST_KEYS = 4096
 Served = TypeVar("Served")
 
 
 @dataclass(eq=False, slots=True)
 class Kept:
-    """What belongs to a handle tuple, and to its tensors."""
+    """What a handle tuple, or a tuple of its tensors, stands for."""
 
     ep: Calls
     num_experts: int
     num_topk: int
-    static_rows: int | None = None
-    landed: Handle | None = None
+    static_rows: int | None
+    landed: Handle | None
     """None until the dispatch is over"""
 
     @property
     def handle(self) -> Handle:
         """The dispatch."""
-        assert self.landed is not None, "a dispatch that ended without an error has a handle"
-        return self.landed
-
-
-@dataclass(eq=False, slots=True)
-class LowLatencyKept(Kept):
-    """The same for low latency, whose dispatch may still be under way."""
-
-    hidden: int = 0
-    """low latency: H of the dispatch"""
-    underway: Underway | None = None
-    combine_buffer: torch.Tensor | None = None
-    """low latency: where the next combine reads without a copy, if that was asked for"""
-    sources: tuple[torch.Tensor, torch.Tensor] | None = None
-    """low latency: int32 [L, R], where each source's rows begin in each block, and how many; None until it is over"""
-    ranges: weakref.ref[NDArray[np.int64]] | None = None
-    """low latency: what wants to be filled from ``sources``, if it was looked at before"""
-
-    @property
-    def handle(self) -> Handle:
-        """The dispatch, which is finished if it was not."""
-        if self.landed is None and self.underway is not None:
-            self.underway.wait()
         assert self.landed is not None, "a dispatch that ended without an error has a handle"
         return self.landed
 
@@ -129,9 +105,13 @@ class Natives:
         *,
         max_tokens: int = ANY_NUMBER_OF_TOKENS,
         static_rows: int | None = None,
+        source_tokens: bool = True,
     ) -> Calls:
-        """Return the buffer for rows of a kind. (The oldest are forgotten: they only keep spare memory.)"""
-        key = (num_experts, wire, num_topk, max_tokens, static_rows)
+        """Return the buffer for rows of a kind. (The oldest are forgotten: they only keep spare memory.)
+
+        ``source_tokens``: whether rows say where they come from; with a handle nobody asks.
+        """
+        key = (num_experts, wire, num_topk, max_tokens, static_rows, source_tokens)
         known = self._variants.get(key)
         if known is None or self.closed:
             known = self._variants[key] = self.buffer(num_experts).variant(
@@ -139,18 +119,18 @@ class Natives:
                 num_topk=num_topk,
                 max_tokens_per_rank=max_tokens,
                 static_rows=static_rows,
-                source_tokens=True,
+                source_tokens=source_tokens,
             )
             if len(self._variants) > _MOST_VARIANTS:
                 self._variants.popitem(last=False)
         return known
 
-    def remember(self, kind: Hashable, ep: Served) -> Served:
-        """Note which buffer serves calls of a kind that was checked, and how; None: of no kind."""
-        if len(self.checked) >= _MOST_KINDS:
+    def remember(self, key: Hashable, ep: Served) -> Served:
+        """Note which buffer serves calls that passed their checks, by what these look at; None: by nothing."""
+        if len(self.checked) >= _MOST_KEYS:
             self.checked.clear()
-        if kind is not None:
-            self.checked[kind] = ep
+        if key is not None:
+            self.checked[key] = ep
         return ep
 
     def make_room(self) -> None:

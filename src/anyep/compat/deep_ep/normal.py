@@ -1,4 +1,4 @@
-"""V1's dispatch and combine: compact batches in the order (source rank, source token)."""
+"""V1's dispatch: compact batches in the order (source rank, source token)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import anyep
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
-from anyep.compat.deep_ep.handles import NormalHandle, Origin, find_handle
+from anyep.compat.deep_ep.events import EventOverlap
+from anyep.compat.deep_ep.handles import NormalHandle, NormalKept, find_handle
 from anyep.compat.deep_ep.native import Kept, Natives
 from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, ranks_as_experts
-from anyep.compat.deep_ep.underway import Underway
+from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending, Targets
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, carrying_wire
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Dispatched = tuple[Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, NormalHandle | None, EventOverlap]
+"""What dispatch returns."""
 _SCALE_DTYPES = (torch.float32, torch.int32)
 
 
@@ -34,14 +37,15 @@ class Batch(NamedTuple):
     worst_tokens: int
     alignment: int
 
-    def kind(self, x: Any) -> tuple[Any, ...] | None:
+    def key(self, x: Any) -> tuple[Any, ...] | None:
         """Return what the checks of :func:`check_batch` depend on; None where they have to be made in any case.
 
         The native dispatch checks x, topk_idx and topk_weights itself, their memory order included.
         """
         idx, _, per_rank, per_expert, inside, worst_tokens, alignment = self
+        rows = _key_of_rows(x)
         try:
-            if not (per_rank.is_contiguous() and per_expert.is_contiguous() and inside.is_contiguous()):
+            if rows is None or not (per_rank.is_contiguous() and per_expert.is_contiguous() and inside.is_contiguous()):
                 return None
             if not (per_rank.is_cpu and per_expert.is_cpu and inside.is_cpu):
                 return None
@@ -49,11 +53,10 @@ class Batch(NamedTuple):
             routing = None if idx is None else (idx.shape, idx.dtype)
         except AttributeError:
             return None
-        rows = (x.shape, x.dtype) if type(x) is torch.Tensor else _kind_of_rows(x)
         return own, rows, routing, self.topk_weights is None, worst_tokens, alignment
 
 
-def _kind_of_rows(x: Any) -> tuple[Any, ...] | None:
+def _key_of_rows(x: Any) -> tuple[Any, ...] | None:
     """Return what :func:`check_rows` looks at, but for the memory order."""
     if type(x) is torch.Tensor:
         return x.shape, x.dtype
@@ -62,8 +65,8 @@ def _kind_of_rows(x: Any) -> tuple[Any, ...] | None:
     return None
 
 
-class Side(NamedTuple):
-    """What every call of a rank needs."""
+class NormalContext(NamedTuple):
+    """What every normal call of a rank needs."""
 
     natives: Natives
     domain: Domain
@@ -73,11 +76,11 @@ class Side(NamedTuple):
     """ranks whose sums combine rounds before it adds them; 0: none"""
 
 
-def side_of(natives: Natives, domain: Domain) -> Side:
+def context_of(natives: Natives, domain: Domain) -> NormalContext:
     """Return what depends on whether calls cross hosts."""
     if domain.crosses_hosts:
-        return Side(natives, domain, INTERNODE, domain.per_host)
-    return Side(natives, domain, INTRANODE, 0)
+        return NormalContext(natives, domain, INTERNODE, domain.per_host)
+    return NormalContext(natives, domain, INTRANODE, 0)
 
 
 def check_rows(x: object) -> tuple[Rows, Wire]:
@@ -123,34 +126,20 @@ def check_batch(x: Rows, domain: Domain, batch: Batch) -> None:
     host_assert(batch.worst_tokens == 0 or has_idx, "num_worst_tokens needs topk_idx: it marks the rows of the tail")
 
 
-def _checked(side: Side, x: Any, batch: Batch) -> Calls:
+def _checked(context: NormalContext, x: Any, batch: Batch) -> Calls:
     """Check a batch and return the buffer that sends it."""
     rows, wire = check_rows(x)
-    check_batch(rows, side.domain, batch)
-    topk = side.domain.num_ranks if batch.topk_idx is None else batch.topk_idx.size(1)
+    check_batch(rows, context.domain, batch)
+    topk = context.domain.num_ranks if batch.topk_idx is None else batch.topk_idx.size(1)
     experts = batch.num_tokens_per_expert.size(0)
-    return side.natives.variant(experts, wire, topk, static_rows=batch.worst_tokens or None)
+    ep = context.natives.variant(experts, wire, topk, static_rows=batch.worst_tokens or None)
+    return context.natives.remember(batch.key(x), ep)
 
 
-class Dispatched(NamedTuple):
-    """What dispatch returns; ``underway`` if it is not over."""
-
-    rows: Rows
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    counts: list[int]
-    handle: NormalHandle
-    underway: Underway | None
-
-
-def dispatch(side: Side, x: Any, batch: Batch, channels: int, *, go_on: bool) -> Dispatched:
+def dispatch(context: NormalContext, x: Any, batch: Batch, channels: int, *, go_on: bool) -> Dispatched:
     """Send rows; ``go_on``: return when the sizes are known."""
-    kind, natives, idx = batch.kind(x), side.natives, batch.topk_idx
-    ep = natives.checked.get(kind)
-    if ep is None:
-        ep = _checked(side, x, batch)
-        if kind is not None and kind[1] is not None:
-            natives.remember(kind, ep)
+    natives, idx, weights = context.natives, batch.topk_idx, batch.topk_weights
+    ep = natives.checked.get(batch.key(x)) or _checked(context, x, batch)
     experts, expert_rows = batch.num_tokens_per_expert.size(0), None
     if idx is None:
         idx, expert_rows = ranks_as_experts(batch.is_token_in_rank, experts), batch.num_tokens_per_expert
@@ -161,34 +150,31 @@ def dispatch(side: Side, x: Any, batch: Batch, channels: int, *, go_on: bool) ->
     try:
         if go_on and (batch.topk_idx is None or idx is batch.topk_idx):  # narrow ones are narrowed again at the end
             natives.make_room()
-            pending = ep.dispatch(x, idx, batch.topk_weights, expert_rows=expert_rows, wait="sizes")
+            pending = ep.dispatch(x, idx, weights, expert_rows=expert_rows, wait="sizes")
             received = _landing(pending)
         else:
-            received = ep.dispatch(x, idx, batch.topk_weights, expert_rows=expert_rows)
+            received = ep.dispatch(x, idx, weights, expert_rows=expert_rows)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
-        _checked(side, x, batch)
+        _checked(context, x, batch)
         raise
     native = received.handle
     assert native is not None
     underway = None if pending is None or isinstance(received, anyep.Received) else natives.start(pending)
-    _check_counts(natives, native, batch)
-    kept = Kept(ep, experts, idx.size(1), batch.worst_tokens or None, native)
-    origin = Origin(natives, kept, received.source_token, batch.is_token_in_rank, side.domain, channels, underway)
+    _check_counts(natives, native, batch.num_tokens_per_rank)
+    kept = NormalKept(
+        *(ep, experts, idx.size(1), batch.worst_tokens or None, native, natives),
+        *(received.source_token, batch.is_token_in_rank, context.domain, channels, underway),
+    )
     recv_idx = None if batch.topk_idx is None else received.topk_idx
-    if recv_idx is not None and recv_idx.dtype is not batch.topk_idx.dtype:
+    if idx is not batch.topk_idx and recv_idx is not None:
         recv_idx = recv_idx.to(batch.topk_idx.dtype)
-    counts = list(native.counts)
-    if batch.worst_tokens:
-        counts = []
-    elif batch.alignment > 1:
-        counts = [-(-count // batch.alignment) * batch.alignment for count in counts]
-    return Dispatched(
+    return (
         received.x if received.scales is None else (received.x, received.scales),
         recv_idx,
         received.topk_weights,
-        counts,
-        NormalHandle(side.members, origin),
-        underway,
+        _counts_for(batch, native),
+        NormalHandle(context.members, kept),
+        event_of(underway, asked=go_on),
     )
 
 
@@ -198,107 +184,57 @@ def _landing(pending: Pending[anyep.Received]) -> anyep.Received | Targets:
     return pending.wait() if targets is None or targets.handle is None else targets
 
 
-def dispatch_again(side: Side, x: Any, handle: object, *, go_on: bool) -> tuple[Rows, Underway | None]:
+def dispatch_again(context: NormalContext, x: Any, handle: object, *, go_on: bool) -> Dispatched:
     """Send other rows where an earlier dispatch sent its own; ``go_on``: return at once."""
-    kept = find_handle(side.natives, handle)
-    rows = _kind_of_rows(x)
-    kind = ("again", kept.num_experts, kept.num_topk, kept.static_rows, rows)
-    ep = side.natives.checked.get(kind)
-    if ep is None:
-        ep = _checked_again(side, x, kept)
-        if rows is not None:
-            side.natives.remember(kind, ep)
+    natives = context.natives
+    kept = find_handle(natives, handle)
+    ep = natives.checked.get(_key_of_more(kept, x)) or _checked_again(context, x, kept)
     underway = None
     received: anyep.Received | Targets
     try:
         if go_on:
-            side.natives.make_room()
+            natives.make_room()
             pending = ep.dispatch(x, handle=kept.handle, wait=False)
             received = _landing(pending)
-            underway = None if isinstance(received, anyep.Received) else side.natives.start(pending)
+            underway = None if isinstance(received, anyep.Received) else natives.start(pending)
         else:
             received = ep.dispatch(x, handle=kept.handle)
     except (TypeError, ValueError):
-        _checked_again(side, x, kept)
+        _checked_again(context, x, kept)
         raise
-    return (received.x if received.scales is None else (received.x, received.scales)), underway
+    rows = received.x if received.scales is None else (received.x, received.scales)
+    return rows, None, None, None, None, event_of(underway, asked=go_on)
 
 
-def _checked_again(side: Side, x: object, kept: Kept) -> Calls:
+def _key_of_more(kept: Kept, x: Any) -> tuple[Any, ...] | None:
+    rows = _key_of_rows(x)
+    return None if rows is None else ("again", kept.num_experts, kept.num_topk, kept.static_rows, rows)
+
+
+def _checked_again(context: NormalContext, x: object, kept: Kept) -> Calls:
     rows, wire = check_rows(x)
     tokens = (rows[0] if isinstance(rows, tuple) else rows).size(0)
     if tokens != kept.handle.num_tokens:
         refuse(f"x has {tokens} tokens, the handle's dispatch {kept.handle.num_tokens}")
-    return side.natives.variant(kept.num_experts, wire, kept.num_topk, static_rows=kept.static_rows)
-
-
-def _check_counts(natives: Natives, native: Handle, batch: Batch) -> None:
-    """RuntimeError where the caller's counts are not those of the rows that went out."""
-    plan, given = native.send, batch.num_tokens_per_rank
-    if natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), given.nbytes):
-        return
-    refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {plan.numbers('rank_rows').tolist()}")
-
-
-class Summed(NamedTuple):
-    """What combine returns; ``underway`` if it is not over."""
-
-    x: torch.Tensor
-    topk_weights: torch.Tensor | None
-    underway: Underway | None = None
-
-
-def check_bias(bias: object, num_tokens: int, hidden: int) -> list[torch.Tensor]:
-    """Return none, one or two biases [T, H]. RuntimeError for others."""
-    if bias is None:
-        return []
-    given: tuple[Any, ...] = tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
-    host_assert(
-        not isinstance(bias, (tuple, list)) or len(given) == 2, f"bias must be a tensor or two, got {len(given)}"
+    ep = context.natives.variant(
+        kept.num_experts, wire, kept.num_topk, static_rows=kept.static_rows, source_tokens=False
     )
-    return [check_dense("bias", one, torch.bfloat16, [num_tokens, hidden], "[T, H]") for one in given]
+    return context.natives.remember(_key_of_more(kept, x), ep)
 
 
-def combine(side: Side, x: Any, handle: object, topk_weights: Any, bias: object, *, go_on: bool) -> Summed:
-    """Sum rows at their origins; ``go_on``: return before that is over."""
-    natives = side.natives
-    kept = find_handle(natives, handle)
-    ep = natives.checked.get(_kind_of_sum(kept, x, topk_weights)) or _checked_sum(natives, x, kept, topk_weights)
-    biases = () if bias is None else check_bias(bias, kept.handle.num_tokens, x.shape[-1])
-    try:
-        if go_on:
-            natives.make_room()
-            pending = ep.combine(x, kept.handle, topk_weights=topk_weights, bias=biases, group=side.group, wait=False)
-        else:
-            summed = ep.combine(x, kept.handle, topk_weights=topk_weights, bias=biases, group=side.group)
-    except (TypeError, ValueError):
-        _checked_sum(natives, x, kept, topk_weights)
-        raise
-    if not go_on:
-        return Summed(summed, None) if topk_weights is None else Summed(summed.x, summed.topk_weights)
-    targets = pending.targets
-    assert targets is not None, "a sum's place is always known"
-    return Summed(targets.x, targets.topk_weights, natives.start(pending))
+def _check_counts(natives: Natives, native: Handle, given: torch.Tensor) -> None:
+    """RuntimeError where the caller's counts are not those of the rows that went out."""
+    plan = native.send
+    if not natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), 4 * given.size(0)):
+        sent = plan.numbers("rank_rows").tolist()
+        refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {sent}")
 
 
-def _kind_of_sum(kept: Kept, x: Any, topk_weights: Any) -> tuple[Any, ...] | None:
-    """Return what a combine's buffer depends on; the native combine checks the rest."""
-    try:
-        columns = None if topk_weights is None else topk_weights.shape[-1]
-        return kept.num_experts, kept.num_topk, kept.static_rows, x.shape[-1], x.dtype, columns
-    except (AttributeError, IndexError):
-        return None
-
-
-def _checked_sum(natives: Natives, x: object, kept: Kept, topk_weights: object) -> Calls:
-    """Check a combine's tensors and return the buffer that sums them. RuntimeError."""
-    y = check_dense("x", x, None, [kept.handle.num_rows, None], "[N, H]")
-    if y.dtype != torch.bfloat16:
-        refuse(f"Unsupported type: combine takes bfloat16 rows, got {y.dtype}")
-    topk = kept.num_topk
-    if topk_weights is not None:
-        topk = check_dense("topk_weights", topk_weights, torch.float32, [y.size(0), None], "[N, K]").size(1)
-    wire = carrying_wire(y.dtype, y.size(1), 0, torch.float32)
-    ep = natives.variant(kept.num_experts, wire, topk, static_rows=kept.static_rows)
-    kind = _kind_of_sum(kept, x, topk_weights)
-    return ep if kind is None else natives.remember(kind, ep)
+def _counts_for(batch: Batch, native: Handle) -> list[int]:
+    """Return the rows of each local expert as a caller wants them: none, or aligned."""
+    if batch.worst_tokens:
+        return []
+    alignment = batch.alignment
+    if alignment == 1:
+        return list(native.counts)
+    return [-(-count // alignment) * alignment for count in native.counts]

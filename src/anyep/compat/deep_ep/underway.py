@@ -50,3 +50,12 @@ def event_of(underway: Underway | None, *, asked: bool = False) -> EventOverlap:
     if underway is None:
         return EventOverlap(EventHandle() if asked else None)
     return EventOverlap(EventHandle.of(underway.wait))
+
+
+def ends_of(underway: Underway | None, *, wants_hook: bool) -> tuple[EventOverlap, Callable[[], None] | None]:
+    """Return event and hook of a low-latency call; it is over where nothing is under way."""
+    if underway is None:
+        return EventOverlap(), None
+    if wants_hook:
+        return EventOverlap(), underway.wait
+    return event_of(underway), None

@@ -13,9 +13,9 @@ import torch
 from anyep.compat.deep_ep.checks import host_assert
 from anyep.compat.deep_ep.elastic_arguments import Terms, check_outputs, check_routing, check_tokens, unpack_bias
 from anyep.compat.deep_ep.elastic_combine import Outputs, buffer_for_sums
-from anyep.compat.deep_ep.elastic_dispatch import Kind, Tokens
+from anyep.compat.deep_ep.elastic_context import ElasticContext
+from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_routes import static_rows_of
-from anyep.compat.deep_ep.elastic_side import Side
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.exchange.calls import Calls
 from anyep.exchange.wire import carrying_wire
@@ -65,26 +65,28 @@ def are_plain(*tensors: Any) -> bool:
 
 
 def check_dispatch(
-    side: Side, x: Any, topk_idx: Any, topk_weights: Any, handle: EPHandle | None, terms: Terms
-) -> tuple[Kind, Tokens]:
+    context: ElasticContext, x: Any, topk_idx: Any, topk_weights: Any, handle: EPHandle | None, terms: Terms
+) -> tuple[DispatchPlan, Tokens]:
     """Check a dispatch's tensors and return the buffer that moves such rows. RuntimeError."""
     idx = None if topk_idx is None else check_routing(topk_idx)
-    kind = _kind_of_new(side, idx, terms) if handle is None else handle.kind
+    kind = _kind_of_new(context, idx, terms) if handle is None else handle.kind
     rows, scales, weights = check_tokens(x, (kind.num_tokens, kind.num_topk), topk_weights, terms)
     host_assert(
-        terms.num_experts % side.num_ranks == 0,
-        f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {side.num_ranks}",
+        terms.num_experts % context.num_ranks == 0,
+        f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {context.num_ranks}",
     )
     packs = 0 if scales is None else scales.shape[1]
     columns, dtype = _beside(scales, weights)
     wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)
-    static = static_rows_of(side, kind)
-    native = side.natives.variant(terms.num_experts, wire, kind.num_topk, static_rows=static)
-    lands = not terms.do_expand and side.keeps_order and not (packs and (weights is not None or terms.tma_scales))
-    return Kind(native, terms, packs, weights is not None, kind, lands), Tokens(rows, scales, idx, weights)
+    static = static_rows_of(context, kind)
+    native = context.natives.variant(
+        terms.num_experts, wire, kind.num_topk, static_rows=static, source_tokens=handle is None
+    )
+    lands = not terms.do_expand and context.keeps_order and not (packs and (weights is not None or terms.tma_scales))
+    return DispatchPlan(native, terms, packs, weights is not None, kind, lands), Tokens(rows, scales, idx, weights)
 
 
-def _kind_of_new(side: Side, idx: torch.Tensor | None, terms: Terms) -> HandleKind:
+def _kind_of_new(context: ElasticContext, idx: torch.Tensor | None, terms: Terms) -> HandleKind:
     assert idx is not None, "the terms were agreed with a handle, or with indices"
     return HandleKind(
         num_experts=terms.num_experts,
@@ -94,7 +96,7 @@ def _kind_of_new(side: Side, idx: torch.Tensor | None, terms: Terms) -> HandleKi
         num_sms=terms.num_sms,
         num_tokens=idx.shape[0],
         num_topk=idx.shape[1],
-        static_rows=-1 if terms.exact else side.num_ranks * terms.num_max_tokens,
+        static_rows=-1 if terms.exact else context.num_ranks * terms.num_max_tokens,
     )
 
 
@@ -107,8 +109,10 @@ def _beside(scales: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[
     return scales.shape[1] + weights.shape[1], torch.int32
 
 
-def check_combine(side: Side, x: Any, handle: EPHandle, topk_weights: Any, bias: object) -> tuple[Calls, Outputs]:
+def check_combine(
+    context: ElasticContext, x: Any, handle: EPHandle, topk_weights: Any, bias: object
+) -> tuple[Calls, Outputs]:
     """Check a combine's tensors and return the buffer that sums such rows. RuntimeError."""
-    checked, weights = check_outputs(x, handle, topk_weights, several_sums=side.several_sums)
+    checked, weights = check_outputs(x, handle, topk_weights, several_sums=context.several_sums)
     biases = unpack_bias(bias, handle.kind.num_tokens, checked.shape[1])
-    return buffer_for_sums(side, checked.shape[1], handle), Outputs(checked, weights, biases)
+    return buffer_for_sums(context, checked.shape[1], handle), Outputs(checked, weights, biases)

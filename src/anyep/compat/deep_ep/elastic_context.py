@@ -11,7 +11,7 @@ from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 
 
-class Side(NamedTuple):
+class ElasticContext(NamedTuple):
     """One rank, and how it orders what it receives."""
 
     natives: Natives
