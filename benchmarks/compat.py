@@ -3,7 +3,8 @@
 128 tokens a rank of 7168 channels, top-8 of 256 experts. Each pair of calls is timed one after the other, in changing
 order, so that what else the machine does meets both, and other work (a product of matrices, as experts have) comes
 before each call, so that caches are as a program leaves them. Reported are medians of both, of their difference, and
-*translation*: how much of a compat call passes outside its native calls, with its quartiles. On a machine with fewer
+*translation*: how much more of a compat call than of a native one passes outside native calls, with its quartiles (what
+passes there of a native call is this program's own measuring). On a machine with fewer
 cores than ranks only that one says much, for whole calls vary by more than it. Where there are cores enough every rank
 keeps to one. Results are compared bit for bit first. ``python benchmarks/compat.py --ranks 1 2 8 --out FILE``.
 """
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -138,11 +139,19 @@ def other_work() -> Call:
     return lambda: rows @ weights
 
 
-Times = dict[str, list[tuple[float, float, float]]]
+class Pair(NamedTuple):
+    """One round of both, in microseconds."""
+
+    native: float
+    compat: float
+    translation: float
+
+
+Times = dict[str, list[Pair]]
 
 
 def rank_main(group: Any, rank: int, num_ranks: int, rounds: int) -> Times:
-    """Time every pair; (native, compat, compat outside native calls) in microseconds, a tuple a round."""
+    """Time every pair, once a round."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     if num_ranks <= len(cores):
@@ -150,20 +159,22 @@ def rank_main(group: Any, rank: int, num_ranks: int, rounds: int) -> Times:
     pairs, close = calls(group, rank)
     work = other_work()
     inside = Inside()
+
+    def timed(call: Call) -> tuple[float, float]:
+        """Return how long a call takes, and how much of that outside native calls."""
+        work()
+        before = inside.total_ns
+        took = timed_us(call)
+        return took, took - (inside.total_ns - before) / 1e3
+
     times: Times = {name: [] for name in pairs}
     for number in range(rounds + 2):
         for name, (native, compat) in pairs.items():
-            work()
-            ours = timed_us(native) if number % 2 else 0.0
-            work()
-            before = inside.total_ns
-            theirs = timed_us(compat)
-            outside = theirs - (inside.total_ns - before) / 1e3
-            if not number % 2:
-                work()
-                ours = timed_us(native)
+            first, second = (native, compat) if number % 2 else (compat, native)
+            found = {first: timed(first), second: timed(second)}
+            (ours, own), (theirs, outside) = found[native], found[compat]
             if number >= 2:
-                times[name].append((ours, theirs, outside))
+                times[name].append(Pair(ours, theirs, outside - own))
     close()
     return times
 
@@ -174,10 +185,10 @@ def summarise(ranks: list[Times]) -> dict[str, dict[str, Any]]:
     for name in ranks[0]:
         rounds = [each for rank in ranks for each in rank[name]]
         values = {
-            "native_us": [ours for ours, _, _ in rounds],
-            "compat_us": [theirs for _, theirs, _ in rounds],
-            "difference_us": [theirs - ours for ours, theirs, _ in rounds],
-            "translation_us": [outside for _, _, outside in rounds],
+            "native_us": [each.native for each in rounds],
+            "compat_us": [each.compat for each in rounds],
+            "difference_us": [each.compat - each.native for each in rounds],
+            "translation_us": [each.translation for each in rounds],
         }
         quarters = [round(each, 1) for each in statistics.quantiles(values["translation_us"], n=4)]
         found[name] = {unit: round(statistics.median(each), 1) for unit, each in values.items()}

@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, N rows of the exchange.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
@@ -33,7 +34,9 @@ def _first_batch(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, re
     assert arrived is not None
     assert idx is not None
     if plan.lands:
-        origin = Origin(context, plan.terms, native, arrived.clone(), received.source_token)
+        indices = np.empty(arrived.nbytes, np.uint8)
+        context.loops.keep_bytes(arrived.data_ptr(), indices)
+        origin = Origin(context, plan.terms, native, indices, received.source_token)
         handle = EPHandle.made(plan.kind, origin, native.num_rows)
         if not plan.terms.keep_copy:
             _keep_indices(handle, native, idx)
@@ -64,7 +67,7 @@ def dispatch_again(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, 
     """Send other tokens where an earlier dispatch sent its own."""
     received = plan.native.dispatch(_wired(context, plan, tokens), handle=native_handle(context, handle, plan.native))
     places = places_from_handle(handle, context.num_ranks)
-    if plan.lands and places is None and handle.num_recv_tokens == received.x.shape[0]:
+    if plan.lands and places is None and handle.fields["num_recv_tokens"] == received.x.shape[0]:
         return _landed(plan, received, handle)
     expanded = handle.num_expanded_tokens if plan.terms.do_expand else 0
     room = room_for(plan, tokens, received, handle.num_recv_tokens, expanded, places)

@@ -44,8 +44,8 @@ class Origin(NamedTuple):
     context: ElasticContext
     terms: Terms
     native: Handle
-    indices: torch.Tensor | None
-    """local experts of each row [N, K], as they were when the caller got them; None: the metadata is made already"""
+    indices: NDArray[np.uint8] | None
+    """bytes of the local experts of each row [N, K], as the caller got them; None: the metadata is made already"""
     token: torch.Tensor | None
     """int32 [N]: each row's token at its source"""
     late: Late | None = None
@@ -63,7 +63,7 @@ class Origin(NamedTuple):
         if self.late is not None:
             return self.late.wait()
         assert self.indices is not None
-        return describe_rows(self, self.indices.data_ptr(), None)
+        return describe_rows(self, self.indices.ctypes.data, None)
 
 
 def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) -> torch.Tensor:
