@@ -49,7 +49,7 @@ class Masks:
         if not self.enabled or not self.ranks:
             return topk_idx
         owner = topk_idx.div(local_experts, rounding_mode="floor")
-        return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device="cpu")), -1)
+        return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device=topk_idx.device)), -1)
 
     def _check(self) -> None:
         host_assert(self.enabled, "Shrink mode must be enabled: make the Buffer with enable_shrink=True")
