@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 
 import anyep
 from anyep.errors import Unavailable
-from anyep.exchange.wire import make_wire
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.cases import cases
 from tests.exchange.rounds import ReceivedCopy, check, check_received, expected_sum, open_buffer, play
@@ -177,7 +176,6 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
         with open_buffer(case, member, device="cuda") as ep:
             for call in (
                 lambda: ep.leave_out(()),
-                lambda: ep.variant(wire=make_wire("raw8", "fp32", 4), num_topk=1, max_tokens_per_rank=1),
                 lambda: ep.handles.recall(torch.zeros(1, 1), torch.zeros(1, 1)),
             ):
                 with pytest.raises(Unavailable, match="works on CPU tensors"):

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from anyep.errors import Unavailable
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults, Limits
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.wire import Wire
 from anyep.layout.regions import MemoryAccount
 
 
@@ -49,16 +47,4 @@ class DeviceEndpoint(Endpoint):
             static_rows=-1 if self.static_rows is None else self.static_rows,
             block_rows=self.num_ranks * self.max_tokens,
             timeout_s=self.faults.limits.timeout_s,
-        )
-
-    def variant(
-        self, *, wire: Wire, num_topk: int, max_tokens: int, static_rows: int | None, source_tokens: bool
-    ) -> Endpoint:
-        """Return the same for rows of another kind; rows of a raw wire are summed by rank, not by column."""
-        if wire.by_column:
-            raise Unavailable(
-                "a raw wire, whose rows are summed by column, works on CPU tensors; a device sums by rank"
-            )
-        return super().variant(
-            wire=wire, num_topk=num_topk, max_tokens=max_tokens, static_rows=static_rows, source_tokens=source_tokens
         )
