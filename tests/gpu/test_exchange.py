@@ -56,6 +56,11 @@ def test_interpreted_kernels_exchange_the_same_bits(tmp_path):
 
 
 @needs_triton
+def test_deep_eps_interface_brings_the_same_bits_with_interpreted_kernels(tmp_path):
+    assert run_program("drop_in", cache=tmp_path, interpreted=True) == {"V1": "", "V2": ""}
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_interpreted_kernels_exchange_the_same_bits_at_length(tmp_path):
