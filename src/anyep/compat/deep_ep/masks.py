@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +29,16 @@ class Masks:
         host_assert(0 <= rank < len(self._masked_R), f"there is no rank {rank} among {len(self._masked_R)}")
         host_assert(rank != self._rank or not masked, f"rank {rank} cannot mask itself")
         self._masked_R[rank] = int(masked)
+
+    @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Leave the masks as they were where the buffers below refuse to go on with others."""
+        before = self._masked_R.clone()
+        try:
+            yield
+        except BaseException:
+            self._masked_R.copy_(before)
+            raise
 
     def query(self, status: object, culprits: Collection[int] = ()) -> None:
         """Write 1 for masked ranks and ``culprits``, and 0 for others, to int32 [R]."""
