@@ -55,6 +55,15 @@ class Kept:
         return self.landed
 
 
+def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
+    """Return a handle for rows that went the way of ``topk_idx``: all ranks tell each other, and nobody reads the rows.
+
+    ``ep`` sends rows of one uint8.
+    """
+    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device="cpu")
+    return ep.dispatch(x, topk_idx, layout=layout).handle
+
+
 def device_of(rows: torch.Tensor) -> str | None:
     """Return the GPU that rows are on; None for the host."""
     return None if rows.is_cpu else str(rows.device)
