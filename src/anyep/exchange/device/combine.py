@@ -111,6 +111,8 @@ class DeviceCombine:
         end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         self._visit = Visit.begin(end.device, end.stream)
+        for held in (self._plan.device_memory, self._back.handle.topk_weights):
+            self._visit.borrow(held, self._plan.home)
         with end.device.on(end.stream):
             rows, weights = self._lend()
             end.device.kernels.announce(

@@ -84,6 +84,10 @@ class Concurrent:
         """Forget what was handed in: all ranks refuse the operation."""
         self._halves.pop(turn, None)
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return all that lives as long as the buffer."""
+        return self.words, self._clock, self._peers
+
     def _epoch_addr(self, turn: Turn) -> int:
         """Return where the operation's number lies: made on the device, so that a graph that is replayed counts on."""
         return self._clock.data_ptr() + 8 * (1 + turn.epoch % self._boards.ring)

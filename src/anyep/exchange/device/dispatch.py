@@ -93,6 +93,7 @@ class DeviceDispatch:
         words_RW[:, :BODY] = self._header
         self._prepare_landing(words_RW)
         self._visit = Visit.begin(end.device, end.stream)
+        self._visit.borrow(self._plan.device_memory, self._plan.home)
         self._announce()
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         end.announce(epoch, words_RW)

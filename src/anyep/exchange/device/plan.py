@@ -40,7 +40,7 @@ _KNOWN = (
 class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
-    __slots__ = ("device_memory", "record", "summary_addr", "tables_addr", "verdict_addr")
+    __slots__ = ("device_memory", "home", "record", "summary_addr", "tables_addr", "verdict_addr")
 
     def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int) -> None:
         width, num_topk = min(end.num_topk, end.num_ranks), end.num_topk
@@ -49,6 +49,8 @@ class DevicePlan(SendPlan):
         entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
         numbers = geometry.shape.num_words + idx_words + num_tokens * entries
         self.device_memory = allocate(end.device, (first_word + (numbers + 1) // 2,), torch.int64, end.account.__str__)
+        self.home = end.device.current_stream()
+        """the stream on which it was allocated"""
         self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
         """int64: summary, verdict, tables, and the ledger as int32"""
         self.summary_addr = self.device_memory.data_ptr()
