@@ -175,7 +175,7 @@ class LazyDevice(PretendDevice):
 
 
 class LazyGraph:
-    """Launches of one thread, to be launched again and again. Events between streams become their order in the thread."""
+    """Launches of one thread, to be launched again. Events between streams become their order in the thread."""
 
     def __init__(self, device: LazyDevice) -> None:
         self._device = device

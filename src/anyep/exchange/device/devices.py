@@ -64,7 +64,7 @@ class Device(Protocol):
         ...
 
     def expect_fetches(self, num_words: int, count: int) -> None:
-        """Have room for ``count`` more fetches of up to ``num_words`` at a time, so that none has to wait for memory."""
+        """Have room for ``count`` more fetches of up to ``num_words`` at a time: none has to wait for memory."""
         ...
 
     def fetch(self, words: torch.Tensor) -> Fetch:

@@ -56,7 +56,8 @@ class OnStream:
         Loading in the middle of exchanges would wait for what runs on the device, and a graph cannot hold it. Raises
         Unavailable with Triton's reason.
         """
-        found = self._compiled.get((kernel, threads, *constants.items()))
+        form = (kernel, threads, *constants.items())
+        found = self._compiled.get(form)
         if found is not None:
             return found
         try:
@@ -69,7 +70,7 @@ class OnStream:
                 f"{type(error).__name__}: {error}. It needs a C compiler and Python's headers beside the GPU's driver"
             ) from error
         found = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self._compiled[kernel, threads, *constants.items()] = found
+        self._compiled[form] = found
         return found
 
 
