@@ -19,6 +19,8 @@ from anyep.kernels.spec import KernelSet
 
 NO_FAULT = 2**63 - 1
 """The verdict where every expert is one."""
+BAD = -2
+"""What an index that names no expert is kept as."""
 NUM_PLACES = 5
 """Arrays of a row: x, scales, topk_idx, topk_weights, source token. Combine uses two: rows, weights."""
 CAPACITY, FIRST_PLACE, FAULT = 0, 1, 1 + NUM_PLACES
@@ -52,15 +54,51 @@ class DeviceKernels(KernelSet, Protocol):
         num_ranks: int,
         expert_rank_addr: int,
         by_expert: int,
+        topk_weights_addr: int,
+        kept_idx_addr: int,
+        kept_weights_addr: int,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+    ) -> None:
+        """Copy what the caller may change, and do the first half of ``route``: entries without numbers.
+
+        ``kept_idx`` [T, K] becomes ``topk_idx``, with :data:`BAD` for an index outside [-1, E), which is routed like
+        -1; ``kept_weights`` fp32 [T, K] becomes ``topk_weights``, unless it is 0. Writes ``entry_rank`` and, beside
+        rank -1, slot -1.
+
+        >>> # E=4, R=2, expert_rank=[0, 0, 1, 1], topk_idx=[[0, 3], [4, 0]], compact
+        >>> # kept_idx=[[0, 3], [-2, 0]] entry_rank=[[0, 1], [0, -1]] entry_slot=[[., .], [., -1]]
+        """
+        ...
+
+    def announce_counts(
+        self,
+        kept_idx_addr: int,
+        idx_bytes: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_ranks: int,
+        by_expert: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
         rank_rows_addr: int,
         expert_rows_addr: int,
         verdict_addr: int,
+        peer_message_addr: int,
+        capacity: int,
+        place0: int,
+        place1: int,
+        place2: int,
+        place3: int,
+        place4: int,
     ) -> None:
-        """``route`` without an answer: int64 ``verdict`` takes the minimum of itself and the first bad flat index.
+        """The other half of ``route``, and ``announce`` what comes of it, unless ``peer_message`` is 0.
 
-        Whoever calls sets it to NO_FAULT before. A bad index is routed like -1.
+        Writes all other slots, ``rank_rows`` [R] and ``expert_rows`` [E]; int64 ``verdict`` becomes the flat index of
+        the first BAD, or NO_FAULT.
+
+        >>> # the same: entry_slot=[[0, 0], [1, -1]] rank_rows=[2, 1] expert_rows=[2, 0, 0, 1] verdict=2
         """
         ...
 
@@ -101,6 +139,12 @@ class DeviceKernels(KernelSet, Protocol):
         by_expert: int,
         alignment: int,
         block_rows: int,
+        static_rows: int,
+        withdraws: int,
+        base_addr: int,
+        tables_addr: int,
+        summary_addr: int,
+        fault_addr: int,
         send_start_addr: int,
         dense_start_addr: int,
         recv_rows_addr: int,
@@ -108,27 +152,47 @@ class DeviceKernels(KernelSet, Protocol):
         counts_addr: int,
         block_start_addr: int,
         filled_rows_addr: int,
-        expert_total_addr: int,
         gap_begin_addr: int,
         gap_end_addr: int,
+        source_begin_addr: int,
+        source_count_addr: int,
+        num_tokens: int,
+        width: int,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+        entry_row_addr: int,
     ) -> None:
-        """Work out places from what all ranks announced (the fields of ``exchange/ledger.py``). All int32.
+        """Work out places from what all ranks announced, as ``exchange/ledger.py``; and peer tables, unless refused.
 
         Bins B of a sender and C of a source at its receiver: R and 1 in the compact layout, E and L ``by_expert``.
+        int32:
 
         - ``send_start`` [B]: the first of this rank's rows in each bin. ``recv_rows`` and ``recv_start`` [R, C]: rows
-          from each source in each bin here, and where they begin.
+          from each source in each bin here, and where they begin. ``entry_row`` [T, W]: as ``place`` says.
         - ``filled_rows`` [R]: rows of each rank's batch. By expert an expert's rows are padded to ``alignment``, or to
           ``block_rows`` unless that is 0; experts of a rank lie in ascending order.
-        - ``counts`` [L], ``expert_total`` [E]: rows of an expert, without padding.
-        - By expert only: ``block_start`` [L], where experts begin; ``gap_begin`` and ``gap_end`` [L], the padding of
-          each, empty where there is none and where ``block_rows`` is given; and with ``block_rows``
-          ``dense_start`` [E], ``send_start`` if blocks lay one behind the other without padding. Not touched otherwise.
+        - ``counts`` [L]: rows of an expert here, without padding.
+        - By expert only: ``block_start`` [L], where experts begin; ``gap_begin`` and ``gap_end`` [L + 1], the padding
+          of each, empty where there is none and where ``block_rows`` is given; with ``block_rows`` ``dense_start`` [E],
+          ``send_start`` if blocks lay one behind the other without padding; and unless ``source_begin`` is 0, that and
+          ``source_count`` [L, R]: where each source's rows begin in each block, and how many. Not touched otherwise.
 
-        >>> # R=2, E=2, L=1, rank=0, expert_rank=[0, 1], by_expert, alignment=4, block_rows=0
-        >>> # counts of rank 0: [2, 1 | 2, 1], of rank 1: [1, 0 | 1, 0]
+        ``tables`` and ``summary``: as ``connect`` says, and a batch is refused for more reasons. In this order: a
+        rank's verdict (BAD_EXPERT); an expert with more than ``block_rows`` rows, unless that is 0 (BLOCK_TOO_SMALL); a
+        batch of more than ``static_rows`` rows, unless that is -1 (STATIC_TOO_SMALL), or of more than its rank has room
+        for (LANDING_TOO_SMALL). With ``static_rows`` every batch has so many rows, and the last gap takes what is not
+        filled here; all of a refused batch. Where it is refused all other gaps are empty (0, 0): they may lie behind
+        the batch; and if it ``withdraws``, all of ``counts`` becomes 0 and all of ``entry_rank`` -1, for callers that
+        do not look at the summary: what follows then neither reads nor writes rows that nobody sent.
+
+        >>> # R=2, E=2, L=1, rank=0, expert_rank=[0, 1], by_expert, alignment=4, block_rows=0, static_rows=-1
+        >>> # counts of rank 0: [2, 1 | 2, 1], of rank 1: [1, 0 | 1, 0]; topk_idx=[[0], [1], [0]], entry_slot=[0, 0, 1]
         >>> # send_start=[0, 0] recv_rows=[[2], [1]] recv_start=[[0], [2]] counts=[3] block_start=[0] filled_rows=[4, 4]
-        >>> # expert_total=[3, 1] gap_begin=[3] gap_end=[4]
+        >>> # gap_begin=[3, .] gap_end=[4, .] entry_row=[0, 0, 1]
+        >>> # base=[1000, 2000], capacity=[8, 8], places=[[64, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
+        >>> # tables=[[1064, 2000], [0, 0], ...] summary=[SETTLED, 4, 2, NO_FAULT] (2: of R ranks none is at fault)
         """
         ...
 
@@ -136,39 +200,22 @@ class DeviceKernels(KernelSet, Protocol):
         self,
         board_addr: int,
         message_bytes: int,
-        rank: int,
         num_ranks: int,
         base_addr: int,
-        filled_rows_addr: int,
-        static_rows: int,
-        expert_total_addr: int,
-        num_experts: int,
-        block_rows: int,
+        num_rows: int,
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
-        num_gaps: int,
-        gap_begin_addr: int,
-        gap_end_addr: int,
     ) -> None:
-        """Turn announced places into peer tables, unless a batch is refused.
+        """Turn announced places into peer tables, unless a rank is at fault.
 
         ``base`` int64 [R]: what places of a rank are counted from. ``tables`` int64 [NUM_PLACES, R] becomes base +
-        place, 0 for nothing, and all 0 where the batch is refused, so that kernels which read them write nothing.
-        ``summary`` int64 [SUMMARY_WORDS] says why; int64 ``fault`` [SUMMARY_WORDS] becomes the same if there is
-        anything to say and ``fault_addr`` is not 0.
+        place, 0 for nothing, and all 0 where a rank's verdict says no (BAD_EXPERT), so that kernels which read them
+        write nothing. ``summary`` int64 [SUMMARY_WORDS] says why, with ``num_rows`` for the rows of the batch; int64
+        ``fault`` [SUMMARY_WORDS] becomes the same if there is anything to say and ``fault_addr`` is not 0.
 
-        Refused, in this order: a rank's verdict (BAD_EXPERT); an expert with more than ``block_rows`` rows, unless that
-        is 0 (BLOCK_TOO_SMALL); a batch of more than ``static_rows`` rows, unless that is -1 (STATIC_TOO_SMALL), or of
-        more than its rank has room for (LANDING_TOO_SMALL). Where it is refused, the first ``num_gaps`` of int32
-        ``gap_begin`` and ``gap_end`` become empty (0, 0): they may lie behind the batch. With ``static_rows`` every
-        batch has so many rows, and the gap behind those takes what is not filled here; all of a refused batch.
-        ``filled_rows_addr`` 0: nothing is counted, so only a verdict is looked at; the batch is then said to have
-        ``static_rows`` rows.
-
-        >>> # R=2, rank=0, base=[1000, 2000], filled_rows=[3, 1], static_rows=-1, block_rows=0, capacity=[8, 8],
-        >>> # places=[[64, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
-        >>> # tables=[[1064, 2000], [0, 0], ...] summary=[SETTLED, 3, 2, NO_FAULT] (2: of R ranks none is at fault)
+        >>> # R=2, base=[1000, 2000], num_rows=3, places=[[64, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
+        >>> # tables=[[1064, 2000], [0, 0], ...] summary=[SETTLED, 3, 2, NO_FAULT]
         """
         ...
 
@@ -177,10 +224,61 @@ class DeviceKernels(KernelSet, Protocol):
     ) -> None:
         """Where ``summary`` says that a batch was refused, take back what was told of it.
 
-        All of ``entry_rank`` int32 [num_entries] becomes -1, all of ``counts`` int32 [num_local] 0: for callers that do
-        not look at the summary themselves, so that what follows neither reads nor writes rows that nobody sent.
+        All of ``entry_rank`` int32 [num_entries] becomes -1, all of ``counts`` int32 [num_local] 0.
 
         >>> # summary=[STATIC_TOO_SMALL, ., ., .], entry_rank=[0, 1], counts=[3]: entry_rank=[-1, -1], counts=[0]
+        """
+        ...
+
+    def fill_gaps(
+        self,
+        num_gaps: int,
+        gap_begin_addr: int,
+        gap_end_addr: int,
+        base0: int,
+        bytes0: int,
+        base1: int,
+        bytes1: int,
+        base2: int,
+        bytes2: int,
+        base3: int,
+        bytes3: int,
+        base4: int,
+        bytes4: int,
+    ) -> None:
+        """``fill_rows`` for the five parts of a row: 0xff in part 2, the indices, and 0 in all others; base 0 for none.
+
+        >>> # num_gaps=1, gaps [1, 2): row 1 of each part
+        """
+        ...
+
+    def send(
+        self,
+        x_addr: int,
+        element: int,
+        hidden: int,
+        scale_format: int,
+        num_tokens: int,
+        width: int,
+        entry_rank_addr: int,
+        entry_row_addr: int,
+        peer_x_addr: int,
+        peer_scales_addr: int,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        topk_weights_addr: int,
+        num_topk: int,
+        by_expert: int,
+        expert_rank_addr: int,
+        expert_local_addr: int,
+        peer_idx_addr: int,
+        peer_weights_addr: int,
+        peer_token_addr: int,
+    ) -> None:
+        """Rows and their routing at once: ``quantise_scatter``, or ``scatter`` of rows as they are, and the other.
+
+        ``scale_format`` -1: rows of ``hidden`` bytes are written as they are; ``element`` and ``peer_scales`` are not
+        used. Else numbers ``element`` [T, hidden] are quantised. Then ``scatter_routing``; a table of 0: not wanted.
         """
         ...
 

@@ -153,8 +153,8 @@ class DeviceCombine:
         tables_addr = words.data_ptr() + 8 * SUMMARY_WORDS
         with end.device.on(end.stream):
             end.device.kernels.connect(
-                *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.rank, end.num_ranks),
-                *(end.base_addr, 0, 0, 0, 0, 0, tables_addr, words.data_ptr(), end.faults.addr, 0, 0, 0),
+                *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.num_ranks, end.base_addr, 0),
+                *(tables_addr, words.data_ptr(), end.faults.addr),
             )
             if end.order.is_concurrent:  # a rank may be silent: then no table has an address, and nothing may be read
                 num_entries = plan.num_tokens * plan.width

@@ -1,7 +1,8 @@
 """Where a rank's tokens go, in device memory: a plan of ``exchange/handle.py`` whose numbers nobody has waited for.
 
-One block of memory: what connect found, the verdict of route and the peer tables; then the ledger; then entries. The
-first two parts, the *record*, are what a host that wants to know everything brings over in one piece.
+One block of memory: what settle found, the verdict of route and the peer tables; then the ledger; then entries; then
+what a padded batch's handle needs. The first two parts, the *record*, are what a host that wants to know everything
+brings over in one piece.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from anyep.errors import Unavailable
 from anyep.exchange.device.devices import allocate
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import SendPlan
-from anyep.kernels.spec_device import NO_FAULT, NUM_PLACES, SUMMARY_WORDS
+from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
@@ -40,15 +41,29 @@ _KNOWN = (
 class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
-    __slots__ = ("device_memory", "home", "record", "summary_addr", "tables_addr", "verdict_addr")
+    __slots__ = (
+        *("device_memory", "home", "kept_weights", "record", "source_begin", "source_count"),
+        *("summary_addr", "tables_addr", "verdict_addr"),
+    )
 
-    def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int) -> None:
+    def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
         width, num_topk = min(end.num_topk, end.num_ranks), end.num_topk
         first_word = SUMMARY_WORDS + 1 + NUM_PLACES * end.num_ranks
         idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
         entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
-        numbers = geometry.shape.num_words + idx_words + num_tokens * entries
-        self.device_memory = allocate(end.device, (first_word + (numbers + 1) // 2,), torch.int64, end.account.__str__)
+        numbers = 2 * first_word + geometry.shape.num_words + idx_words + num_tokens * entries
+        num_sources = end.num_ranks * geometry.shape.num_local if geometry.padded else 0
+        num_weights = num_tokens * num_topk if keeps_weights else 0
+        words = (numbers + 2 * num_sources + num_weights + 1) // 2
+        self.device_memory = allocate(end.device, (words,), torch.int64, end.account.__str__)
+        behind = self.device_memory.view(torch.int32)[numbers:]
+        self.source_begin, self.source_count = (
+            behind[first : first + num_sources].view(-1, end.num_ranks) for first in (0, num_sources)
+        )
+        """padded: int32 [L, R], where each source's rows begin in each block, and how many"""
+        weights = behind[2 * num_sources :][:num_weights].view(torch.float32).view(-1, num_topk)
+        self.kept_weights = weights if keeps_weights else None
+        """fp32 [T, K], a copy of the caller's for combine"""
         self.home = end.device.current_stream()
         """the stream on which it was allocated"""
         self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
@@ -82,7 +97,7 @@ class DevicePlan(SendPlan):
         return ledger[self.geometry.shape.words_at[name]]
 
     def topk_idx(self) -> torch.Tensor:
-        """Return topk_idx [T, K] on the device; a view."""
+        """Return topk_idx [T, K] on the device, -2 for an index that names no expert; a view."""
         geometry = self.geometry
         first = (self.idx_addr - self.summary_addr) // 4
         words = self.num_tokens * geometry.num_topk * self.idx_bytes // 4
@@ -93,16 +108,18 @@ class DevicePlan(SendPlan):
 _NOT_HERE: NDArray[np.int32] = np.zeros(0, np.int32)
 
 
-def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
-    """Copy topk_idx and begin to route it, on the caller's stream. A bad expert is found when all ranks are."""
+def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_weights: torch.Tensor | None) -> SendPlan:
+    """Copy what the caller may change, and begin to route, on the caller's stream.
+
+    A bad expert is found when all ranks are.
+    """
     from anyep.exchange.device.endpoint import DeviceEndpoint
 
     assert isinstance(end, DeviceEndpoint), "plans of a device are made on its endpoint"
-    plan, kernels = DevicePlan(end, geometry, topk_idx.shape[0]), end.device.kernels
-    kernels.copy(topk_idx.data_ptr(), plan.idx_addr, topk_idx.nbytes)
-    plan.device_memory[SUMMARY_WORDS : SUMMARY_WORDS + 1].fill_(NO_FAULT)
-    kernels.begin_route(
-        plan.idx_addr,
+    keeps = geometry.padded and topk_weights is not None
+    plan = DevicePlan(end, geometry, topk_idx.shape[0], keeps_weights=keeps)
+    end.device.kernels.begin_route(
+        topk_idx.data_ptr(),
         plan.idx_bytes,
         plan.num_tokens,
         end.num_topk,
@@ -110,13 +127,18 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> Send
         end.num_ranks,
         end.tables.rank_addr,
         int(geometry.by_expert),
+        address_of(topk_weights) if keeps else 0,
+        plan.idx_addr,
+        address_of(plan.kept_weights),
         plan.entry_rank_addr,
         plan.entry_slot_addr,
-        plan.field("rank_rows"),
-        plan.field("expert_rows"),
-        plan.verdict_addr,
     )
     return plan
+
+
+def address_of(tensor: torch.Tensor | None) -> int:
+    """Return where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class DeviceCounts(Sequence[int]):

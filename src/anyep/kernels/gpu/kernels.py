@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from anyep.kernels.gpu import flags
 from anyep.kernels.gpu.number_launches import NumberLaunches
+from anyep.kernels.gpu.send_launches import SendLaunches
 from anyep.kernels.gpu.settle_launches import SettleLaunches
 
 _ONE_WARP = 64
 """Threads of the smallest program that every target can launch."""
 
 
-class GpuKernels(NumberLaunches, SettleLaunches):
+class GpuKernels(NumberLaunches, SettleLaunches, SendLaunches):
     """A :class:`~anyep.kernels.spec_device.DeviceKernels`; addresses are device addresses, tables lie there too.
 
     Calls launch and return; ``route`` and ``gather`` wait for their verdicts, ``begin_route``, ``begin_gather`` do not.
