@@ -27,9 +27,8 @@ OTHERS = {
     "announce",
     "settle",
     "connect",
-    "withdraw",
 }
-FLAGS = {"tick", "signal", "wait"}
+FLAGS = {"tick", "signal", "wait", "meet"}
 MOST_REGISTERS = 144
 TARGETS = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "gfx942"))]
 
@@ -119,13 +118,18 @@ def test_nothing_is_approximated_or_flushed_to_zero(forms):
 
 @needs_triton
 def test_signals_release_and_waits_acquire_at_system_scope(forms, target):
-    signal, wait = _instructions(forms, "signal"), _instructions(forms, "wait")
-    if target == "gfx942":
-        assert {"buffer_wbl2", "global_atomic_swap_x2"} <= set(signal)
-        assert "buffer_inv" in wait
-        return
-    assert "atom.global.sys.release.exch.b64" in signal
-    assert any(one.startswith(("ld.", "atom.")) and "sys" in one and "acquire" in one for one in wait)
+    for kernel in ("signal", "meet"):
+        told = set(_instructions(forms, kernel))
+        released = (
+            {"buffer_wbl2", "global_atomic_swap_x2"} if target == "gfx942" else {"atom.global.sys.release.exch.b64"}
+        )
+        assert released <= told, kernel
+    for kernel in ("wait", "meet"):
+        told = _instructions(forms, kernel)
+        if target == "gfx942":
+            assert "buffer_inv" in told
+        else:
+            assert any(one.startswith(("ld.", "atom.")) and "sys" in one and "acquire" in one for one in told), kernel
 
 
 def test_a_device_without_fp8_offers_bf16():

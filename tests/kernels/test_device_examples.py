@@ -110,10 +110,12 @@ def test_connect(kernels, verdict):
     told = board(([8, 64, -1, -1, -1, -1, NO_FAULT], [0, 0, 0]), ([8, 0, -1, -1, -1, -1, verdict], [0, 0, 0]))
     base = torch.tensor([1000, 2000])
     tables, summary, fault = (torch.full(shape, 5) for shape in ((5, 2), (4,), (4,)))
-    addresses = (one.data_ptr() for one in (tables, summary, fault))
-    kernels.connect(told.data_ptr(), message_bytes(2, 1), 2, base.data_ptr(), 3, *addresses)
+    entries = i32([0, 1])
+    addresses = (one.data_ptr() for one in (tables, summary, fault, entries))
+    kernels.connect(told.data_ptr(), message_bytes(2, 1), 2, base.data_ptr(), 3, *addresses, 2)
     good = verdict == NO_FAULT
     assert tables.tolist() == [[1064, 2000] if good else [0, 0], *[[0, 0]] * 4]
+    assert entries.tolist() == ([0, 1] if good else [-1, -1])
     assert summary.tolist() == ([SETTLED, 3, 2, NO_FAULT] if good else [BAD_EXPERT, 3, 1, 7])
     assert fault.tolist() == ([5] * 4 if good else summary.tolist())
 
@@ -126,13 +128,6 @@ def test_fill_gaps(kernels):
     for part, tensor in enumerate(parts):
         assert tensor[:, 0].tolist() == [7, 255 if part == 2 else 0, 7]
         assert (tensor == tensor[:, :1]).all()
-
-
-def test_withdraw(kernels):
-    for code, entry_ranks, counts in ((SETTLED, [0, 1], [3]), (LANDING_TOO_SMALL, [-1, -1], [0])):
-        summary, entries, told = torch.tensor([code, 0, 0, 0]), i32([0, 1]), i32([3])
-        kernels.withdraw(summary.data_ptr(), entries.data_ptr(), 2, told.data_ptr(), 1)
-        assert (entries.tolist(), told.tolist()) == (entry_ranks, counts)
 
 
 def test_the_reference_passes_its_own_exam():

@@ -219,8 +219,9 @@ class ReferenceDeviceKernels(ReferenceSending):
         if static_rows >= 0:
             _put(gap_begin_addr + 4 * num_local, [filled_R[rank] if code == SETTLED else 0])
             _put(gap_end_addr + 4 * num_local, [static_rows])
-        if withdraws:
-            self.withdraw(summary_addr, entry_rank_addr, num_tokens * width, counts_addr, num_local)
+        if withdraws and code != SETTLED:
+            _put(entry_rank_addr, [-1] * num_tokens * width)
+            _put(counts_addr, [0] * num_local)
 
     def connect(
         self,
@@ -232,17 +233,14 @@ class ReferenceDeviceKernels(ReferenceSending):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        entry_rank_addr: int,
+        num_entries: int,
     ) -> None:
         messages = range(board_addr, board_addr + num_ranks * message_bytes, message_bytes)
         heads = [read(one, torch.int64, HEAD_WORDS).tolist() for one in messages]
-        _conclude(heads, SETTLED, num_rows, base_addr, tables_addr, summary_addr, fault_addr)
-
-    def withdraw(
-        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
-    ) -> None:
-        if int(read(summary_addr, torch.int64, 1)) != SETTLED:
+        code = _conclude(heads, SETTLED, num_rows, base_addr, tables_addr, summary_addr, fault_addr)
+        if code != SETTLED:
             _put(entry_rank_addr, [-1] * num_entries)
-            _put(counts_addr, [0] * num_local)
 
 
 def _conclude(

@@ -78,3 +78,16 @@ class ReferenceSending(ReferenceKernels):
                 write(errors_addr + rank * error_bytes, torch.tensor([epoch << 32 | word >> 32]))
             elif counts_addr:
                 write(counts_addr + 4 * rank, torch.tensor([word & 0xFFFFFFFF], dtype=torch.int32))
+
+    def meet(
+        self,
+        peer_word_addr: int,
+        words_addr: int,
+        num_ranks: int,
+        epoch_addr: int,
+        limit: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        self.signal(peer_word_addr, num_ranks, epoch_addr, 0)
+        self.wait(words_addr, num_ranks, epoch_addr, limit, 0, errors_addr, error_bytes)

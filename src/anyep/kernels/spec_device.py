@@ -206,27 +206,19 @@ class DeviceKernels(KernelSet, Protocol):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        entry_rank_addr: int,
+        num_entries: int,
     ) -> None:
         """Turn announced places into peer tables, unless a rank is at fault.
 
         ``base`` int64 [R]: what places of a rank are counted from. ``tables`` int64 [NUM_PLACES, R] becomes base +
         place, 0 for nothing, and all 0 where a rank's verdict says no (BAD_EXPERT), so that kernels which read them
         write nothing. ``summary`` int64 [SUMMARY_WORDS] says why, with ``num_rows`` for the rows of the batch; int64
-        ``fault`` [SUMMARY_WORDS] becomes the same if there is anything to say and ``fault_addr`` is not 0.
+        ``fault`` [SUMMARY_WORDS] becomes the same if there is anything to say and ``fault_addr`` is not 0. Then all of
+        ``entry_rank`` int32 [num_entries] becomes -1, too, so that what sums them reads nothing.
 
         >>> # R=2, base=[1000, 2000], num_rows=3, places=[[64, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
         >>> # tables=[[1064, 2000], [0, 0], ...] summary=[SETTLED, 3, 2, NO_FAULT]
-        """
-        ...
-
-    def withdraw(
-        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
-    ) -> None:
-        """Where ``summary`` says that a batch was refused, take back what was told of it.
-
-        All of ``entry_rank`` int32 [num_entries] becomes -1, all of ``counts`` int32 [num_local] 0.
-
-        >>> # summary=[STATIC_TOO_SMALL, ., ., .], entry_rank=[0, 1], counts=[3]: entry_rank=[-1, -1], counts=[0]
         """
         ...
 
@@ -318,4 +310,17 @@ class DeviceKernels(KernelSet, Protocol):
         >>> # epoch=[3], limit=2, error_bytes=8, words=[(3 << 32) + 5, (1 << 32) + 9]
         >>> # counts=[5, .] errors=[., (3 << 32) + 1]
         """
+        ...
+
+    def meet(
+        self,
+        peer_word_addr: int,
+        words_addr: int,
+        num_ranks: int,
+        epoch_addr: int,
+        limit: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        """``signal`` and then ``wait``, without counts, in one launch."""
         ...

@@ -156,21 +156,15 @@ def exam_settle(case: Case) -> None:
 
 def exam_connect(case: Case) -> None:
     rng, stretch, world = case.rng, case.stretch, _World(case)
+    entries = int(rng.choice([0, 1, 700, 3000]))
     case.run(
         "connect",
         *(world.board, world.bytes, world.R, stretch.put("base", rng.integers(0, 1 << 40, world.R))),
         *(int(rng.integers(0, 99)), stretch.cut("tables", 8 * NUM_PLACES * world.R, 8)),
         stretch.cut("summary", 8 * SUMMARY_WORDS, 8),
         stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0,
+        *(stretch.cut("entry_rank", 4 * entries, 4), entries),
     )
-
-
-def exam_withdraw(case: Case) -> None:
-    rng, stretch = case.rng, case.stretch
-    entries, local = (int(n) for n in rng.choice([0, 1, 700, 3000], 2))
-    summary = stretch.put("summary", np.array([rng.integers(0, 3), 0, 0, 0], np.int64))
-    where = stretch.cut("entry_rank", 4 * entries, 4), stretch.cut("counts", 4 * local, 4)
-    case.run("withdraw", summary, where[0], entries, where[1], local)
 
 
 def exam_signal(case: Case) -> None:
@@ -198,18 +192,28 @@ def exam_wait(case: Case) -> None:
     case.run("wait", words, R, stretch.put("epoch", np.array([epoch], np.int64)), 3, counts, errors, error_bytes)
 
 
+def exam_meet(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    R, epoch = int(rng.choice([1, 2, 8, 33])), int(rng.integers(2, 1 << 30))
+    own = [stretch.cut(f"word {rank}", 8, 8) for rank in range(R)]
+    table = stretch.put_table("peer_word", [0 if rng.random() < 0.2 else one for one in own])
+    words = stretch.put("words", rng.choice([0, epoch - 1, epoch, epoch + 1], R).astype(np.int64) << 32)
+    errors = stretch.cut("errors", 8 * R, 8)
+    case.run("meet", table, words, R, stretch.put("epoch", np.array([epoch], np.int64)), 3, errors, 8)
+
+
 _EXAMS: dict[str, Callable[[Case], None]] = {
     "begin_route": exam_begin_route,
     "announce_counts": exam_announce_counts,
     "announce": exam_announce,
     "settle": exam_settle,
     "connect": exam_connect,
-    "withdraw": exam_withdraw,
     "send": exam_send,
     "fill_gaps": exam_fill_gaps,
     "tick": exam_tick,
     "signal": exam_signal,
     "wait": exam_wait,
+    "meet": exam_meet,
 }
 DEVICE_FUNCTIONS = tuple(_EXAMS)
 

@@ -86,6 +86,11 @@ class LazyDevice(PretendDevice):
             self._local.current = before
 
     def launch_kernel(self, name: str, numbers: tuple[int, ...]) -> None:
+        if name == "meet":  # its words are out while it waits
+            peers, words, ranks, epoch, limit, *errors = numbers
+            self.launch_kernel("signal", (peers, ranks, epoch, 0))
+            self.launch_kernel("wait", (words, ranks, epoch, limit, 0, *errors))
+            return
         kernel = getattr(self._inner, name)
         if name != "wait":
             self._launch(_LazyLaunch(lambda: kernel(*numbers)))

@@ -240,7 +240,7 @@ class DeviceDispatch:
         if self._waits:
             counts: list[int] = self._plan.numbers("counts").tolist()
             return counts
-        return DeviceCounts(self._plan.field_on_device("counts"))
+        return DeviceCounts(self._plan.field_on_device("counts"), changes=self._plan.changes)
 
 
 def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:

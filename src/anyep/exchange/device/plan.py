@@ -42,7 +42,7 @@ class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
     __slots__ = (
-        *("device_memory", "home", "kept_weights", "record", "source_begin", "source_count"),
+        *("changes", "device_memory", "home", "kept_weights", "record", "source_begin", "source_count"),
         *("summary_addr", "tables_addr", "verdict_addr"),
     )
 
@@ -66,6 +66,8 @@ class DevicePlan(SendPlan):
         """fp32 [T, K], a copy of the caller's for combine"""
         self.home = end.device.current_stream()
         """the stream on which it was allocated"""
+        self.changes = end.device.capturing()
+        """whether it belongs to a graph, whose replays write it again"""
         self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
         """int64: summary, verdict, tables, and the ledger as int32"""
         self.summary_addr = self.device_memory.data_ptr()
@@ -87,7 +89,7 @@ class DevicePlan(SendPlan):
         """Return a field of the ledger; waits for the device where it did not come along with the dispatch."""
         if name not in _KNOWN:
             raise Unavailable(f"{name} is not kept on a device; CPU tensors have it")
-        if self.memory is _NOT_HERE:
+        if self.memory is _NOT_HERE or self.changes:
             self.keep_record(self.record.cpu().numpy())
         return super().numbers(name)
 
@@ -142,15 +144,19 @@ def address_of(tensor: torch.Tensor | None) -> int:
 
 
 class DeviceCounts(Sequence[int]):
-    """Rows of each local expert, on the device; looking at a number waits for it, once."""
+    """Rows of each local expert, on the device; looking at a number waits for it.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    Once, unless they belong to a graph, whose replays change them (``changes``).
+    """
+
+    def __init__(self, tensor: torch.Tensor, *, changes: bool) -> None:
         self.tensor = tensor
         """int32 [L]: what kernels read, without waiting"""
+        self._changes = changes
         self._numbers: list[int] | None = None
 
     def _known(self) -> list[int]:
-        if self._numbers is None:
+        if self._numbers is None or self._changes:
             self._numbers = self.tensor.tolist()
         return self._numbers
 

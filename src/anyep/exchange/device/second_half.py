@@ -49,7 +49,7 @@ class SecondHalf:
         end, plan = self._end, self._plan
         end.device.kernels.connect(
             *(*self._board, end.num_ranks, end.base_addr, num_rows, plan.tables_addr, plan.summary_addr),
-            end.faults.addr,
+            *(end.faults.addr, 0, 0),
         )
 
     def send(self) -> None:

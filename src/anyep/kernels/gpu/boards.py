@@ -118,7 +118,10 @@ def connect(
     tables_addr: tl.int64,
     summary_addr: tl.int64,
     fault_addr: tl.int64,
+    entry_rank_addr: tl.int64,
+    num_entries: tl.int64,
     RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid (1)."""
     guilty, accusation = accused(board_addr, message_bytes, num_ranks, RANKS)
@@ -127,20 +130,7 @@ def connect(
         *(board_addr, message_bytes, num_ranks, base_addr, tables_addr, summary_addr, fault_addr),
         *(code, num_rows, guilty, accusation, RANKS),
     )
-
-
-@kernel
-def withdraw(
-    summary_addr: tl.int64,
-    entry_rank_addr: tl.int64,
-    num_entries: tl.int64,
-    counts_addr: tl.int64,
-    num_local: tl.int64,
-    BLOCK: tl.constexpr,
-):
-    """Grid (blocks of whichever is more)."""
-    refused = tl.load(i64_at(summary_addr)) != SETTLED
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     none = tl.full([BLOCK], -1, tl.int32)
-    tl.store(i32_at(entry_rank_addr) + number, none, mask=number < tl.where(refused, num_entries, 0))
-    tl.store(i32_at(counts_addr) + number, none + 1, mask=number < tl.where(refused, num_local, 0))
+    for begin in range(0, tl.where(code == SETTLED, 0, num_entries), BLOCK):
+        entry = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK)
+        tl.store(i32_at(entry_rank_addr) + entry, none, mask=entry < num_entries)

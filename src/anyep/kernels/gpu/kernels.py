@@ -38,3 +38,16 @@ class GpuKernels(NumberLaunches, SettleLaunches, SendLaunches):
     ) -> None:
         numbers = (words_addr, epoch_addr, limit, counts_addr, errors_addr, error_bytes)
         self._launch(flags.wait, (num_ranks,), *numbers, threads=_ONE_WARP)
+
+    def meet(
+        self,
+        peer_word_addr: int,
+        words_addr: int,
+        num_ranks: int,
+        epoch_addr: int,
+        limit: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        numbers = (peer_word_addr, words_addr, epoch_addr, limit, errors_addr, error_bytes)
+        self._launch(flags.meet, (num_ranks,), *numbers, threads=_ONE_WARP)

@@ -40,10 +40,10 @@ class SendLaunches(Launches):
         if not plain:
             self.target.check_fp8()
         pieces = triton.cdiv(hidden, PIECE) if plain else pieces_of(hidden, GROUPS)
-        step = self._step(num_tokens, 1 + pieces)
+        step = self._step(num_tokens, pieces + 1)
         self._launch(
             sending.send,
-            (step, 1 + pieces),
+            (step, pieces + 1),
             *(x_addr, hidden, num_tokens, step, width, entry_rank_addr, entry_row_addr, peer_x_addr, peer_scales_addr),
             *(topk_idx_addr, topk_weights_addr, num_topk, by_expert, expert_rank_addr, expert_local_addr),
             *(peer_idx_addr, peer_weights_addr, peer_token_addr),

@@ -45,15 +45,9 @@ def send_token(
     PLACES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Send one piece of a token's row, or its routing as piece 0."""
-    if piece == 0:
-        route_token(
-            *(token, topk_idx_addr, topk_weights_addr, num_topk, width, by_expert),
-            *(expert_rank_addr, expert_local_addr, entry_rank_addr, entry_row_addr),
-            *(peer_idx_addr, peer_weights_addr, peer_token_addr, IDX_BYTES, COLUMNS, PLACES),
-        )
-    else:
-        first = (piece - 1).to(tl.int64) * PIECE
+    """Send one piece of a token's row, or behind the last its routing."""
+    if piece < tl.num_programs(1) - 1:
+        first = piece.to(tl.int64) * PIECE
         if SCALES < 0:
             scatter_token(
                 *(token, first, x_addr, hidden, width, entry_rank_addr, entry_row_addr, peer_x_addr, PLACES, PIECE)
@@ -63,6 +57,12 @@ def send_token(
                 *(token, first, x_addr, hidden, width, entry_rank_addr, entry_row_addr, peer_x_addr, peer_scales_addr),
                 *(ELEMENT, SCALES, NATIVE, PLACES, PIECE),
             )
+    else:
+        route_token(
+            *(token, topk_idx_addr, topk_weights_addr, num_topk, width, by_expert),
+            *(expert_rank_addr, expert_local_addr, entry_rank_addr, entry_row_addr),
+            *(peer_idx_addr, peer_weights_addr, peer_token_addr, IDX_BYTES, COLUMNS, PLACES),
+        )
 
 
 @kernel
@@ -94,7 +94,7 @@ def send(
     BOUNDED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Grid (step, 1 + pieces of PIECE): BOUNDED programs take every ``step``-th token, others one each."""
+    """Grid (step, pieces of PIECE + 1): BOUNDED programs take every ``step``-th token, others one each."""
     piece = tl.program_id(1)
     if BOUNDED:
         for number in tl.range(tl.program_id(0), num_tokens, step, disable_licm=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyep.kernels.gpu import boards, settling
-from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, power_of_two
+from anyep.kernels.gpu.grids import SMALL, power_of_two
 from anyep.kernels.gpu.routing_launches import RoutingLaunches
 
 _COUNTS = 256
@@ -111,21 +111,15 @@ class SettleLaunches(RoutingLaunches):
         tables_addr: int,
         summary_addr: int,
         fault_addr: int,
+        entry_rank_addr: int,
+        num_entries: int,
     ) -> None:
         self._launch(
             boards.connect,
             (1,),
             *(board_addr, message_bytes, num_ranks, base_addr, num_rows, tables_addr, summary_addr, fault_addr),
+            *(entry_rank_addr, num_entries),
             threads=SMALL,
             RANKS=power_of_two(num_ranks, 8),
-        )
-
-    def withdraw(
-        self, summary_addr: int, entry_rank_addr: int, num_entries: int, counts_addr: int, num_local: int
-    ) -> None:
-        self._launch(
-            boards.withdraw,
-            (-(-max(num_entries, num_local) // NUMBER_BLOCK),),
-            *(summary_addr, entry_rank_addr, num_entries, counts_addr, num_local),
-            BLOCK=NUMBER_BLOCK,
+            BLOCK=_BLOCK,
         )

@@ -27,6 +27,7 @@ def call_every_variant(kernels: GpuKernels) -> None:
     kernels.tick(_SOMEWHERE, _SOMEWHERE)
     kernels.signal(_SOMEWHERE, 8, _SOMEWHERE, _SOMEWHERE)
     kernels.wait(_SOMEWHERE, 8, _SOMEWHERE, 1000, _SOMEWHERE, _SOMEWHERE, 8)
+    kernels.meet(_SOMEWHERE, _SOMEWHERE, 8, _SOMEWHERE, 1000, _SOMEWHERE, 8)
     if kernels.target.fp8 is not Fp8.NONE:
         _convert(kernels)
 
@@ -60,8 +61,7 @@ def _route(kernels: GpuKernels) -> None:
 def _settle(kernels: GpuKernels) -> None:
     a = _SOMEWHERE
     kernels.announce(8, a, 1, a, a, a, a, a, a, a, 264)
-    kernels.connect(a, 1120, 8, a, 1, a, a, a)
-    kernels.withdraw(a, a, 1024, a, 32)
+    kernels.connect(a, 1120, 8, a, 1, a, a, a, a, 1024)
     settled = (a, a, a, a, a, a, a, a, a, a, a, a, a, a, a)
     for idx_bytes in (4, 8):
         for by_expert in (0, 1):
