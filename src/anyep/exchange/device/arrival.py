@@ -49,6 +49,7 @@ def _wrap_padded(
 ) -> Received:
     """Blocks of experts."""
     experts, rows = handle.shape
+    source_begin, source_count = plan.sources()
     x, _, _, _, token = batch.parts
     assert x is not None
     assert token is not None
@@ -59,8 +60,8 @@ def _wrap_padded(
         topk_weights=None,
         counts=_own(handle),
         handle=handle,
-        source_begin=plan.source_begin,
-        source_count=plan.source_count,
+        source_begin=source_begin,
+        source_count=source_count,
         source_token=token.view(experts, rows),
     )
 

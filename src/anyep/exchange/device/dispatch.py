@@ -233,14 +233,14 @@ class DeviceDispatch:
             num_rows=num_rows,
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=self._counts(),
-            topk_weights=plan.kept_weights,
+            topk_weights=plan.kept_weights(),
         )
 
     def _counts(self) -> Sequence[int]:
         if self._waits:
             counts: list[int] = self._plan.numbers("counts").tolist()
             return counts
-        return DeviceCounts(self._plan.field_on_device("counts"), changes=self._plan.changes)
+        return DeviceCounts(self._plan)
 
 
 def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:

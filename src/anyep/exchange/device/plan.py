@@ -42,44 +42,67 @@ class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
     __slots__ = (
-        *("changes", "device_memory", "home", "kept_weights", "record", "source_begin", "source_count"),
-        *("summary_addr", "tables_addr", "verdict_addr"),
+        *("changes", "device_memory", "first_behind", "home", "num_ranks", "num_record_words"),
+        *("summary_addr", "tables_addr", "verdict_addr", "weights_addr"),
     )
 
     def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
-        width, num_topk = min(end.num_topk, end.num_ranks), end.num_topk
-        first_word = SUMMARY_WORDS + 1 + NUM_PLACES * end.num_ranks
+        self.num_ranks = ranks = end.num_ranks
+        width, num_topk, ledger_words = min(end.num_topk, ranks), end.num_topk, geometry.shape.num_words
+        first_word = SUMMARY_WORDS + 1 + NUM_PLACES * ranks
         idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
         entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
-        numbers = 2 * first_word + geometry.shape.num_words + idx_words + num_tokens * entries
-        num_sources = end.num_ranks * geometry.shape.num_local if geometry.padded else 0
+        self.first_behind = 2 * first_word + ledger_words + idx_words + num_tokens * entries
+        """in int32: padded, where each source's rows begin in each block, and how many [L, R]; the caller's weights"""
+        num_sources = 2 * ranks * geometry.shape.num_local if geometry.padded else 0
         num_weights = num_tokens * num_topk if keeps_weights else 0
-        words = (numbers + 2 * num_sources + num_weights + 1) // 2
+        words = (self.first_behind + num_sources + num_weights + 1) // 2
         self.device_memory = allocate(end.device, (words,), torch.int64, end.account.__str__)
-        behind = self.device_memory.view(torch.int32)[numbers:]
-        self.source_begin, self.source_count = (
-            behind[first : first + num_sources].view(-1, end.num_ranks) for first in (0, num_sources)
-        )
-        """padded: int32 [L, R], where each source's rows begin in each block, and how many"""
-        weights = behind[2 * num_sources :][:num_weights].view(torch.float32).view(-1, num_topk)
-        self.kept_weights = weights if keeps_weights else None
-        """fp32 [T, K], a copy of the caller's for combine"""
         self.home = end.device.current_stream()
         """the stream on which it was allocated"""
         self.changes = end.device.capturing()
         """whether it belongs to a graph, whose replays write it again"""
-        self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
-        """int64: summary, verdict, tables, and the ledger as int32"""
+        self.num_record_words = first_word + ledger_words // 2
         self.summary_addr = self.device_memory.data_ptr()
         self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
         self.tables_addr = self.verdict_addr + 8
+        behind_addr = self.summary_addr + 4 * self.first_behind
+        self.weights_addr = behind_addr + 4 * num_sources if keeps_weights else 0
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
+
+    @property
+    def record(self) -> torch.Tensor:
+        """int64: summary, verdict, tables, and the ledger as int32; a view."""
+        return self.device_memory[: self.num_record_words]
 
     @property
     def table_addr(self) -> list[int]:
         """Where each part's peer table lies."""
-        ranks = (self.record.numel() - SUMMARY_WORDS - 1 - self.geometry.shape.num_words // 2) // NUM_PLACES
-        return [self.tables_addr + 8 * ranks * part for part in range(NUM_PLACES)]
+        return [self.tables_addr + 8 * self.num_ranks * part for part in range(NUM_PLACES)]
+
+    @property
+    def source_addr(self) -> tuple[int, int]:
+        """Where a padded batch's :meth:`sources` lie."""
+        begin = self.summary_addr + 4 * self.first_behind
+        return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
+
+    def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
+        shape = (2, self.geometry.shape.num_local, self.num_ranks)
+        begin, count = self._behind(0, shape[0] * shape[1] * shape[2]).view(shape)
+        return begin, count
+
+    def kept_weights(self) -> torch.Tensor | None:
+        """Return the copy of the caller's weights, fp32 [T, K], for combine; None unless padded. A view."""
+        if not self.weights_addr:
+            return None
+        first = (self.weights_addr - self.summary_addr) // 4 - self.first_behind
+        weights = self._behind(first, self.num_tokens * self.geometry.num_topk).view(torch.float32)
+        return weights.view(self.num_tokens, self.geometry.num_topk)
+
+    def _behind(self, first: int, count: int) -> torch.Tensor:
+        begin = self.first_behind + first
+        return self.device_memory.view(torch.int32)[begin : begin + count]
 
     def keep_record(self, words: Words) -> None:
         """Take the record that came to the host."""
@@ -131,7 +154,7 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
         int(geometry.by_expert),
         address_of(topk_weights) if keeps else 0,
         plan.idx_addr,
-        address_of(plan.kept_weights),
+        plan.weights_addr,
         plan.entry_rank_addr,
         plan.entry_slot_addr,
     )
@@ -146,22 +169,25 @@ def address_of(tensor: torch.Tensor | None) -> int:
 class DeviceCounts(Sequence[int]):
     """Rows of each local expert, on the device; looking at a number waits for it.
 
-    Once, unless they belong to a graph, whose replays change them (``changes``).
+    Once, unless they belong to a graph, whose replays change them.
     """
 
-    def __init__(self, tensor: torch.Tensor, *, changes: bool) -> None:
-        self.tensor = tensor
-        """int32 [L]: what kernels read, without waiting"""
-        self._changes = changes
+    def __init__(self, plan: DevicePlan) -> None:
+        self._plan = plan
         self._numbers: list[int] | None = None
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """int32 [L]: what kernels read, without waiting."""
+        return self._plan.field_on_device("counts")
+
     def _known(self) -> list[int]:
-        if self._numbers is None or self._changes:
+        if self._numbers is None or self._plan.changes:
             self._numbers = self.tensor.tolist()
         return self._numbers
 
     def __len__(self) -> int:
-        return len(self.tensor)
+        return self._plan.geometry.shape.num_local
 
     @overload
     def __getitem__(self, index: int) -> int: ...

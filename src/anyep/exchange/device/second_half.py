@@ -39,7 +39,7 @@ class SecondHalf:
             *(end.base_addr, plan.tables_addr, plan.summary_addr, end.faults.addr),
             *(field("send_start"), field("dense_start"), field("recv_rows"), field("recv_start"), field("counts")),
             *(field("block_start"), field("filled_rows"), *self._gaps),
-            *((plan.source_begin.data_ptr(), plan.source_count.data_ptr()) if self._out.geometry.padded else (0, 0)),
+            *(plan.source_addr if self._out.geometry.padded else (0, 0)),
             *(plan.num_tokens, plan.width, plan.idx_addr, plan.idx_bytes),
             *(plan.entry_rank_addr, plan.entry_slot_addr, plan.entry_row_addr),
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from anyep.kernels.gpu import routing
-from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, power_of_two
+from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, divided_up, power_of_two
 from anyep.kernels.spec_device import NO_FAULT
 
 _ROUTE_BLOCK = 4096
@@ -38,7 +37,7 @@ class RoutingLaunches(Launches):
         tokens = max(1, _SQUARE // columns if by_expert else _CUBE // columns**2)
         self._launch(
             routing.find_entries,
-            (triton.cdiv(num_tokens, tokens),),
+            (divided_up(num_tokens, tokens),),
             *(topk_idx_addr, num_tokens, num_topk, num_experts, _width(num_topk, num_ranks, by_expert)),
             *(expert_rank_addr, topk_weights_addr, kept_idx_addr, kept_weights_addr, entry_rank_addr, entry_slot_addr),
             IDX_BYTES=idx_bytes,
@@ -141,7 +140,7 @@ class RoutingLaunches(Launches):
     ) -> None:
         self._launch(
             routing.place,
-            (triton.cdiv(num_entries, NUMBER_BLOCK),),
+            (divided_up(num_entries, NUMBER_BLOCK),),
             *(entry_rank_addr, entry_slot_addr, num_entries, topk_idx_addr, start_addr, entry_row_addr, refusal_addr),
             IDX_BYTES=idx_bytes,
             BY_EXPERT=by_expert,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import triton
-
 from anyep.kernels.gpu import sending
-from anyep.kernels.gpu.grids import NUM_THREADS, PIECE, Launches, power_of_two
+from anyep.kernels.gpu.grids import NUM_THREADS, PIECE, Launches, divided_up, power_of_two
 from anyep.kernels.gpu.number_launches import CONVERTING, GROUPS, pieces_of
 from anyep.kernels.gpu.target import Fp8
 
@@ -39,7 +37,7 @@ class SendLaunches(Launches):
         plain = scale_format < 0
         if not plain:
             self.target.check_fp8()
-        pieces = triton.cdiv(hidden, PIECE) if plain else pieces_of(hidden, GROUPS)
+        pieces = divided_up(hidden, PIECE) if plain else pieces_of(hidden, GROUPS)
         step = self._step(num_tokens, pieces + 1)
         self._launch(
             sending.send,
