@@ -116,11 +116,6 @@ class DevicePlan(SendPlan):
             self.keep_record(self.record.cpu().numpy())
         return super().numbers(name)
 
-    def field_on_device(self, name: str) -> torch.Tensor:
-        """Return a field of the ledger, int32 on the device; a view."""
-        ledger = self.record[-(self.geometry.shape.num_words // 2) :].view(torch.int32)
-        return ledger[self.geometry.shape.words_at[name]]
-
     def topk_idx(self) -> torch.Tensor:
         """Return topk_idx [T, K] on the device, -2 for an index that names no expert; a view."""
         geometry = self.geometry
@@ -173,21 +168,24 @@ class DeviceCounts(Sequence[int]):
     """
 
     def __init__(self, plan: DevicePlan) -> None:
-        self._plan = plan
+        self._memory = plan.device_memory
+        self._first = (plan.field("counts") - plan.summary_addr) // 4
+        self._count = plan.geometry.shape.num_local
+        self._changes = plan.changes
         self._numbers: list[int] | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
         """int32 [L]: what kernels read, without waiting."""
-        return self._plan.field_on_device("counts")
+        return self._memory.view(torch.int32)[self._first : self._first + self._count]
 
     def _known(self) -> list[int]:
-        if self._numbers is None or self._plan.changes:
+        if self._numbers is None or self._changes:
             self._numbers = self.tensor.tolist()
         return self._numbers
 
     def __len__(self) -> int:
-        return self._plan.geometry.shape.num_local
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> int: ...
