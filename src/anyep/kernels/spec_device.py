@@ -28,9 +28,9 @@ CAPACITY, FIRST_PLACE, FAULT = 0, 1, 1 + NUM_PLACES
 HEAD_WORDS = 2 + NUM_PLACES
 """Words of a message before its counts."""
 SETTLED, STATIC_TOO_SMALL, BLOCK_TOO_SMALL, LANDING_TOO_SMALL, BAD_EXPERT = range(5)
-"""What connect finds, the numbers of ``exchange/ledger.py`` and one more: a rank's topk_idx names no expert."""
+"""What settle and connect find: the numbers of ``exchange/ledger.py``, and that a rank names an expert that is none."""
 SUMMARY_WORDS = 4
-"""What connect found; rows of this rank's batch; the first rank at fault, and its verdict."""
+"""What they found; rows of this rank's batch; the first rank at fault, and its verdict."""
 
 
 def message_bytes(num_ranks: int, num_experts: int) -> int:
