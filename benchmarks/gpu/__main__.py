@@ -1,4 +1,7 @@
-"""The command: exam, works, table, JSON. Exit code 1 where there is no GPU, or where something is wrong."""
+"""The command: exam, works, table, JSON. Exit code 1 where there is no GPU, or where something was wrong.
+
+What is wrong is named, and all else goes on: only what was found right is timed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from pathlib import Path
 from anyep.errors import Unavailable
 from anyep.exchange.device.devices import find_device
 from anyep.version import __version__
+from benchmarks.gpu.contest import Contest, Row, add_copy, as_json
 from benchmarks.gpu.correct import examine
-from benchmarks.gpu.measure import Contest, Measured, Row, Stopwatch, add_copy, as_json
+from benchmarks.gpu.measure import Measured
 from benchmarks.gpu.stopwatch import GpuStopwatch
 from benchmarks.gpu.work import Work
 
@@ -27,13 +31,13 @@ WANTED = {
 }
 
 
-def measure(stopwatch: Stopwatch, works: list[Work], *, rounds: int, copy_bytes: int) -> list[Row]:
+def measure(contest: Contest, works: list[Work], *, copy_bytes: int) -> list[Row]:
     """Check and time the works; all of them and the copy take turns."""
-    contest = Contest(stopwatch, rounds)
     add_copy(contest, copy_bytes)
     with ExitStack() as stack:
         for work in works:
-            Measured(contest, work, f"{work.name} {work.ranks} x {work.tokens}", stack)
+            with contest.noting(work.name):
+                Measured(contest, work, stack)
         return contest.run()
 
 
@@ -61,16 +65,26 @@ def main(arguments: list[str] | None = None) -> int:
     except Unavailable as reason:
         print(f"benchmarks.gpu: nothing was measured and nothing is written: {reason}", file=sys.stderr)
         return 1
-    examine(device.kernels, options.exam_rounds)
-    print("every kernel writes the bits of the reference")
-    stopwatch = GpuStopwatch()
-    rows = measure(stopwatch, [PREFILL, DECODE], rounds=options.rounds, copy_bytes=COPY_BYTES)
-    print("every row and every sum is right, launched and replayed\n\n" + table(rows))
+    contest = Contest(GpuStopwatch(), options.rounds)
+    rows: list[Row] = []
+    try:
+        examine(contest, device.kernels, options.exam_rounds)
+        rows = measure(contest, [PREFILL, DECODE], copy_bytes=COPY_BYTES)
+    except Exception as error:  # all that can be said is said, and written down
+        contest.problems.append(f"the device does not answer any more: {type(error).__name__}: {error}")
+    print("\n" + table(rows))
     if options.json is not None:
-        told = {"anyep": __version__, "machine": stopwatch.facts(), "wanted": WANTED, "rows": as_json(rows)}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0
+        write(options.json, contest, rows)
+    for problem in contest.problems:
+        print(f"benchmarks.gpu: wrong: {problem}", file=sys.stderr)
+    return 1 if contest.problems else 0
+
+
+def write(path: Path, contest: Contest, rows: list[Row]) -> None:
+    """Write what was measured, with what, and what went wrong."""
+    told = {"anyep": __version__, "machine": contest.stopwatch.facts(), "wanted": WANTED}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told | {"problems": contest.problems, "rows": as_json(rows)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,23 @@ import torch
 import anyep
 from anyep.kernels.spec_device import DeviceKernels
 from anyep.testing import DeviceMemory, check_device_kernels, check_kernels
+from anyep.testing.kernel_exam import FUNCTIONS
+from anyep.testing.kernel_exam_device import DEVICE_FUNCTIONS
 from benchmarks.gpu import torch_ops
+from benchmarks.gpu.contest import Contest
 from benchmarks.gpu.torch_ops import Piece
 from benchmarks.gpu.work import Inputs, Work
 
 
-def examine(kernels: DeviceKernels, rounds: int) -> None:
-    """Compare every kernel with the reference, bit for bit. Raises KernelExamError."""
-    memory = DeviceMemory(torch.device("cuda"))
-    check_kernels(kernels, rounds=rounds, memory=memory)
-    check_device_kernels(kernels, rounds=rounds, memory=memory)
+def examine(contest: Contest, kernels: DeviceKernels, rounds: int) -> None:
+    """Compare every kernel with the reference, bit for bit, and note each one that differs."""
+    memory = DeviceMemory(contest.stopwatch.device)
+    for name in FUNCTIONS:
+        with contest.noting(f"kernel {name}"):
+            check_kernels(kernels, rounds=rounds, memory=memory, only=[name])
+    for name in DEVICE_FUNCTIONS:
+        with contest.noting(f"kernel {name}"):
+            check_device_kernels(kernels, rounds=rounds, memory=memory, only=[name])
 
 
 def check_dispatch(work: Work, inputs: Inputs, pieces: list[list[Piece]], received: list[anyep.Received]) -> None:

@@ -2,95 +2,20 @@
 
 from __future__ import annotations
 
-import random
-import statistics
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
 
 import torch
 
+import anyep
 from benchmarks.gpu import torch_ops
+from benchmarks.gpu.contest import Contest
 from benchmarks.gpu.correct import check_combine, check_dispatch
-from benchmarks.gpu.stopwatch import GpuStopwatch, HostStopwatch
 from benchmarks.gpu.torch_ops import Piece
 from benchmarks.gpu.work import Inputs, Ranks, Work
 
-Stopwatch = GpuStopwatch | HostStopwatch
-Act = Callable[[], object]
 SCALE_BYTES, ROUTING_BYTES = 4, 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line: times of all ranks together, and the share of the copy that its bytes reach."""
-
-    work: str
-    what: str
-    us_median: float
-    us_min: float
-    us_p90: float
-    bytes: int
-    """each read once and written once; 0 where only time is meant"""
-    floor_us: float | None
-    """what a copy takes for as many bytes"""
-    copy_share: float | None
-    rounds: int
-
-
-class Contest:
-    """Acts that take turns, so that all see the same device."""
-
-    def __init__(self, stopwatch: Stopwatch, rounds: int) -> None:
-        self.stopwatch = stopwatch
-        self._rounds = rounds
-        self._acts: list[tuple[str, str, Callable[[], float], int]] = []
-
-    def add(self, work: str, what: str, act: Act, num_bytes: int = 0) -> None:
-        self._acts.append((work, what, lambda: self.stopwatch.us(act), num_bytes))
-
-    def add_host(self, work: str, what: str, act: Act, calls: int) -> None:
-        """Time the host instead, by call."""
-        self._acts.append((work, what, lambda: self.stopwatch.host_us(act) / calls, 0))
-
-    def run(self, copy: tuple[str, str] = ("copy", "device to device")) -> list[Row]:
-        """Return a row an act; shares are of the copy that took part."""
-        shuffler = random.Random(0)
-        times: dict[int, list[float]] = {number: [] for number in range(len(self._acts))}
-        for turn in range(self._rounds + 1):
-            for number in shuffler.sample(range(len(self._acts)), len(self._acts)):
-                spent = self._acts[number][2]()
-                if turn:
-                    times[number].append(spent)
-        rates = [
-            act[3] / statistics.median(times[number])
-            for number, act in enumerate(self._acts)
-            if (act[0], act[1]) == copy
-        ]
-        return [self._row(act, times[number], rates[0]) for number, act in enumerate(self._acts)]
-
-    def _row(self, act: tuple[str, str, Callable[[], float], int], us: list[float], bytes_per_us: float) -> Row:
-        work, what, _, num_bytes = act
-        median = statistics.median(us)
-        floor = num_bytes / bytes_per_us if num_bytes else None
-        return Row(
-            work=work,
-            what=what,
-            us_median=median,
-            us_min=min(us),
-            us_p90=statistics.quantiles(us, n=10)[-1] if len(us) > 1 else us[0],
-            bytes=num_bytes,
-            floor_us=floor,
-            copy_share=None if floor is None else floor / median,
-            rounds=len(us),
-        )
-
-
-def add_copy(contest: Contest, num_bytes: int) -> None:
-    """Add the yardstick: torch's copy between two tensors."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=contest.stopwatch.device)
-    target = torch.empty_like(source)
-    contest.add("copy", "device to device", lambda: target.copy_(source), 2 * num_bytes)
+Sums = list[torch.Tensor]
 
 
 def bytes_of(work: Work, pieces: list[list[Piece]]) -> tuple[int, int]:
@@ -103,80 +28,92 @@ def bytes_of(work: Work, pieces: list[list[Piece]]) -> tuple[int, int]:
 
 
 class Measured:
-    """A work that was found right and may be timed."""
+    """A work whose ways are timed as far as they were found right. ``stack`` closes its buffers."""
 
-    def __init__(self, contest: Contest, work: Work, name: str, stack: ExitStack, **options: object) -> None:
-        """``stack`` closes its buffers."""
-        self.work, self.name = work, name
+    def __init__(self, contest: Contest, work: Work, stack: ExitStack, **options: object) -> None:
+        self.work, self.name = work, f"{work.name} {work.ranks} x {work.tokens}"
+        self._contest = contest
+        self._stack = stack
+        self._options = options
         self._settle = contest.stopwatch.settle
         self.inputs = Inputs.draw(work, contest.stopwatch.device)
         self.pieces = torch_ops.pieces_of(work, self.inputs)
+        self._sent, self._summed = bytes_of(work, self.pieces)
         most = max(sum(len(piece.row) for piece in own) for own in self.pieces)
-        fixed = {} if work.layout == "padded" else {"static_rows": most}
-        self.ranks = stack.enter_context(closing(Ranks(work, **fixed, **options)))
-        self.concurrent = None
+        self._fixed = {} if work.layout == "padded" else {"static_rows": most}
+        with contest.noting(f"{self.name}, launched"):
+            self._launched()
+        if work.layout != "padded":
+            with contest.noting(f"{self.name}, host waits for counts"):
+                self._counted()
         if contest.stopwatch.has_streams:
-            self.concurrent = stack.enter_context(closing(Ranks(work, **fixed, **options, concurrent=True)))
-        self.counting = None if work.layout == "padded" else stack.enter_context(closing(Ranks(work, **options)))
-        self._check()
-        self._add(contest)
+            with contest.noting(f"{self.name}, concurrent"):
+                self._concurrent()
 
-    def _check(self) -> None:
-        """Compare with torch's formulation, and keep what combine works on."""
-        work = self.work
-        if self.counting is not None:
-            counted = self.counting.dispatch(self.inputs)
-            self._settle()
-            check_dispatch(work, self.inputs, self.pieces, counted)
-        self.received = self.ranks.dispatch(self.inputs)
+    def _ranks(self, **options: object) -> Ranks:
+        return self._stack.enter_context(closing(Ranks(self.work, **self._options, **options)))
+
+    def _launched(self) -> None:
+        """All ranks on one stream: launched, then replayed; and torch's operations beside them."""
+        ranks = self._ranks(**self._fixed)
+        received = self._check_dispatched(lambda: ranks.dispatch(self.inputs))
+        outputs = [torch.randn(one.x.shape, device=one.x.device).bfloat16() for one in received]
+        expected = self._torch_sums(outputs)
+        self._check_summed(lambda: ranks.combine(outputs, received), expected)
+        self._add(ranks, received, outputs, "launched")
+        calls = self.work.ranks
+        self._contest.add_host(self.name, "dispatch, host by call", lambda: ranks.dispatch(self.inputs), calls)
+        self._contest.add_host(self.name, "combine, host by call", lambda: ranks.combine(outputs, received), calls)
+        self._add_torch(received, outputs)
+        with self._contest.noting(f"{self.name}, graph"):
+            self._replayed(ranks, received, outputs, expected)
+
+    def _replayed(self, ranks: Ranks, received: list[anyep.Received], outputs: Sums, expected: Sums) -> None:
+        graph = self._contest.stopwatch.graph
+        replay, again = graph(lambda: ranks.dispatch(self.inputs))
+        self._check_dispatched(lambda: (replay(), again)[1])
+        self._contest.add(self.name, "dispatch, graph", replay, self._sent)
+        replay_sum, sums = graph(lambda: ranks.combine(outputs, received))
+        self._check_summed(lambda: (replay_sum(), sums)[1], expected)
+        self._contest.add(self.name, "combine, graph", replay_sum, self._summed)
+
+    def _counted(self) -> None:
+        """The host waits for the number of rows."""
+        ranks = self._ranks()
+        self._check_dispatched(lambda: ranks.dispatch(self.inputs))
+        self._contest.add(self.name, "dispatch, host waits for counts", lambda: ranks.dispatch(self.inputs), self._sent)
+
+    def _concurrent(self) -> None:
+        """Each rank on a stream of its own."""
+        ranks = self._ranks(**self._fixed, concurrent=True)
+        received = self._check_dispatched(lambda: ranks.dispatch(self.inputs))
+        outputs = [torch.randn(one.x.shape, device=one.x.device).bfloat16() for one in received]
+        self._check_summed(lambda: ranks.combine(outputs, received), self._torch_sums(outputs))
+        self._add(ranks, received, outputs, "concurrent")
+
+    def _add(self, ranks: Ranks, received: list[anyep.Received], outputs: Sums, how: str) -> None:
+        self._contest.add(self.name, f"dispatch, {how}", lambda: ranks.dispatch(self.inputs), self._sent)
+        self._contest.add(self.name, f"combine, {how}", lambda: ranks.combine(outputs, received), self._summed)
+
+    def _add_torch(self, received: list[anyep.Received], outputs: Sums) -> None:
+        hidden = self.work.hidden
+        rows = [torch.zeros_like(one.x.view(torch.uint8).view(-1, hidden)) for one in received]
+        out = [(x, torch.zeros(len(x), hidden // 128, device=x.device)) for x in rows]
+        by_torch = lambda: torch_ops.dispatch(self.inputs, self.pieces, out)  # noqa: E731
+        self._contest.add(self.name, "dispatch, torch", by_torch, self._sent)
+        self._contest.add(self.name, "combine, torch", lambda: self._torch_sums(outputs), self._summed)
+
+    def _check_dispatched(self, act: Callable[[], list[anyep.Received]]) -> list[anyep.Received]:
+        received = act()
         self._settle()
-        self.outputs = [torch.randn(one.x.shape, device=one.x.device).bfloat16() for one in self.received]
-        expected = self._torch_combine()
-        for ranks in [self.ranks, *([self.concurrent] if self.concurrent else [])]:
-            received = ranks.dispatch(self.inputs)
-            self._settle()
-            check_dispatch(work, self.inputs, self.pieces, received)
-            sums = ranks.combine(self.outputs, received)
-            self._settle()
-            check_combine(expected, sums, self.name)
+        check_dispatch(self.work, self.inputs, self.pieces, received)
+        return received
 
-    def _torch_combine(self) -> list[torch.Tensor]:
+    def _check_summed(self, act: Callable[[], Sums], expected: Sums) -> None:
+        sums = act()
+        self._settle()
+        check_combine(expected, sums, self.name)
+
+    def _torch_sums(self, outputs: Sums) -> Sums:
         padded = self.work.layout == "padded"
-        return torch_ops.combine(self.work, self.inputs, self.pieces, self.outputs, by_column=padded)
-
-    def _add(self, contest: Contest) -> None:
-        stopwatch, work, ranks = contest.stopwatch, self.work, self.ranks
-        sent, summed = bytes_of(work, self.pieces)
-        replay_dispatch, received = stopwatch.graph(lambda: ranks.dispatch(self.inputs))
-        replay_combine, sums = stopwatch.graph(lambda: ranks.combine(self.outputs, self.received))
-        replay_dispatch()
-        replay_combine()
-        self._settle()
-        check_dispatch(work, self.inputs, self.pieces, received)
-        check_combine(self._torch_combine(), sums, f"{self.name}, replayed")
-        contest.add(self.name, "dispatch, graph", replay_dispatch, sent)
-        contest.add(self.name, "combine, graph", replay_combine, summed)
-        contest.add(self.name, "dispatch, launched", lambda: ranks.dispatch(self.inputs), sent)
-        contest.add(self.name, "combine, launched", lambda: ranks.combine(self.outputs, self.received), summed)
-        contest.add_host(self.name, "dispatch, host by call", lambda: ranks.dispatch(self.inputs), work.ranks)
-        contest.add_host(
-            self.name, "combine, host by call", lambda: ranks.combine(self.outputs, self.received), work.ranks
-        )
-        if self.counting is not None:
-            counting = self.counting
-            contest.add(self.name, "dispatch, host waits for counts", lambda: counting.dispatch(self.inputs), sent)
-        if self.concurrent is not None:
-            self._add_concurrent(contest, self.concurrent, sent, summed)
-        rows = [(torch.zeros_like(one.x.view(torch.uint8).view(-1, work.hidden)), one) for one in self.received]
-        out = [(x, torch.zeros(len(x), work.hidden // 128, device=x.device)) for x, _ in rows]
-        contest.add(self.name, "dispatch, torch", lambda: torch_ops.dispatch(self.inputs, self.pieces, out), sent)
-        contest.add(self.name, "combine, torch", self._torch_combine, summed)
-
-    def _add_concurrent(self, contest: Contest, ranks: Ranks, sent: int, summed: int) -> None:
-        received = ranks.dispatch(self.inputs)
-        contest.add(self.name, "dispatch, concurrent", lambda: ranks.dispatch(self.inputs), sent)
-        contest.add(self.name, "combine, concurrent", lambda: ranks.combine(self.outputs, received), summed)
-
-
-def as_json(rows: list[Row]) -> list[dict[str, object]]:
-    return [asdict(row) for row in rows]
+        return torch_ops.combine(self.work, self.inputs, self.pieces, outputs, by_column=padded)

@@ -47,7 +47,7 @@ def main(name, how_many):
 
 
 def _is_usual(IDX_BYTES=8, ELEMENT=0, SCALES=0, **_):
-    return IDX_BYTES == 8 and ELEMENT != 1 and SCALES == 0
+    return IDX_BYTES == 8 and ELEMENT != 1 and SCALES <= 0
 
 
 def _facts(kernel, constants, options, theirs):
@@ -71,7 +71,9 @@ def _nvidia(ptx, cubin):
     return {
         "registers": numbers["REG"],
         "memory": numbers["STACK"] + numbers["LOCAL"],
-        "instructions": sorted(set(re.findall(r"\b(?:ld|st|atom|red|fence|fma|div|cvt)\.[\w.:]+", ptx))),
+        "instructions": sorted(
+            set(re.findall(r"\b(?:ld|st|atom|red|fence|fma|div|cvt|mul|add|sub|rcp|ex2|lg2|sqrt)\.[\w.:]+", ptx))
+        ),
     }
 
 

@@ -18,10 +18,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_program(module, *arguments, cache, interpreted=False, timeout=280):
-    """Run ``python -m tests.gpu.<module>``; what it compiles stays in ``cache``."""
+def run_program(module, *arguments, cache, interpreted=False, timeout=280, also=None):
+    """Run ``python -m tests.gpu.<module>``; what it compiles stays in ``cache``. ``also``: more environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment |= also or {}
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(

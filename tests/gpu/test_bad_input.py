@@ -128,6 +128,20 @@ def test_a_bad_expert_of_one_rank_is_an_error_on_all(device):
     on_two_ranks(act)
 
 
+def test_an_index_that_names_no_expert_is_kept_as_one_that_no_kernel_looks_up(device):
+    """2 ** 40 behind a table of 4 would be memory that is not there."""
+
+    def rank_main(member):
+        with anyep.Buffer(member, **SIZES, static_rows=24, device="cuda") as ep:
+            x, idx = torch.ones(2, 8, dtype=torch.bfloat16), torch.tensor([[0, 2**40], [-(2**50), 3]])
+            received = ep.dispatch(x, idx)
+            assert received.handle.topk_idx().tolist() == [[0, -2], [-2, 3]]
+            with pytest.raises(ValueError, match=r"rank 0: topk_idx\[0, 1\] names no expert"):
+                ep.barrier()
+
+    anyep.local_group(2).run(rank_main)
+
+
 @pytest.mark.parametrize("layout", ["compact", "expert", "padded"])
 def test_a_bad_expert_that_nobody_waited_for_is_said_by_a_later_call(device, layout):
     case = replace(GOOD, spare_rows=3, layout=layout, alignment=4)

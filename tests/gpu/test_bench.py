@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from anyep.kernels.reference_device import ReferenceDeviceKernels
 from anyep.testing.pretend_device import PretendDevice, pretended
 from benchmarks.gpu import __main__ as bench
-from benchmarks.gpu import measure
+from benchmarks.gpu import torch_ops
+from benchmarks.gpu.contest import Contest, add_copy
+from benchmarks.gpu.correct import examine
 from benchmarks.gpu.stopwatch import HostStopwatch
 from benchmarks.gpu.work import Work
 from tests.gpu.programs import needs_triton
@@ -22,22 +27,21 @@ def test_without_a_gpu_nothing_is_written_and_the_reason_is_said(tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def _measure(layout):
+def _measure(layout, wrong=()):
+    contest = Contest(HostStopwatch(), 2)
     with pretended(PretendDevice()):
-        return bench.measure(
-            HostStopwatch(), [Work(name="small", layout=layout, **SMALL)], rounds=2, copy_bytes=1 << 10
-        )
+        rows = bench.measure(contest, [Work(name="small", layout=layout, **SMALL)], copy_bytes=1 << 10)
+    assert [problem for problem in contest.problems if not problem.startswith(tuple(wrong))] == []
+    assert len(contest.problems) == len(wrong)
+    return {row.what: row for row in rows if row.work == "small 2 x 5"}, rows, contest
 
 
 @pytest.mark.parametrize("layout", ["compact", "padded"])
 def test_works_are_checked_against_torch_and_timed_beside_it(layout):
-    rows = _measure(layout)
-    named = {row.what: row for row in rows if row.work == "small 2 x 5"}
+    named, rows, _ = _measure(layout)
     assert {
-        "dispatch, graph",
-        "dispatch, torch",
-        "combine, graph",
-        "combine, torch",
+        *("dispatch, launched", "dispatch, graph", "dispatch, torch", "dispatch, host by call"),
+        *("combine, launched", "combine, graph", "combine, torch", "combine, host by call"),
     } <= named.keys()
     assert ("dispatch, host waits for counts" in named) == (layout == "compact")
     assert named["dispatch, graph"].bytes == named["dispatch, torch"].bytes > 2 * 5 * 2 * 256
@@ -45,16 +49,57 @@ def test_works_are_checked_against_torch_and_timed_beside_it(layout):
     assert "small 2 x 5" in bench.table(rows)
 
 
-def test_a_wrong_row_ends_the_run(monkeypatch):
+def test_a_wrong_row_is_named_and_not_timed(monkeypatch):
     def flipped(x):
         q, scales = right(x)
         q[0, 0] ^= 1
         return q, scales
 
-    right = measure.torch_ops.quantise
-    monkeypatch.setattr(measure.torch_ops, "quantise", flipped)
-    with pytest.raises(AssertionError, match="rows from 0"):
-        _measure("compact")
+    right = torch_ops.quantise
+    monkeypatch.setattr(torch_ops, "quantise", flipped)
+    wrong = [f"small 2 x 5, {how}: AssertionError: small: rows from 0" for how in ("launched", "host waits for counts")]
+    named, rows, _ = _measure("compact", wrong)
+    assert named == {}
+    assert [row.work for row in rows] == ["copy"]
+
+
+def test_a_wrong_graph_is_named_and_the_rest_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(HostStopwatch, "graph", lambda self, act: (lambda: None, [-one for one in act()]))
+    named, rows, contest = _measure("padded", ["small 2 x 5, graph: TypeError"])
+    assert {"dispatch, launched", "combine, launched"} <= named.keys()
+    assert not any("graph" in what for what in named)
+    bench.write(tmp_path / "results" / "gpu.json", contest, rows)
+    told = json.loads((tmp_path / "results" / "gpu.json").read_text())
+    assert told["problems"] == contest.problems
+    assert len(told["rows"]) == len(rows)
+
+
+def test_an_act_that_fails_while_it_is_timed_has_no_row():
+    contest, calls = Contest(HostStopwatch(), 2), []
+
+    def fails_once_timed():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("in the middle")
+
+    add_copy(contest, 1 << 10)
+    contest.add("work", "what", fails_once_timed)
+    assert [row.work for row in contest.run()] == ["copy"]
+    assert contest.problems == ["work, what, round 1: RuntimeError: in the middle"]
+    assert len(calls) == 2
+
+
+def test_each_kernel_that_differs_is_named():
+    class Wrong(ReferenceDeviceKernels):
+        def tick(self, clock_addr, epoch_addr):
+            pass
+
+        def copy(self, source_addr, destination_addr, num_bytes):
+            pass
+
+    contest = Contest(HostStopwatch(), 1)
+    examine(contest, Wrong(), 2)
+    assert [problem.split(":")[0] for problem in contest.problems] == ["kernel copy", "kernel tick"]
 
 
 @needs_triton

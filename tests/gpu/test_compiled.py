@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import SM_80, SM_90
 from tests.gpu.programs import needs_triton, run_program
 
-MOVING = {"scatter", "copy", "unpack", "pack", "expand_rows", "quantise_scatter", "dequantise", "reduce"}
+MOVING = {"scatter", "copy", "unpack", "pack", "expand_rows", "quantise_scatter", "send", "dequantise", "reduce"}
 """Kernels that read and write rows."""
-WRITING = {"fill_rows", *MOVING, "gather"}
-NUMERIC = {"reduce", "quantise_scatter", "dequantise", "logfmt_encode", "reduce_logfmt"}
+FILLING = {"fill_rows", "fill_gaps"}
+WRITING = {*FILLING, *MOVING, "gather"}
+NUMERIC = {"reduce", "quantise_scatter", "send", "dequantise", "logfmt_encode", "reduce_logfmt"}
 """Kernels whose products are rounded before they are added."""
 OTHERS = {
     "find_entries",
@@ -24,9 +27,8 @@ OTHERS = {
     "announce",
     "settle",
     "connect",
-    "withdraw",
 }
-FLAGS = {"tick", "signal", "wait"}
+FLAGS = {"tick", "signal", "wait", "meet"}
 MOST_REGISTERS = 144
 TARGETS = ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "gfx942"))]
 
@@ -46,6 +48,10 @@ def _moves_16_bytes(target, instructions, *, loads):
     if target == "gfx942":
         return any(one.endswith(f"{'load' if loads else 'store'}_dwordx4") for one in instructions)
     return f"{'ld' if loads else 'st'}.global.v4.b32" in instructions
+
+
+def _sends_as_is(form):
+    return form["constants"].get("SCALES") == -1
 
 
 def _instructions(forms, kernel):
@@ -74,7 +80,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(forms, target):
     for form in forms:
         if form["kernel"] in WRITING and form["constants"].get("BLOCK") != 128:
             assert _moves_16_bytes(target, form["instructions"], loads=False), form
-            assert form["kernel"] == "fill_rows" or _moves_16_bytes(target, form["instructions"], loads=True), form
+            assert form["kernel"] in FILLING or _moves_16_bytes(target, form["instructions"], loads=True), form
 
 
 @needs_triton
@@ -86,8 +92,9 @@ def test_no_product_is_added_unrounded(forms):
 
 @needs_triton
 def test_nvidia_rounds_to_nearest_even_and_saturates(forms, target):
-    bf16 = [form for form in forms if form["constants"].get("ELEMENT") == 0]
-    wanted = {"quantise_scatter": "cvt.rn.satfinite.e4m3x2.f32", "reduce": "cvt.rn.bf16x2.f32"}
+    bf16 = [form for form in forms if form["constants"].get("ELEMENT") == 0 and not _sends_as_is(form)]
+    wanted = dict.fromkeys(("quantise_scatter", "send"), "cvt.rn.satfinite.e4m3x2.f32")
+    wanted["reduce"] = "cvt.rn.bf16x2.f32"
     for form in bf16 if target != "gfx942" else []:
         kernel = form["kernel"]
         assert kernel not in wanted or target == "sm_80" or wanted[kernel] in form["instructions"], form
@@ -97,18 +104,32 @@ def test_nvidia_rounds_to_nearest_even_and_saturates(forms, target):
 def test_divisions_are_true_ones(forms, target):
     division = "v_div_fixup_f32" if target == "gfx942" else "div.rn.f32"
     for form in forms:
-        assert form["kernel"] not in {"quantise_scatter", "logfmt_encode"} or division in form["instructions"], form
+        dividing = {"quantise_scatter", "send", "logfmt_encode"}
+        assert form["kernel"] not in dividing or _sends_as_is(form) or division in form["instructions"], form
+
+
+@needs_triton
+def test_nothing_is_approximated_or_flushed_to_zero(forms):
+    """Interpreted kernels divide and round as the host does, whatever was compiled: only this shows the difference."""
+    for form in forms:
+        loose = [one for one in form["instructions"] if re.search(r"\.(approx|full|ftz)\b", one)]
+        assert form["kernel"] not in NUMERIC or loose == [], form
 
 
 @needs_triton
 def test_signals_release_and_waits_acquire_at_system_scope(forms, target):
-    signal, wait = _instructions(forms, "signal"), _instructions(forms, "wait")
-    if target == "gfx942":
-        assert {"buffer_wbl2", "global_atomic_swap_x2"} <= set(signal)
-        assert "buffer_inv" in wait
-        return
-    assert "atom.global.sys.release.exch.b64" in signal
-    assert any(one.startswith(("ld.", "atom.")) and "sys" in one and "acquire" in one for one in wait)
+    for kernel in ("signal", "meet"):
+        told = set(_instructions(forms, kernel))
+        released = (
+            {"buffer_wbl2", "global_atomic_swap_x2"} if target == "gfx942" else {"atom.global.sys.release.exch.b64"}
+        )
+        assert released <= told, kernel
+    for kernel in ("wait", "meet"):
+        told = _instructions(forms, kernel)
+        if target == "gfx942":
+            assert "buffer_inv" in told
+        else:
+            assert any(one.startswith(("ld.", "atom.")) and "sys" in one and "acquire" in one for one in told), kernel
 
 
 def test_a_device_without_fp8_offers_bf16():

@@ -67,6 +67,8 @@ def silence(ep, stage):
     """From now on this rank's words of one stage are not written."""
     order, signal = ep._end.order, ep._end.order._signal
     order._signal = lambda turn, which: None if which == stage else signal(turn, which)
+    if stage == 1:
+        order._meet = order._wait
 
 
 def on_two_ranks(act):

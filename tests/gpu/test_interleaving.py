@@ -32,12 +32,13 @@ def test_a_seed_replays_its_order(interleaved):
     assert interleaved("weak", 5, 7) == interleaved("weak", 5, 7)
 
 
-def test_release_and_acquire_are_enough_on_weak_memory(interleaved):
-    verdicts, _ = interleaved("weak")
+@pytest.mark.parametrize("case", ["weak", "weak, met"])
+def test_release_and_acquire_are_enough_on_weak_memory(interleaved, case):
+    verdicts, _ = interleaved(case)
     assert verdicts == ["right"] * (LAST - FIRST)
 
 
-@pytest.mark.parametrize("promise", ["release", "acquire"])
+@pytest.mark.parametrize("promise", ["release", "acquire", "release, met", "acquire, met"])
 def test_a_signal_without_its_promise_is_caught(interleaved, promise):
     verdicts, _ = interleaved(f"no {promise}", 0, 4)
     assert [verdict for verdict in verdicts if "stale words" not in verdict] == []

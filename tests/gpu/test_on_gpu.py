@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import anyep
 from anyep.errors import Unavailable
 from anyep.exchange.device.devices import find_device
+from anyep.testing.processes import run_processes
 from tests.exchange.rounds import Outcome, ReceivedCopy, check, open_buffer
 from tests.gpu.exchanged import WAYS, draw
 
@@ -96,6 +99,44 @@ def test_two_graphs_replay_on_other_tokens(layout):
         assert all((sums == 2 * one).all() for sums, one in zip(out, x, strict=True))
     for ep in buffers:
         ep.close()
+
+
+def play_on_one_gpu(group, rank, path, case):
+    """A rank process: torch maps the other's memory on the GPU that both have."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    torch.cuda.set_device(0)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=group.size)
+    try:
+        with open_buffer(case, dist.group.WORLD, device="cuda", arena_bytes=256 << 20) as ep:
+            return [play(case, ep) for _ in range(2)]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("seed", [3, 8, 11])
+def test_processes_that_share_a_gpu_map_one_another_s_memory(tmp_path, seed):
+    case = replace(draw(seed), num_tokens=(6, 5), hidden=1024)
+    played = run_processes(2, play_on_one_gpu, str(tmp_path / "store"), case, timeout_s=250)
+    for outcomes in zip(*played, strict=True):
+        check(case, list(outcomes))
+
+
+@pytest.mark.parametrize("layout", ["compact", "padded"])
+def test_an_index_far_beyond_all_experts_is_said_and_harms_nothing(layout):
+    """A kernel that looked it up would read memory that is not there, which ends the process's use of the GPU."""
+    idx = torch.tensor([[0, 2**40], [-(2**50), 1]], device="cuda")
+    x = torch.ones(2, 128, dtype=torch.bfloat16, device="cuda")
+
+    def rank_main(member):
+        sizes = {"hidden": 128, "num_experts": 2, "num_topk": 2, "max_tokens_per_rank": 2}
+        with anyep.Buffer(member, **sizes, static_rows=4, device="cuda") as ep:
+            ep.dispatch(x, idx, layout=layout)
+            with pytest.raises(ValueError, match=r"rank 0: topk_idx\[0, 1\] names no expert"):
+                ep.barrier()
+            received = ep.dispatch(x, idx.clamp(0, 1), layout=layout)
+            assert sum(received.counts) == 4
+
+    anyep.local_group(1, timeout_s=600).run(rank_main)
 
 
 def test_a_graph_that_would_have_to_wait_is_refused():

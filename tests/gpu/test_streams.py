@@ -90,6 +90,32 @@ def test_the_exchange_follows_the_caller_and_then_the_caller_the_exchange():
     assert device.notes == [("exchange", "caller"), ("caller", "exchange")]
 
 
+def test_memory_of_an_earlier_call_on_another_stream_is_lent_to_the_exchange():
+    device = Noted()
+    visit = Visit.begin(device, "exchange")
+    visit.borrow("of this stream", "caller")
+    visit.borrow(None, "other")
+    visit.borrow("of another", "other")
+    assert device.notes[1:] == [("exchange", "of another")]
+
+
+def test_what_lives_as_long_as_the_buffer_is_lent_to_the_exchange():
+    """Else the allocator would hand it out when the buffer is closed, whatever still runs."""
+    for concurrent in (False, True):
+        device, lent = PretendDevice(), []
+        device.lend = lambda tensor, stream, lent=lent: lent.append(tensor.data_ptr())
+
+        def rank_main(member, concurrent=concurrent, lent=lent):
+            sizes = {"hidden": 8, "num_experts": 2, "num_topk": 1, "max_tokens_per_rank": 2}
+            with anyep.Buffer(member, **sizes, device="cuda", concurrent=concurrent) as ep:
+                end = ep._end
+                assert {end.boards.first_addr, end.faults.addr, end.base_addr, end.tables.rank_addr} <= set(lent)
+                assert not concurrent or end.order.first_addr in lent
+
+        with pretended(device):
+            anyep.local_group(1).run(rank_main)
+
+
 def test_results_that_are_awaited_on_another_stream_are_lent_to_it():
     device = Noted()
     visit = Visit.begin(device, "exchange")

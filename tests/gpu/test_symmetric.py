@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from anyep.testing.lazy_device import LazyDevice
 from anyep.testing.pretend_device import PretendDevice, pretended
 from anyep.testing.processes import RankProcesses, run_processes
 from anyep.transport import cuda_symmetric
-from anyep.transport.cuda_symmetric import SymmetricHeap
+from anyep.transport.cuda_symmetric import SymmetricHeap, open_heap
+from anyep.transport.rendezvous import TorchRendezvous
 from tests.exchange.rounds import check, open_buffer, play
 from tests.gpu.exchanged import WAYS, draw
 from tests.gpu.mapped import fall_silent, play_mapped
@@ -88,6 +90,33 @@ def test_memory_returns_to_the_heap_with_the_last_view():
     assert heap.offset(torch.zeros(1).data_ptr(), 4) is None
     del view
     assert heap.take(1000).numel() == 1000
+
+
+def test_a_heap_that_torch_cuts_out_of_a_block_is_found_on_every_rank(monkeypatch):
+    """What peers are told begins at the block; each rank's tensor may lie elsewhere in its own."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    blocks = [torch.zeros(1 << 10, dtype=torch.uint8) for _ in range(2)]
+    inside = [64, 256]
+
+    class Group(TorchRendezvous):
+        def __init__(self, rank):
+            self.rank, self.size, self.group = rank, 2, "group"
+
+        def allgather(self, item):
+            told = [str(one).encode() for one in inside]
+            assert item == told[self.rank]
+            return told
+
+    for rank in range(2):
+        memory = blocks[rank][inside[rank] :][:512]
+        handle = SimpleNamespace(buffer_ptrs=[one.data_ptr() for one in blocks])
+        monkeypatch.setattr(symmetric, "empty", lambda *size, memory=memory, **options: memory)
+        monkeypatch.setattr(symmetric, "rendezvous", lambda tensor, group, handle=handle: handle)
+        heap = open_heap(Group(rank), 512, torch.device("cpu"))
+        assert heap.base_R == [one.data_ptr() + there for one, there in zip(blocks, inside, strict=True)]
+        assert heap.offset(memory.data_ptr() + 8, 4) == 8
+        assert heap.mapping is handle
 
 
 def test_without_a_process_group_it_is_unavailable(monkeypatch):

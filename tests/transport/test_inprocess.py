@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anyep.errors import CapacityError, ClosedError, PeerLost, PeerTimeout
-from anyep.machine import linux
+from anyep.machine import linux, room
 from anyep.testing.processes import RankProcesses
 from anyep.transport import shared
 from anyep.transport.base import Lane
@@ -165,7 +165,7 @@ def test_bad_arguments_on_one_rank_fail_on_all(change, text):
 
 
 def test_too_little_memory_fails_on_all_ranks(monkeypatch):
-    monkeypatch.setattr(linux, "available_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(room, "available_bytes", lambda: 200 << 20)
 
     def work(member):
         with pytest.raises(CapacityError, match=r"opening 3 ranks on one host needs 18\d\.\d MiB.*200.0 MiB left"):
@@ -208,7 +208,7 @@ def test_ranks_that_grow_together_count_each_other(monkeypatch):
 
     monkeypatch.setattr(linux, "private_memory", slow)
     group = local_group(2)
-    monkeypatch.setattr(linux, "available_bytes", lambda: 210 << 20)
+    monkeypatch.setattr(room, "available_bytes", lambda: 210 << 20)
     group.run(work)
 
 

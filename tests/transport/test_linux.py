@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from anyep.errors import Unavailable
-from anyep.machine import linux
+from anyep.machine import linux, processes, room
 
 MIB = 1 << 20
 
@@ -167,7 +167,7 @@ def _covers(line: str, address: int) -> bool:
 
 
 def test_available_memory_is_plausible():
-    available = linux.available_bytes()
+    available = room.available_bytes()
     assert available is not None
     assert 0 < available < 1 << 50
 
@@ -179,16 +179,16 @@ def test_control_group_limits_bind_all_the_way_up(tmp_path):
         (directory / "memory.max").write_text(limit + "\n")
         (directory / "memory.current").write_text(used + "\n")
         (directory / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\nactive_file 5\n")
-    assert list(linux._rooms(tmp_path, "/job/step", "memory.max", "memory.current")) == [550]
-    assert list(linux._rooms(tmp_path, "/", "memory.max", "memory.current")) == []
+    assert list(room._rooms(tmp_path, "/job/step", "memory.max", "memory.current")) == [550]
+    assert list(room._rooms(tmp_path, "/", "memory.max", "memory.current")) == []
 
 
 def test_host_identity_names_boot_and_network():
-    identity = linux.host_identity()
-    assert identity == linux.host_identity()
+    identity = processes.host_identity()
+    assert identity == processes.host_identity()
     assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() in identity
     assert str(os.stat("/proc/self/ns/net").st_ino) in identity
-    assert linux.process_namespace() == f"pid:{os.stat('/proc/self/ns/pid').st_ino}"
+    assert processes.process_namespace() == f"pid:{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _no_pidfd(pid):
@@ -199,7 +199,7 @@ def _no_pidfd(pid):
 def test_a_watched_process_is_seen_to_end(sleeper, monkeypatch, pidfd):
     if not pidfd:
         monkeypatch.setattr(os, "pidfd_open", _no_pidfd)
-    watch = linux.ProcessWatch([sleeper.pid, os.getpid(), sleeper.pid])
+    watch = processes.ProcessWatch([sleeper.pid, os.getpid(), sleeper.pid])
     assert watch.dead() == set()
     sleeper.send_signal(signal.SIGSTOP)
     assert watch.dead() == set(), "stopped is not dead"
@@ -214,7 +214,7 @@ def test_a_watched_process_is_seen_to_end(sleeper, monkeypatch, pidfd):
 def test_a_watch_that_cannot_be_made_leaves_no_descriptor(sleeper):
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="No such process"):
-        linux.ProcessWatch([os.getpid(), 2**22 + 5])
+        processes.ProcessWatch([os.getpid(), 2**22 + 5])
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -222,3 +222,30 @@ def test_prefault_serves_pages_of_any_size():
     memory = linux.private_memory(5 * mmap.PAGESIZE)
     linux.prefault(memory, fresh=False)
     assert int(np.frombuffer(memory.bytes, np.uint8).max()) == 0
+
+
+def laid_out(prepare):
+    """Where two programs, started one after another, find a function of the interpreter, and what they say of it."""
+    told = (
+        "import ctypes; from anyep.machine.processes import lie_alike; "
+        "print(ctypes.cast(ctypes.pythonapi.Py_IncRef, ctypes.c_void_p).value, lie_alike())"
+    )
+    run = [sys.executable, "-c", told]
+    return [subprocess.run(run, preexec_fn=prepare, capture_output=True, text=True, check=True).stdout for _ in "ab"]
+
+
+@pytest.mark.skipif(not linux.IS_LINUX, reason="personality(2) is Linux's")
+def test_programs_that_are_laid_out_alike_lie_at_the_same_addresses():
+    first, second = laid_out(processes.lay_out_alike)
+    assert first == second
+    assert first.split()[1] == "True"
+
+
+def test_a_system_that_refuses_leaves_addresses_as_they_are(monkeypatch):
+    class Refuses:
+        def personality(self, _):
+            return -1
+
+    monkeypatch.setattr(processes, "libc", Refuses)
+    processes.lay_out_alike()
+    assert not processes.lie_alike()

@@ -13,6 +13,7 @@ import click
 
 from anyep.cli import machine_facts as facts
 from anyep.errors import AnyEPError
+from anyep.machine.processes import lie_alike
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +92,7 @@ def _machine() -> list[Finding]:
         _memory(),
         _shared_memory(),
         _cache(),
+        _addresses(),
     ]
 
 
@@ -126,6 +128,15 @@ def _cache() -> Finding:
     kernels = len(cached_functions())
     state = f"{kernels} functions compiled" if kernels else "empty: the first buffer compiles, some ten seconds"
     return Finding(topic="kernel cache", text=f"{directory}, {state}", possible=True, needed=True)
+
+
+def _addresses() -> Finding:
+    if lie_alike():
+        return Finding(topic="addresses", text="the same in every process that is started from here")
+    return Finding(
+        topic="addresses",
+        text="random in each process, slow where ranks share cores: start them with setarch -R, as bench does",
+    )
 
 
 def _calls() -> list[Finding]:

@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from anyep.machine import linux
+from anyep.machine import room
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -46,7 +46,7 @@ def total_memory_bytes() -> int | None:
 
 def available_memory_bytes() -> int | None:
     """Return what can be allocated now without swapping, in this machine and its cgroups; None where it is unknown."""
-    return linux.available_bytes()
+    return room.available_bytes()
 
 
 def free_memory_bytes() -> int | None:

@@ -49,12 +49,9 @@ def check_tensor(
 
 
 def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
-    if len(found) != len(wanted):
-        return False
-    same = True
-    for n, m in zip(wanted, found, strict=True):  # a loop: a generator costs every tensor of every call a microsecond
-        same = same and (n is None or n == m)
-    return same
+    if found == tuple(wanted):  # a loop costs every tensor of every call most of a microsecond
+        return True
+    return len(found) == len(wanted) and all(n is None or n == m for n, m in zip(wanted, found, strict=True))
 
 
 def _refuse(

@@ -147,11 +147,12 @@ class Combine:
             self._straight.ask()
         self._connect(desk, opened_RW)
         moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
-        rows_addr = self._rows(desk, moved)
         if end.across is None:
-            self._sum(_own_entries(back, rows_addr), desk.lent.addr, 0, back.handle.num_tokens)
+            if back.handle.num_tokens:
+                self._sum(_own_entries(back, self._rows(desk, moved)), desk.lent.addr, 0, back.handle.num_tokens)
         else:
             assert self._straight is not None
+            self._rows(desk, moved)
             near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
             CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
         if num_to:

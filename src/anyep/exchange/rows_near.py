@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ class RowsNear:
         last = min(self._next + self._slice_tokens, self._out.plan.num_tokens)
         send_some_rows(self._end, self._out, self._route, self._table_addr, self._out.geometry.row, self._next, last)
         self._next = last
+        os.sched_yield()  # ranks that share this core may not have asked yet for what crosses to them
         if last == self._out.plan.num_tokens:
             self._then()
         return True

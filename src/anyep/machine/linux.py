@@ -1,4 +1,4 @@
-"""The calls that only Linux has: memory without a name, page tables filled ahead, processes watched by descriptor.
+"""Memory as only Linux gives it: without a name, shared by descriptor, page tables filled ahead, in huge pages.
 
 What the in-process transport needs has a portable fallback here; the rest raises Unavailable elsewhere.
 """
@@ -9,17 +9,10 @@ import ctypes
 import errno
 import mmap
 import os
-import select
-import signal
-import socket
 import sys
-import threading
 import weakref
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +23,6 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 23, 25
 HUGE_PAGE_BYTES = 2 << 20
 """Of x86-64, and of aarch64 with pages of 4 KiB; elsewhere a call that asks for such pages is refused, which is all."""
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_PR_SET_PDEATHSIG = 1
 
 
 class Descriptor:
@@ -84,7 +76,7 @@ def _map_file(fd: int, num_bytes: int) -> memoryview:
     reserved = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | _MAP_NORESERVE)
     first = np.frombuffer(reserved, np.uint8).ctypes.data
     begin = -first % HUGE_PAGE_BYTES
-    call = _libc().mmap
+    call = libc().mmap
     call.restype = ctypes.c_void_p
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
     flags = mmap.MAP_SHARED | _MAP_FIXED
@@ -185,138 +177,12 @@ def _collapse(memory: Memory) -> bool:
 def _advise(memory: Memory, advice: int, first: int = 0, num_bytes: int | None = None) -> int:
     """madvise through libc, which unlike ``mmap.madvise`` does not hold the GIL; return 0 or the errno."""
     size = memory.size if num_bytes is None else num_bytes
-    if _libc().madvise(ctypes.c_void_p(memory.address + first), ctypes.c_size_t(size), advice) == 0:
+    if libc().madvise(ctypes.c_void_p(memory.address + first), ctypes.c_size_t(size), advice) == 0:
         return 0
     return ctypes.get_errno()
 
 
 @lru_cache(maxsize=1)
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """Return the C library, with errno kept."""
     return ctypes.CDLL(None, use_errno=True)
-
-
-def available_bytes() -> int | None:
-    """Return how much memory can still be committed: the machine's and the control group's; None where unknown."""
-    limits = [_memory_available(), *_cgroup_rooms()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _memory_available() -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_rooms() -> Iterable[int]:
-    """Yield the room under each memory limit on the way from this process's control group to the root."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                yield from _rooms(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                yield from _rooms(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes", "memory.usage_in_bytes")
-
-
-def _rooms(root: Path, path: str, limit_name: str, used_name: str) -> Iterable[int]:
-    group = root / path.lstrip("/")
-    for directory in (group, *group.parents):
-        with suppress(OSError, ValueError):
-            limit = int((directory / limit_name).read_text())  # "max" is no number: no limit here
-            yield limit - int((directory / used_name).read_text()) + _reclaimable(directory)
-        if directory == root:
-            return
-
-
-def _reclaimable(directory: Path) -> int:
-    """Page cache counts as used and can be dropped."""
-    for line in (directory / "memory.stat").read_text().splitlines():
-        if line.startswith("inactive_file "):
-            return int(line.split()[1])
-    return 0
-
-
-def host_identity() -> str:
-    """Return a name that ranks share when they run on one host: hostname, boot and network namespace.
-
-    Not "can I see the memory": emulated hosts on one machine see each other's.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else "", _namespace("net")]
-    return "/".join(part for part in parts if part)
-
-
-def process_namespace() -> str:
-    """Return the namespace that process numbers belong to: a peer's number means nothing in another one."""
-    return _namespace("pid")
-
-
-def _namespace(kind: str) -> str:
-    try:
-        return f"{kind}:{os.stat(f'/proc/self/ns/{kind}').st_ino}"
-    except OSError:
-        return ""
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, however it ends. Does nothing elsewhere."""
-    if IS_LINUX:
-        _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-class ProcessWatch:
-    """Says which of some processes have died. Made while they are known to be alive, so that no number is mistaken.
-
-    By pidfd; where the kernel has none (before 5.3, or a sandbox that forbids it), by number and start time. Its
-    descriptors go with this object.
-    """
-
-    def __init__(self, pids: Iterable[int]) -> None:
-        self._poll = select.poll()
-        self._turn = threading.Lock()  # one poll object serves one thread at a time
-        self._pidfds: dict[int, tuple[int, Descriptor]] = {}
-        self._started: dict[int, str] = {}
-        try:
-            for pid in dict.fromkeys(pids):
-                self._add(pid)
-        except BaseException:
-            self.close()
-            raise
-
-    def _add(self, pid: int) -> None:
-        try:
-            descriptor = Descriptor(os.pidfd_open(pid))
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-            self._started[pid] = start_time(pid)
-            return
-        self._pidfds[descriptor.fd] = pid, descriptor
-        self._poll.register(descriptor.fd, select.POLLIN)
-
-    def dead(self) -> set[int]:
-        """Return the processes that have ended; zombies count."""
-        with self._turn:
-            dead = {self._pidfds[fd][0] for fd, _ in self._poll.poll(0)}
-        return dead | {pid for pid, started in list(self._started.items()) if start_time(pid) != started}
-
-    def close(self) -> None:
-        """Idempotent; nobody is dead afterwards."""
-        with self._turn:
-            self._started.clear()
-            while self._pidfds:
-                fd, (_, descriptor) = self._pidfds.popitem()
-                self._poll.unregister(fd)
-                descriptor.close()
-
-
-def start_time(pid: int) -> str:
-    """Return when the process started, in clock ticks since boot; '' when it has ended, or where nothing tells."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

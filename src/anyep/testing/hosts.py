@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Any
 
 from anyep.errors import Unavailable
-from anyep.machine import linux
+from anyep.machine import processes
 from anyep.testing.processes import RankProcesses
 
 INTERFACE = "eth0"
@@ -100,7 +100,7 @@ class Hosts:
             raise ValueError(f"num_hosts must be from 1 to 250, got {num_hosts}")
         check_hosts()
         _reap()
-        stem = f"{_PREFIX}-{os.getpid()}-{linux.start_time(os.getpid())}-{next(_numbers)}"
+        stem = f"{_PREFIX}-{os.getpid()}-{processes.start_time(os.getpid())}-{next(_numbers)}"
         self.addresses = [f"10.77.0.{host + 1}" for host in range(num_hosts)]
         self._switch = f"{stem}-{_SWITCH}"
         self._hosts = [f"{stem}-host{host}" for host in range(num_hosts)]
@@ -210,6 +210,6 @@ def _reap() -> None:
     """Remove what is left of processes that have ended together with their remover."""
     for path in _NAMESPACES.glob(f"{_PREFIX}-*-*-*-*"):
         _, pid, started, *_ = path.name.split("-")
-        if pid.isdecimal() and linux.start_time(int(pid)) != started:
+        if pid.isdecimal() and processes.start_time(int(pid)) != started:
             with suppress(Unavailable):  # another process is removing it
                 _call(["ip", "netns", "delete", path.name])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anyep.kernels.reference_device import ReferenceDeviceKernels
-from anyep.kernels.spec_device import HEAD_WORDS, NO_FAULT, NUM_PLACES, SUMMARY_WORDS, DeviceKernels, message_bytes
+from anyep.kernels.spec_device import BAD, HEAD_WORDS, NO_FAULT, NUM_PLACES, SUMMARY_WORDS, DeviceKernels, message_bytes
 from anyep.testing.kernel_case import Case, draw_experts
+from anyep.testing.kernel_exam_sending import exam_fill_gaps, exam_send
 from anyep.testing.kernel_memory import ExamMemory
 
 _ROOM = 1 << 20
@@ -19,20 +19,59 @@ class _DeviceCase(Case):
     oracle = ReferenceDeviceKernels
 
 
+class _Routing:
+    """Experts that a rank's tokens name, some of them none, and who owns them."""
+
+    def __init__(self, case: Case) -> None:
+        rng, stretch = case.rng, case.stretch
+        self.T, self.K, self.E = (int(n) for n in (rng.integers(0, 40), rng.integers(1, 18), rng.integers(1, 129)))
+        self.R, self.by_expert = int(rng.choice([1, 2, 3, 8, 33])), int(rng.integers(0, 2))
+        self.W = self.K if self.by_expert else min(self.K, self.R)
+        self.idx_TK = draw_experts(rng, self.T, self.K, self.E)
+        self.owner_E = rng.integers(0, self.R, self.E, dtype=np.int32)
+        self.owner = stretch.put("expert_rank", self.owner_E)
+        self.sizes = (self.idx_TK.itemsize, self.T, self.K, self.E, self.R)
+
+    def spoil(self, case: Case, *experts: int) -> None:
+        """Let one pair name one of ``experts``, in half of the cases."""
+        if self.T and case.rng.random() < 0.5:
+            self.idx_TK[case.rng.integers(0, self.T), case.rng.integers(0, self.K)] = case.rng.choice(experts)
+
+
 def exam_begin_route(case: Case) -> None:
-    rng, stretch = case.rng, case.stretch
-    T, K, E = (int(n) for n in (rng.integers(0, 40), rng.integers(1, 18), rng.integers(1, 129)))
-    R, by_expert = int(rng.choice([1, 2, 3, 8, 33])), int(rng.integers(0, 2))
-    idx_TK = draw_experts(rng, T, K, E)
-    if T and rng.random() < 0.5:
-        idx_TK[rng.integers(0, T), rng.integers(0, K)] = rng.choice([-2, E, np.iinfo(idx_TK.dtype).max])
-    W = K if by_expert else min(K, R)
-    idx = stretch.put("topk_idx", idx_TK)
-    expert_rank = stretch.put("expert_rank", rng.integers(0, R, E, dtype=np.int32))
-    outputs = [("entry_rank", T * W), ("entry_slot", T * W), ("rank_rows", R), ("expert_rows", E)]
-    addresses = [stretch.cut(name, 4 * count, 4) for name, count in outputs]
-    verdict = stretch.put("verdict", np.array([int(rng.choice([NO_FAULT, 3]))], np.int64))
-    case.run("begin_route", idx, idx_TK.itemsize, T, K, E, R, expert_rank, by_expert, *addresses, verdict)
+    stretch, routing = case.stretch, _Routing(case)
+    routing.spoil(case, -2, routing.E, int(np.iinfo(routing.idx_TK.dtype).max))
+    T, K, width = routing.T, routing.K, routing.idx_TK.itemsize
+    idx = stretch.put("topk_idx", routing.idx_TK)
+    weighted = case.rng.random() < 0.5
+    weights, kept = (stretch.cut(name, 4 * T * K, 4) if weighted else 0 for name in ("topk_weights", "kept_weights"))
+    case.run(
+        "begin_route",
+        *(idx, *routing.sizes, routing.owner, routing.by_expert, weights),
+        *(stretch.cut("kept_idx", width * T * K, width), kept),
+        *(stretch.cut(name, 4 * T * routing.W, 4) for name in ("entry_rank", "entry_slot")),
+    )
+
+
+def exam_announce_counts(case: Case) -> None:
+    rng, stretch, routing = case.rng, case.stretch, _Routing(case)
+    routing.spoil(case, BAD)
+    T, R, E = routing.T, routing.R, routing.E
+    kept = stretch.put("kept_idx", routing.idx_TK)
+    entries = tuple(stretch.cut(name, 4 * T * routing.W, 4) for name in ("entry_rank", "entry_slot"))
+    own = routing.idx_TK.copy()
+    ReferenceDeviceKernels().begin_route(
+        own.ctypes.data, *routing.sizes, routing.owner, routing.by_expert, 0, own.ctypes.data, 0, *entries
+    )
+    messages = [stretch.cut(f"message {rank}", message_bytes(R, E), 8) for rank in range(R)]
+    table = stretch.put_table("peer_message", [0 if rng.random() < 0.2 else one for one in messages])
+    case.run(
+        "announce_counts",
+        *(kept, *routing.sizes, routing.by_expert, *entries),
+        *(stretch.cut("rank_rows", 4 * R, 4), stretch.cut("expert_rows", 4 * E, 4), stretch.cut("verdict", 8, 8)),
+        *(table if rng.random() < 0.8 else 0, int(rng.integers(0, _ROOM))),
+        *rng.integers(-1, 1 << 40, NUM_PLACES).tolist(),
+    )
 
 
 def exam_announce(case: Case) -> None:
@@ -56,7 +95,7 @@ class _World:
             int(rng.choice([1, 2, 7, 20, 64, 257], p=[0.2, 0.2, 0.25, 0.2, 0.1, 0.05])),
         )
         self.rank = int(rng.integers(0, self.R))
-        owner_E = rng.integers(0, self.R, self.E, dtype=np.int32)
+        self.owner_E = owner_E = rng.integers(0, self.R, self.E, dtype=np.int32)
         local_E = np.array([int((owner_E[:e] == owner_E[e]).sum()) for e in range(self.E)], np.int32)
         self.L = int((owner_E == self.rank).sum())
         self.placement = stretch.put("expert_rank", owner_E), stretch.put("expert_local", local_E)
@@ -79,7 +118,8 @@ class _World:
 def exam_settle(case: Case) -> None:
     rng, stretch, world = case.rng, case.stretch, _World(case)
     by_expert = int(rng.integers(0, 2))
-    block_rows = int(rng.choice([0, 200])) if by_expert else 0
+    filled = int((world.counts[:, world.R :] if by_expert else world.counts[:, : world.R]).sum(axis=0).max())
+    block_rows = int(rng.choice([0, 0, 200, max(1, filled - 1), filled + 1])) if by_expert else 0
     bins, own_bins = (world.E, world.L) if by_expert else (world.R, 1)
     sizes = {
         "send_start": bins,
@@ -89,45 +129,42 @@ def exam_settle(case: Case) -> None:
         "counts": world.L,
         "block_start": world.L,
         "filled_rows": world.R,
-        "expert_total": world.E,
-        "gap_begin": world.L,
-        "gap_end": world.L,
+        "gap_begin": world.L + 1,
+        "gap_end": world.L + 1,
+        "source_begin": world.L * world.R,
+        "source_count": world.L * world.R,
     }
+    answers = (stretch.cut("tables", 8 * NUM_PLACES * world.R, 8), stretch.cut("summary", 8 * SUMMARY_WORDS, 8))
+    fault = stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0
     outputs = [stretch.cut(name, 4 * count, 4) for name, count in sizes.items()]
+    if rng.random() < 0.3:
+        outputs[-2:] = 0, 0
+    T, W = int(rng.choice([0, 3, 40, 700], p=[0.2, 0.4, 0.3, 0.1])), int(rng.integers(1, 9))
+    idx_TW = draw_experts(rng, T, W, world.E)
+    rank_TW = np.where(idx_TW < 0, -1, world.owner_E[idx_TW]).astype(np.int32)
+    slot_TW = np.where(rank_TW < 0, -1, rng.integers(0, 1000, (T, W))).astype(np.int32)
     case.run(
         "settle",
         *(world.board, world.bytes, world.rank, world.R, world.E, world.L, *world.placement),
-        *(by_expert, int(rng.choice([1, 4, 7, 128])), block_rows, *outputs),
+        *(by_expert, int(rng.choice([1, 4, 7, 128])), block_rows),
+        *(max(-1, int(rng.choice([-1, -1, 4 * filled, filled, filled - 1]))), int(rng.integers(0, 2))),
+        *(stretch.put("base", rng.integers(0, 1 << 40, world.R)), *answers, fault, *outputs),
+        *(T, W, stretch.put("topk_idx", idx_TW), idx_TW.itemsize, stretch.put("entry_rank", rank_TW)),
+        *(stretch.put("entry_slot", slot_TW), stretch.cut("entry_row", 4 * T * W, 4)),
     )
 
 
 def exam_connect(case: Case) -> None:
     rng, stretch, world = case.rng, case.stretch, _World(case)
-    filled_R: NDArray[np.int32] = world.counts[:, : world.R].sum(axis=0, dtype=np.int32)
-    total_E: NDArray[np.int32] = world.counts[:, world.R :].sum(axis=0, dtype=np.int32)
-    static_rows = int(rng.choice([-1, filled_R.max(), filled_R.max() + 9, filled_R.max() - 1]))
-    block_rows = int(rng.choice([0, 0, total_E.max(), max(1, total_E.max() - 1)]))
-    filled = stretch.put("filled_rows", filled_R) if rng.random() < 0.8 else 0
-    totals = stretch.put("expert_total", total_E)
-    base = stretch.put("base", rng.integers(0, 1 << 40, world.R))
-    tables = stretch.cut("tables", 8 * NUM_PLACES * world.R, 8)
-    summary = stretch.cut("summary", 8 * SUMMARY_WORDS, 8)
-    fault = stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0
-    num_gaps = int(rng.choice([0, 3, 300]))
-    gaps = [stretch.cut(name, 4 * (num_gaps + 1), 4) for name in ("gap_begin", "gap_end")]
+    entries = int(rng.choice([0, 1, 700, 3000]))
     case.run(
         "connect",
-        *(world.board, world.bytes, world.rank, world.R, base, filled, max(static_rows, -1)),
-        *(totals, world.E, block_rows, tables, summary, fault, num_gaps, *gaps),
+        *(world.board, world.bytes, world.R, stretch.put("base", rng.integers(0, 1 << 40, world.R))),
+        *(int(rng.integers(0, 99)), stretch.cut("tables", 8 * NUM_PLACES * world.R, 8)),
+        stretch.cut("summary", 8 * SUMMARY_WORDS, 8),
+        stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0,
+        *(stretch.cut("entry_rank", 4 * entries, 4), entries),
     )
-
-
-def exam_withdraw(case: Case) -> None:
-    rng, stretch = case.rng, case.stretch
-    entries, local = (int(n) for n in rng.choice([0, 1, 700, 3000], 2))
-    summary = stretch.put("summary", np.array([rng.integers(0, 3), 0, 0, 0], np.int64))
-    where = stretch.cut("entry_rank", 4 * entries, 4), stretch.cut("counts", 4 * local, 4)
-    case.run("withdraw", summary, where[0], entries, where[1], local)
 
 
 def exam_signal(case: Case) -> None:
@@ -155,15 +192,28 @@ def exam_wait(case: Case) -> None:
     case.run("wait", words, R, stretch.put("epoch", np.array([epoch], np.int64)), 3, counts, errors, error_bytes)
 
 
+def exam_meet(case: Case) -> None:
+    rng, stretch = case.rng, case.stretch
+    R, epoch = int(rng.choice([1, 2, 8, 33])), int(rng.integers(2, 1 << 30))
+    own = [stretch.cut(f"word {rank}", 8, 8) for rank in range(R)]
+    table = stretch.put_table("peer_word", [0 if rng.random() < 0.2 else one for one in own])
+    words = stretch.put("words", rng.choice([0, epoch - 1, epoch, epoch + 1], R).astype(np.int64) << 32)
+    errors = stretch.cut("errors", 8 * R, 8)
+    case.run("meet", table, words, R, stretch.put("epoch", np.array([epoch], np.int64)), 3, errors, 8)
+
+
 _EXAMS: dict[str, Callable[[Case], None]] = {
     "begin_route": exam_begin_route,
+    "announce_counts": exam_announce_counts,
     "announce": exam_announce,
     "settle": exam_settle,
     "connect": exam_connect,
-    "withdraw": exam_withdraw,
+    "send": exam_send,
+    "fill_gaps": exam_fill_gaps,
     "tick": exam_tick,
     "signal": exam_signal,
     "wait": exam_wait,
+    "meet": exam_meet,
 }
 DEVICE_FUNCTIONS = tuple(_EXAMS)
 

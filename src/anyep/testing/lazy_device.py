@@ -86,6 +86,11 @@ class LazyDevice(PretendDevice):
             self._local.current = before
 
     def launch_kernel(self, name: str, numbers: tuple[int, ...]) -> None:
+        if name == "meet":  # its words are out while it waits
+            peers, words, ranks, epoch, limit, *errors = numbers
+            self.launch_kernel("signal", (peers, ranks, epoch, 0))
+            self.launch_kernel("wait", (words, ranks, epoch, limit, 0, *errors))
+            return
         kernel = getattr(self._inner, name)
         if name != "wait":
             self._launch(_LazyLaunch(lambda: kernel(*numbers)))
@@ -102,24 +107,35 @@ class LazyDevice(PretendDevice):
         self._append(self.current_stream(), launch)
 
     def _append(self, stream: _LazyStream, launch: _LazyLaunch) -> None:
-        graph: LazyGraph | None = getattr(self._local, "graph", None)
-        if graph is not None:
+        graph = self._graph
+        if graph is None:
+            stream.launches.append(launch)
+        else:
             graph.launches.append((stream, launch))
-        stream.launches.append(launch)
+
+    @property
+    def _graph(self) -> LazyGraph | None:
+        graph: LazyGraph | None = getattr(self._local, "graph", None)
+        return graph
 
     @contextmanager
     def recording(self) -> Iterator[LazyGraph]:
-        """Note what this thread launches meanwhile, and launch it too."""
-        graph = self._local.graph = LazyGraph(self, self.current_stream())
+        """Note what this thread launches meanwhile, instead of launching it. The caller keeps what is allocated."""
+        graph = self._local.graph = LazyGraph(self)
         try:
             yield graph
         finally:
             self._local.graph = None
 
+    def capturing(self) -> bool:
+        return self._graph is not None or super().capturing()
+
     def mark(self, stream: Stream) -> Event:
         return _LazyEvent(stream, len(stream.launches))
 
     def follow(self, stream: Stream, event: Event) -> None:
+        if self._graph is not None:
+            return  # a graph's launches follow one another as they were recorded
         self._append(stream, _LazyLaunch(lambda: None, event.is_over, _FOREVER))
         if stream is getattr(self._local, "own", None):
             self.run(self.mark(stream))
@@ -130,6 +146,8 @@ class LazyDevice(PretendDevice):
             stream.launches.append(_LazyLaunch(lambda: None, event.is_over, _FOREVER))
 
     def fetch(self, words: torch.Tensor) -> Fetch:
+        if self._graph is not None:
+            raise RuntimeError("words are on their way to the host, which a graph cannot wait for")
         held: list[Words] = []
         self._launch(_LazyLaunch(lambda: held.append(words.numpy().copy())))
         return _LazyFetch(self, self.mark(self.current_stream()), held)
@@ -164,9 +182,8 @@ class LazyDevice(PretendDevice):
 class LazyGraph:
     """Launches of one thread, to be launched again. Events between streams become their order in the thread."""
 
-    def __init__(self, device: LazyDevice, own: _LazyStream) -> None:
+    def __init__(self, device: LazyDevice) -> None:
         self._device = device
-        self._own = own
         self.launches: list[tuple[_LazyStream, _LazyLaunch]] = []
 
     def replay(self) -> None:

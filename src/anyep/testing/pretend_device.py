@@ -63,6 +63,9 @@ class PretendDevice:
     def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
         """Nothing to do."""
 
+    def expect_fetches(self, num_words: int, count: int) -> None:
+        """Nothing to do."""
+
     def fetch(self, words: torch.Tensor) -> Fetch:
         return _Here(words)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from anyep.transport.rendezvous import Rendezvous, TorchRendezvous
 
 
 class SymmetricHeap:
-    """One rank's memory, cut into tensors that give it back when their last view dies."""
+    """One rank's memory, cut into tensors that give it back when their last view dies.
 
-    def __init__(self, memory: torch.Tensor, base_R: list[int], rank: int) -> None:
+    It returns at once, whatever still runs: streams that used a tensor must have been joined before it dies.
+    """
+
+    def __init__(self, memory: torch.Tensor, base_R: list[int], rank: int, mapping: object = None) -> None:
+        """``mapping`` keeps the other ranks' memory mapped here."""
+        self.mapping = mapping
         self.memory = memory
         """uint8 [n]; kept as long as anything lies in it"""
         self.base_R = base_R
@@ -99,5 +105,15 @@ def open_heap(rendezvous: Rendezvous, num_bytes: int, device: torch.device) -> S
             f"torch could not map {num_bytes / 2**20:.1f} MiB between these GPUs: {error}; docs/gpu.md says what to "
             "look at"
         ) from error
-    first = int(memory.storage_offset())
-    return SymmetricHeap(memory, [int(base) + first for base in handle.buffer_ptrs], rendezvous.rank)
+    return SymmetricHeap(memory, _bases(rendezvous, memory, handle.buffer_ptrs), rendezvous.rank, handle)
+
+
+def _bases(rendezvous: Rendezvous, memory: torch.Tensor, buffer_ptrs: Sequence[int]) -> list[int]:
+    """Return where every rank's memory begins here. Collective.
+
+    A rank's pointer is that of the block which torch has mapped. The tensor may lie anywhere in it, as torch may cut
+    it out of a pool, so each rank tells where.
+    """
+    inside = memory.data_ptr() - int(buffer_ptrs[rendezvous.rank])
+    told = [int(item) for item in rendezvous.allgather(str(inside).encode())]
+    return [int(base) + there for base, there in zip(buffer_ptrs, told, strict=True)]

@@ -25,7 +25,8 @@ import torch
 from anyep.errors import ClosedError
 from anyep.transport.engine import NUM_TAGS, Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
-from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
+from anyep.transport.engine_parcel import Note, NoteKind, Parcel
+from anyep.transport.engine_talk import Talk
 from anyep.transport.gloo_group import FOR_EVER, GlooGroup, open_gloo
 from anyep.transport.liveness import Departure
 from anyep.transport.rendezvous import Rendezvous
@@ -39,7 +40,7 @@ messages of 256 KiB were under way."""
 _CREDIT_EVERY = 8
 """After so many notes the other side is told that they were heard, if nothing else is told to it."""
 _HEADER = struct.Struct("<IIQQ")
-"""Kind, tag, bytes, and how many notes of the other side were heard."""
+"""NoteKind, tag, bytes, and how many notes of the other side were heard."""
 _NOTES, _DATA, _NOBODY = 0, 1, NUM_TAGS + 1
 """gloo's tags: of notes, of data (plus ours), and one that nothing is ever sent under."""
 _AT_ONCE = timedelta(milliseconds=1)
@@ -174,7 +175,7 @@ class _Line:
         self._thread = threading.Thread(target=self._listen, name=f"anyep-gloo-{rank}", daemon=True)
         self._thread.start()
 
-    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
+    def tell(self, rank: int, kind: NoteKind, tag: int, num_bytes: int, rest: Bytes) -> None:
         note = torch.empty(_HEADER.size + rest.size, dtype=torch.uint8)
         view = note.numpy()
         _HEADER.pack_into(view.data, 0, kind, tag, num_bytes, self._heard)
@@ -195,7 +196,7 @@ class _Line:
         """The note that this was READY came behind gloo's own: the data leaves at once, and DONE behind it."""
         if count:
             self._post(_tensor(parcel.memory[:count]), _tag(parcel), self._told + 1, parcel)
-        self.tell(self._rank, Kind.DONE, parcel.tag, told_bytes, np.zeros(0, np.uint8))
+        self.tell(self._rank, NoteKind.DONE, parcel.tag, told_bytes, np.zeros(0, np.uint8))
         if not count:
             self.talk.sent(parcel)
 
@@ -213,7 +214,7 @@ class _Line:
     def say_goodbye(self, error: Exception) -> None:
         with self._lock:
             if self.talk.departure is None:
-                self.tell(self._rank, Kind.BYE, 0, 0, np.zeros(0, np.uint8))
+                self.tell(self._rank, NoteKind.BYE, 0, 0, np.zeros(0, np.uint8))
             self.talk.close(error)
 
     def join(self) -> None:
@@ -245,14 +246,14 @@ class _Line:
 
     def _take(self, raw: Bytes) -> None:
         kind, tag, num_bytes, heard = _HEADER.unpack_from(raw.data)
-        rest = raw[_HEADER.size : _HEADER.size + (num_bytes if kind == Kind.EAGER else 0)]
+        rest = raw[_HEADER.size : _HEADER.size + (num_bytes if kind == NoteKind.EAGER else 0)]
         with self._lock:
             self._heard += 1
             self._free(heard)
-            self.talk.heard(Note(Kind(kind), tag, num_bytes, rest))
+            self.talk.heard(Note(NoteKind(kind), tag, num_bytes, rest))
             owed = self._heard - self._acknowledged
-            if owed and self.talk.departure is None and (kind == Kind.DONE or owed >= _CREDIT_EVERY):
-                self.tell(self._rank, Kind.CREDIT, 0, 0, np.zeros(0, np.uint8))
+            if owed and self.talk.departure is None and (kind == NoteKind.DONE or owed >= _CREDIT_EVERY):
+                self.tell(self._rank, NoteKind.CREDIT, 0, 0, np.zeros(0, np.uint8))
 
     def _free(self, heard: int) -> None:
         """Give back the memory of what the other side has heard of."""

@@ -12,58 +12,32 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from anyep.errors import ClosedError, Unavailable
 from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
-from anyep.transport.engine_talk import Kind, Note, Parcel, Talk
+from anyep.transport.engine_parcel import Note, NoteKind, Parcel
+from anyep.transport.engine_talk import Talk
 from anyep.transport.liveness import Departure, spell_ranks
 from anyep.transport.nixl_agent import HOW_TO_REACH, NixlAgent
+from anyep.transport.nixl_streams import PIECE_BYTES, PIECE_KIND, SLOTS, Streams
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.together import together
 
 EAGER_BYTES = 16 << 10
-PIECE_BYTES = 256 << 10
-_SLOTS = 16
 _HEADER = struct.Struct("<IIQ")
-"""Kind, tag, bytes."""
-_PIECE = struct.Struct("<IIQQQI")
-"""PIECE, tag, what the whole message has, what comes of it, where this piece begins in it, its slot."""
-_PIECE_KIND, _HELLO, _PING = 16, 17, 18
+"""NoteKind, tag, bytes."""
+_HELLO, _PING = 17, 18
 _YIELDS = 30
 _SHORT_NAP_S, _LONG_NAP_S = 0.00005, 0.0003
 _QUIET_NAP_S, _IDLE_NAP_S = 0.002, 0.02
 """How long the background sleeps at most: while messages are awaited, none of which comes, and while there are none."""
 _PING_S = 0.5
 _NOTHING = np.zeros(0, np.uint8)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Stream:
-    """A message on its way into a window, piece by piece."""
-
-    parcel: Parcel
-    count: int
-    told_bytes: int
-    begun: int = 0
-    pieces: int = 0
-    """on their way"""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Peer:
-    talk: Talk
-    slots: deque[int] = field(default_factory=lambda: deque(range(_SLOTS)))
-    """free ones of our window there"""
-    streams: deque[_Stream] = field(default_factory=deque)
-    """those with pieces that have not begun"""
 
 
 class NixlEngine:
@@ -83,13 +57,12 @@ class NixlEngine:
         self._lock = threading.RLock()
         self._changed = threading.Event()
         self._hello: set[int] = set()
-        self._writes: list[tuple[Any, _Peer, _Stream]] = []
         self._looked = self._pinged = 0.0
         self._open = True
-        self._agent = NixlAgent(rendezvous, window_bytes=_SLOTS * PIECE_BYTES, interface=interface)
-        self._peers = {
-            rank: _Peer(talk=Talk(rank, self.rank, self, self._lock)) for rank in range(self.size) if rank != self.rank
-        }
+        self._agent = NixlAgent(rendezvous, window_bytes=SLOTS * PIECE_BYTES, interface=interface)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self._talks = {rank: Talk(rank, self.rank, self, self._lock) for rank in others}
+        self._streams = Streams(self._agent, self._talks, self.tell, self._lose)
         try:
             together(rendezvous, lambda: self._meet(timeout_s), what="reach the other ranks by NIXL")
         except BaseException:
@@ -129,11 +102,10 @@ class NixlEngine:
 
     def flush(self, quiet_s: float) -> bool:
         self._check_open()
-        talks = [peer.talk for peer in self._peers.values()]
-        for talk in talks:
+        for talk in self._talks.values():
             talk.ask()
         moved = time.monotonic()
-        while not all(talk.is_heard for talk in talks):
+        while not all(talk.is_heard for talk in self._talks.values()):
             if self._progress():
                 moved = time.monotonic()
             elif time.monotonic() - moved >= quiet_s:
@@ -143,8 +115,7 @@ class NixlEngine:
         return True
 
     def departures(self) -> Mapping[int, Departure]:
-        talks = {rank: peer.talk for rank, peer in self._peers.items()}
-        return {rank: talk.departure for rank, talk in talks.items() if talk.departure is not None}
+        return {rank: talk.departure for rank, talk in self._talks.items() if talk.departure is not None}
 
     def describe(self) -> dict[str, str]:
         own = self._agent.remotes[self.rank].where
@@ -152,8 +123,8 @@ class NixlEngine:
             "engine": "NIXL, UCX inside",
             "ucx": ", ".join(f"{key}={value}" for key, value in self._agent.options.items()) or "chooses by itself",
             "here": own,
-            "window": f"{_SLOTS} pieces of {PIECE_BYTES >> 10} KiB a rank; up to {EAGER_BYTES >> 10} KiB go at once",
-            "engine memory": f"{2 * self.size * _SLOTS * PIECE_BYTES >> 10} KiB of windows",
+            "window": f"{SLOTS} pieces of {PIECE_BYTES >> 10} KiB a rank; up to {EAGER_BYTES >> 10} KiB go at once",
+            "engine memory": f"{2 * self.size * SLOTS * PIECE_BYTES >> 10} KiB of windows",
         }
 
     def close(self) -> None:
@@ -161,10 +132,10 @@ class NixlEngine:
             if not self._open:
                 return
             self._open = False
-            for rank, peer in self._peers.items():
-                if peer.talk.departure is None:
-                    self.tell(rank, Kind.BYE, 0, 0, _NOTHING)
-                peer.talk.close(_closed())
+            for rank, talk in self._talks.items():
+                if talk.departure is None:
+                    self.tell(rank, NoteKind.BYE, 0, 0, _NOTHING)
+                talk.close(_closed())
         thread = getattr(self, "_thread", None)
         self._changed.set()
         if thread is not None and thread is not threading.current_thread():
@@ -173,7 +144,7 @@ class NixlEngine:
             list(self._agent.notes())  # a last chance for our notes to leave
             self._agent.close()
 
-    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
+    def tell(self, rank: int, kind: NoteKind, tag: int, num_bytes: int, rest: Bytes) -> None:
         self._notify(rank, _HEADER.pack(kind, tag, num_bytes) + rest.tobytes())
 
     def expose(self, parcel: Parcel) -> Bytes:
@@ -185,13 +156,11 @@ class NixlEngine:
         """Nobody but this rank writes there."""
 
     def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
-        if not count:
-            self.tell(parcel.rank, Kind.DONE, parcel.tag, told_bytes, _NOTHING)
-            self._peers[parcel.rank].talk.sent(parcel)
-            return
-        peer = self._peers[parcel.rank]
-        peer.streams.append(_Stream(parcel=parcel, count=count, told_bytes=told_bytes))
-        self._pump(peer)
+        if count:
+            self._streams.put(parcel, count, told_bytes)
+        else:
+            self.tell(parcel.rank, NoteKind.DONE, parcel.tag, told_bytes, _NOTHING)
+            self._talks[parcel.rank].sent(parcel)
 
     def settled(self) -> None:
         """Who waits here looks by itself."""
@@ -199,28 +168,6 @@ class NixlEngine:
     def look(self) -> None:
         if self._open:
             self._progress()
-
-    def _pump(self, peer: _Peer) -> None:
-        """Begin as many pieces as there are free slots."""
-        while peer.streams and peer.slots and peer.talk.departure is None:
-            stream = peer.streams[0]
-            self._begin_piece(peer, stream, peer.slots.popleft())
-            if stream.begun == stream.count:
-                peer.streams.popleft()
-
-    def _begin_piece(self, peer: _Peer, stream: _Stream, slot: int) -> None:
-        begin, size = stream.begun, min(PIECE_BYTES, stream.count - stream.begun)
-        stream.begun += size
-        stream.pieces += 1
-        offset = slot * PIECE_BYTES
-        self._agent.outbox(peer.talk.rank)[offset : offset + size] = stream.parcel.memory[begin : begin + size]
-        note = _PIECE.pack(_PIECE_KIND, stream.parcel.tag, stream.told_bytes, stream.count, begin, slot)
-        try:
-            handle = self._agent.write(peer.talk.rank, offset, size, note)
-        except Exception as error:
-            self._lose(peer, error)
-        else:
-            self._writes.append((handle, peer, stream))
 
     def _progress(self) -> bool:
         """Take what has come and look after what is on its way; return whether anything happened."""
@@ -234,79 +181,42 @@ class NixlEngine:
             for rank, raw in self._agent.notes():
                 happened = True
                 self._hear(rank, raw)
-            return self._look_after_writes() or happened
+            return self._streams.look_after_writes() or happened
         finally:
             self._lock.release()
 
-    def _look_after_writes(self) -> bool:
-        writes, self._writes = self._writes, []
-        left = [write for write in writes if not self._is_over(*write)]
-        self._writes += left
-        return len(left) < len(writes)
-
-    def _is_over(self, handle: Any, peer: _Peer, stream: _Stream) -> bool:
-        """Whether a piece is written. A message is done with its last piece, not as soon as that is copied: its sender
-        may close the engine then, and what has not left would be lost."""
-        try:
-            if not self._agent.is_written(handle):
-                return False
-        except Exception as error:
-            self._lose(peer, error)
-            return True
-        stream.pieces -= 1
-        if stream.begun == stream.count and not stream.pieces:
-            peer.talk.sent(stream.parcel)
-        return True
-
     def _hear(self, rank: int, raw: bytes) -> None:
-        peer = self._peers[rank]
         kind, tag, num_bytes = _HEADER.unpack_from(raw)
-        if kind == _PIECE_KIND:
-            self._take(peer, *_PIECE.unpack(raw)[1:])
-        elif kind == Kind.CREDIT:
-            peer.slots.append(num_bytes)
-            self._pump(peer)
+        if kind == PIECE_KIND:
+            self._streams.take(rank, raw)
+        elif kind == NoteKind.CREDIT:
+            self._streams.free(rank, num_bytes)
         elif kind == _HELLO:
             self._hello.add(rank)
         elif kind != _PING:
             rest = np.frombuffer(raw, np.uint8, offset=_HEADER.size)
-            peer.talk.heard(Note(Kind(kind), tag, num_bytes, rest))
-
-    def _take(self, peer: _Peer, tag: int, told_bytes: int, count: int, begin: int, slot: int) -> None:
-        """Copy a piece to its place and give its slot back."""
-        parcel = peer.talk.awaited(tag)
-        if parcel is None:  # this side has failed it since
-            return
-        size = min(PIECE_BYTES, count - begin)
-        window = self._agent.window(peer.talk.rank)
-        parcel.memory[begin : begin + size] = window[slot * PIECE_BYTES : slot * PIECE_BYTES + size]
-        self.tell(peer.talk.rank, Kind.CREDIT, 0, slot, _NOTHING)
-        assert isinstance(parcel.registration, int)
-        parcel.registration += size
-        if parcel.registration == count:
-            peer.talk.heard(Note(Kind.DONE, tag, told_bytes, _NOTHING))
+            self._talks[rank].heard(Note(NoteKind(kind), tag, num_bytes, rest))
 
     def _notify(self, rank: int, note: bytes) -> None:
-        peer = self._peers[rank]
-        if peer.talk.departure is not None:
+        if self._talks[rank].departure is not None:
             return
         try:
             self._agent.notify(rank, note)
         except Exception as error:  # its errors have no common kind
-            self._lose(peer, error)
+            self._lose(rank, error)
 
-    def _lose(self, peer: _Peer, error: Exception) -> None:
-        peer.talk.end(Departure(how="died"), f"NIXL: {error}")
+    def _lose(self, rank: int, error: Exception) -> None:
+        self._talks[rank].end(Departure(how="died"), f"NIXL: {error}")
 
     def _meet(self, timeout_s: float) -> None:
         """Exchange a word with every rank: connections are made by the first."""
-        for rank in self._peers:
+        for rank in self._talks:
             self._agent.notify(rank, _HEADER.pack(_HELLO, 0, 0))
         deadline = time.monotonic() + timeout_s
-        while len(self._hello) < len(self._peers):
+        while len(self._hello) < len(self._talks):
             if not self._progress():
                 time.sleep(_LONG_NAP_S)
-            missing = sorted(set(self._peers) - self._hello)
+            missing = sorted(set(self._talks) - self._hello)
             if missing and time.monotonic() > deadline:
                 where = "; ".join(f"rank {rank}: {self._agent.remotes[rank].where}" for rank in missing)
                 raise Unavailable(
@@ -318,11 +228,11 @@ class NixlEngine:
         """Let messages move on while this rank computes, and find out who has died."""
         nap_s = _LONG_NAP_S
         while self._open:
-            busy = self._writes or any(peer.talk.is_busy for peer in self._peers.values())
+            busy = self._streams.is_writing or any(talk.is_busy for talk in self._talks.values())
             self._changed.wait(min(nap_s, _QUIET_NAP_S if busy else _IDLE_NAP_S))
             nap_s = min(2 * nap_s, _IDLE_NAP_S)
             others_look = time.monotonic() - self._looked < _LONG_NAP_S
-            if (self._open and not others_look and self._progress()) or self._writes:
+            if (self._open and not others_look and self._progress()) or self._streams.is_writing:
                 nap_s = _LONG_NAP_S
             if time.monotonic() - self._pinged >= _PING_S:
                 self._ping()
@@ -331,14 +241,14 @@ class NixlEngine:
         """Ask nothing, and learn from the attempt that a rank has gone."""
         self._pinged = time.monotonic()
         with self._lock:
-            for rank, peer in self._peers.items():
-                if self._open and peer.talk.is_busy:
+            for rank, talk in self._talks.items():
+                if self._open and talk.is_busy:
                     self._notify(rank, _HEADER.pack(_PING, 0, 0))
 
     def _talk(self, rank: int, tag: int, memory: Bytes) -> Talk:
         self._check_open()
         check_message(self.rank, self.size, rank, tag, memory)
-        return self._peers[rank].talk
+        return self._talks[rank]
 
     def _check_open(self) -> None:
         if not self._open:

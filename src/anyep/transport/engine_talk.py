@@ -22,105 +22,14 @@ behind under its tag: only its receiver is told.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from anyep.transport.engine import Bytes
 from anyep.transport.engine_checks import peer_lost, tag_taken, wrong_size
+from anyep.transport.engine_parcel import Note, NoteKind, Parcel, Wire
 from anyep.transport.liveness import Departure
-
-
-class Kind(IntEnum):
-    EAGER = 0
-    READY = 1
-    OFFER = 2
-    DONE = 3
-    MISFIT = 4
-    BYE = 5
-    CREDIT = 6
-    """for the wire alone: it only tells how many notes were heard"""
-    ASK = 7
-    HEARD = 8
-
-
-class Note(NamedTuple):
-    """``rest``: an eager message, or the place of a READY. It is valid until the note has been heard."""
-
-    kind: Kind
-    tag: int
-    num_bytes: int
-    rest: Bytes
-
-
-class Wire(Protocol):
-    """What the protocol needs of a network. Called with the lock of the talk held; nothing here waits."""
-
-    eager_bytes: int
-    """the largest message that travels inside a note; the same on all ranks"""
-
-    def tell(self, rank: int, kind: Kind, tag: int, num_bytes: int, rest: Bytes) -> None:
-        """Send a note. ``rest`` may change as soon as this returns."""
-        ...
-
-    def expose(self, parcel: Parcel) -> Bytes:
-        """Let the other side put a message into ``parcel.memory``; return where that is, in the network's words."""
-        ...
-
-    def withdraw(self, parcel: Parcel) -> None:
-        """The parcel is done, or never will be: let go of its memory."""
-        ...
-
-    def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
-        """Bring the first ``count`` bytes there, then tell DONE of ``told_bytes``; finish the parcel when they left."""
-        ...
-
-    def settled(self) -> None:
-        """A parcel is done: wake who waits."""
-        ...
-
-    def look(self) -> None:
-        """A chance to make progress, for networks on which nobody else does. Called without the lock."""
-        ...
-
-
-class Parcel:
-    """One half of a message: see :class:`anyep.transport.engine.Transfer`."""
-
-    def __init__(self, talk: Talk, tag: int, memory: Bytes, *, incoming: bool) -> None:
-        self.rank = talk.rank
-        self.tag = tag
-        self.memory = memory
-        self.incoming = incoming
-        self.finished = False
-        self.error: Exception | None = None
-        self.registration: object = None
-        """whatever the network keeps of the memory"""
-        self._talk = talk
-
-    def done(self) -> bool:
-        if self.finished:
-            return True
-        self._talk.look()
-        if self.finished:
-            return True
-        if self.error is not None:
-            raise self.error
-        return False
-
-    @property
-    def settled(self) -> bool:
-        return self.finished or self.error is not None
-
-    def finish(self) -> None:
-        if self.error is None:
-            self.finished = True
-
-    def fail(self, error: Exception) -> None:
-        if not self.finished and self.error is None:
-            self.error = error
-
 
 _NOTHING = np.zeros(0, np.uint8)
 
@@ -147,32 +56,29 @@ class Talk:
         self._obstacle: Exception | None = None
         self._why = ""
 
-    def look(self) -> None:
-        self._wire.look()
-
     def send(self, tag: int, memory: Bytes) -> Parcel:
         with self._lock:
             if tag in self._sends:
                 raise tag_taken(self.rank, tag, "sent to")
-            parcel = Parcel(self, tag, memory, incoming=False)
+            parcel = self._parcel(tag, memory, incoming=False)
             if self._is_blocked(parcel):
                 return parcel
             if memory.size <= self._wire.eager_bytes:
-                self._wire.tell(self.rank, Kind.EAGER, tag, memory.size, memory)
+                self._wire.tell(self.rank, NoteKind.EAGER, tag, memory.size, memory)
                 parcel.finish()
                 return parcel
             self._sends[tag] = parcel
             if tag in self._places:
                 self._put(parcel, *self._places.pop(tag))
             else:
-                self._wire.tell(self.rank, Kind.OFFER, tag, memory.size, _NOTHING)
+                self._wire.tell(self.rank, NoteKind.OFFER, tag, memory.size, _NOTHING)
             return parcel
 
     def receive(self, tag: int, memory: Bytes) -> Parcel:
         with self._lock:
             if tag in self._receives:
                 raise tag_taken(self.rank, tag, "received from")
-            parcel = Parcel(self, tag, memory, incoming=True)
+            parcel = self._parcel(tag, memory, incoming=True)
             if tag in self._early:  # also from a rank that has left since
                 self._take(parcel, self._early.pop(tag))
                 return parcel
@@ -180,9 +86,9 @@ class Talk:
                 return parcel
             self._receives[tag] = parcel
             if memory.size > self._wire.eager_bytes:
-                self._wire.tell(self.rank, Kind.READY, tag, memory.size, self._wire.expose(parcel))
+                self._wire.tell(self.rank, NoteKind.READY, tag, memory.size, self._wire.expose(parcel))
             elif tag in self._offers:
-                self._wire.tell(self.rank, Kind.READY, tag, memory.size, _NOTHING)
+                self._wire.tell(self.rank, NoteKind.READY, tag, memory.size, _NOTHING)
             self._offers.discard(tag)
             return parcel
 
@@ -196,7 +102,7 @@ class Talk:
         with self._lock:
             if self.departure is None and self._obstacle is None:
                 self._unanswered += 1
-                self._wire.tell(self.rank, Kind.ASK, 0, 0, _NOTHING)
+                self._wire.tell(self.rank, NoteKind.ASK, 0, 0, _NOTHING)
 
     @property
     def is_heard(self) -> bool:
@@ -213,22 +119,22 @@ class Talk:
             kind, tag, num_bytes, rest = note
             if self._obstacle is not None or self.departure is not None:
                 return
-            if kind == Kind.EAGER:
+            if kind == NoteKind.EAGER:
                 self._heard_eager(tag, rest)
-            elif kind == Kind.DONE:
+            elif kind == NoteKind.DONE:
                 self._heard_done(tag, num_bytes)
-            elif kind == Kind.READY:
+            elif kind == NoteKind.READY:
                 self._heard_ready(tag, num_bytes, rest)
-            elif kind == Kind.OFFER:
+            elif kind == NoteKind.OFFER:
                 self._heard_offer(tag)
-            elif kind == Kind.MISFIT:
-                self._put(Parcel(self, tag, np.zeros(1, np.uint8), incoming=False), *self._places.pop(tag), num_bytes)
-            elif kind == Kind.ASK:
-                self._wire.tell(self.rank, Kind.HEARD, 0, 0, _NOTHING)
-            elif kind == Kind.HEARD:
+            elif kind == NoteKind.MISFIT:
+                self._put(self._parcel(tag, np.zeros(1, np.uint8), incoming=False), *self._places.pop(tag), num_bytes)
+            elif kind == NoteKind.ASK:
+                self._wire.tell(self.rank, NoteKind.HEARD, 0, 0, _NOTHING)
+            elif kind == NoteKind.HEARD:
                 self._unanswered -= 1
                 self._wire.settled()
-            elif kind == Kind.BYE:
+            elif kind == NoteKind.BYE:
                 self.end(Departure(how="closed"))
 
     def end(self, departure: Departure, why: str = "") -> None:
@@ -254,12 +160,15 @@ class Talk:
             parcel.finish()
             self._wire.settled()
 
+    def _parcel(self, tag: int, memory: Bytes, *, incoming: bool) -> Parcel:
+        return Parcel(self.rank, tag, memory, incoming=incoming, look=self._wire.look)
+
     def _heard_eager(self, tag: int, message: Bytes) -> None:
         parcel = self._receives.get(tag)
         if parcel is None:
             self._early[tag] = message.copy()
         elif parcel.memory.size > self._wire.eager_bytes:
-            self._wire.tell(self.rank, Kind.MISFIT, tag, message.size, _NOTHING)
+            self._wire.tell(self.rank, NoteKind.MISFIT, tag, message.size, _NOTHING)
         else:
             del self._receives[tag]
             self._take(parcel, message)
@@ -280,7 +189,7 @@ class Talk:
         if parcel is None:
             self._offers.add(tag)
         elif parcel.memory.size <= self._wire.eager_bytes:
-            self._wire.tell(self.rank, Kind.READY, tag, parcel.memory.size, _NOTHING)
+            self._wire.tell(self.rank, NoteKind.READY, tag, parcel.memory.size, _NOTHING)
 
     def _put(self, parcel: Parcel, room: int, place: Bytes, told_bytes: int | None = None) -> None:
         count = min(room, parcel.memory.size) if room > self._wire.eager_bytes else 0

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from anyep import config
-from anyep.machine import linux
+from anyep.machine import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,14 @@ class Identity:
     @classmethod
     def own(cls) -> Identity:
         return cls(
-            host=config.host_id() or linux.host_identity(),
-            process_namespace=linux.process_namespace(),
+            host=config.host_id() or processes.host_identity(),
+            process_namespace=processes.process_namespace(),
             pid=os.getpid(),
-            started=linux.start_time(os.getpid()),
+            started=processes.start_time(os.getpid()),
         )
 
     def has_ended(self) -> bool:
         """Whether this process has ended; False where it cannot be seen from here."""
         here = Identity.own()
         seen = self.started and (self.host, self.process_namespace) == (here.host, here.process_namespace)
-        return bool(seen) and linux.start_time(self.pid) != self.started
+        return bool(seen) and processes.start_time(self.pid) != self.started

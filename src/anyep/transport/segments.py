@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from anyep.errors import CapacityError
-from anyep.machine import linux
+from anyep.machine import linux, room
 from anyep.transport.board import Board
 
 _KEPT_FREE_BYTES = 64 << 20
@@ -49,7 +49,7 @@ class SegmentMaker:
             self._own = Board(self._signals, memory.address, self._size)
         else:
             what = "an arena that is full"
-            check_room(num_bytes, 0, linux.available_bytes(), what)  # what cannot be had stands in nobody's way
+            check_room(num_bytes, 0, room.available_bytes(), what)  # what cannot be had stands in nobody's way
             self._own.growing_bytes = num_bytes
             try:
                 memory = self._commit(num_bytes, what)
@@ -60,7 +60,7 @@ class SegmentMaker:
 
     def _commit(self, num_bytes: int, what: str) -> linux.Memory:
         promised = sum(peer.growing_bytes for peer in self.peers)
-        check_room(num_bytes, promised, linux.available_bytes(), what)
+        check_room(num_bytes, promised, room.available_bytes(), what)
         try:
             return self._make(num_bytes)
         except (OSError, MemoryError) as error:

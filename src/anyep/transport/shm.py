@@ -13,7 +13,7 @@ from dataclasses import asdict
 from types import ModuleType
 
 from anyep.errors import CapacityError, Unavailable
-from anyep.machine import linux
+from anyep.machine import linux, processes
 from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
 from anyep.transport.board import Board
@@ -23,6 +23,8 @@ from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
+
+_RANDOM_ADDRESSES = "random in each rank; where ranks share cores, setarch -R before the command saves them time"
 
 
 def check_one_host(identities: Mapping[int, Identity]) -> None:
@@ -104,6 +106,10 @@ class ShmTransport(SharedTransport):
             controls={rank: neighbours.segment_address(rank, 0) for rank in here},
         )
 
+    def describe(self) -> dict[str, str]:
+        alike = "the same in ranks that were started alike" if processes.lie_alike() else _RANDOM_ADDRESSES
+        return {**super().describe(), "addresses": alike}
+
 
 class _Processes:
     """Neighbours in other processes: their segments as mapped here, and a watch on their ends."""
@@ -118,7 +124,7 @@ class _Processes:
         self._mapped: dict[tuple[int, int], linux.Memory] = {}
         self._mapping = threading.Lock()
         self._own = arena
-        self._watch: linux.ProcessWatch | None = None
+        self._watch: processes.ProcessWatch | None = None
 
     def meet(self, cards: Sequence[dict[str, int]]) -> None:
         """Map every rank's first segment and watch its process, while all wait for each other and so are alive.
@@ -126,7 +132,7 @@ class _Processes:
         Raises Unavailable where this process may not, CapacityError for lack of descriptors or memory.
         """
         try:
-            self._watch = linux.ProcessWatch(pid for pid in self._pids.values() if pid != os.getpid())
+            self._watch = processes.ProcessWatch(pid for pid in self._pids.values() if pid != os.getpid())
             for rank in self._pids:
                 if rank != self._rank:
                     self._meet(rank, cards[rank])

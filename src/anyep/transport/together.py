@@ -9,7 +9,7 @@ from typing import Any
 
 from anyep.errors import CapacityError, Unavailable
 from anyep.layout.regions import aligned
-from anyep.machine import linux
+from anyep.machine import room
 from anyep.transport.arena import rounded_to_segments
 from anyep.transport.base import Lane
 from anyep.transport.control import ControlLayout
@@ -79,7 +79,7 @@ def agree_on_sizes(
         return {
             "shape": {"words of the lanes": layout.lane_words, "ring": ring},
             "wanted": rounded_to_segments(aligned(layout.num_bytes) + heap_bytes),
-            "available": linux.available_bytes(),
+            "available": room.available_bytes(),
             "identity": identity,
         }
 

@@ -24,7 +24,7 @@ from anyep.cli.bench.rank import run_rank
 from anyep.cli.bench.stage import RankResult, Report, Step
 from anyep.cli.machine_facts import available_cores
 from anyep.errors import AnyEPError
-from anyep.machine import linux
+from anyep.machine.processes import die_with_parent, lay_out_alike
 
 _POLL_S = 0.2
 _GRACE_S = 3.0
@@ -115,9 +115,12 @@ def _start(plan: Plan, directory: Path) -> list[subprocess.Popen[bytes]]:
 
 def _spawn(command: list[str], stderr: Path) -> subprocess.Popen[bytes]:
     with stderr.open("ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=linux.die_with_parent
-        )
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_prepare)
+
+
+def _prepare() -> None:
+    die_with_parent()
+    lay_out_alike()
 
 
 def _collect(

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from anyep.cli.bench.launch import Failed, Finished, limit_threads
 from anyep.cli.bench.plan import Plan
 from anyep.cli.bench.rank import run_rank
-from anyep.machine import linux
+from anyep.machine import processes
 from anyep.testing.peers.mpich import mpi_world
 from anyep.transport.liveness import follows_from_peer
 
 
 def main(directory: Path, which: str) -> None:
     """Carry out the plan in ``directory`` and send the results; exit code 1 after an error was sent."""
-    linux.die_with_parent()  # under mpiexec the parent is its proxy
+    processes.die_with_parent()  # under mpiexec the parent is its proxy
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     plan: Plan = pickle.loads((directory / "plan").read_bytes())
     communicator = mpi_world() if which == "mpi" else None

@@ -9,9 +9,9 @@ agreement       headers on the lanes of a transport              the same, on th
 checks          outgoing, returning, wire                        the same, for tensors of the device
 memory          the transport's arena                            of the device, within peers' ``reach`` (``landing``)
 routing         kernels: route                                   begin_route, which nobody waits for (``plan``)
-counts          travel with the announcement                     kernel announce, to the *board* of every rank
-places          compiled settle and connect                      kernels settle and connect (``second_half``)
-rows            scatter, quantise_scatter, scatter_routing       the same kernels, on tables in device memory
+counts          travel with the announcement                     announce_counts, to the *board* of every rank
+places          compiled settle and connect                      kernels settle, or connect (``second_half``)
+rows            scatter, quantise_scatter, scatter_routing       send: the same at once, on tables in device memory
 sums            reduce, reduce_weights, reduce_logfmt            the same kernels
 order           messages, awaited by every rank                  of a stream, or words (``order``, ``concurrent``)
 =============== ================================================ ======================================================
@@ -36,5 +36,6 @@ along while rows are moved, without the GIL. With ``static_rows``, in the padded
 combine it does not wait at all. What goes wrong there is said by the next call, or by ``barrier`` (``faults``).
 
 *Streams.* Memory is allocated on the caller's stream. The exchange runs on a stream of its own, which follows an event
-of the caller's and which the caller's follows afterwards; so memory needs no other care.
+of the caller's and which the caller's follows afterwards; so memory needs no other care. What outlives a call
+is lent to the exchange's stream: what the buffer keeps, and a handle's memory in a call on another stream than its own.
 """

@@ -47,13 +47,12 @@ def wrap(
 def _wrap_padded(
     end: DeviceEndpoint, batch: Landing, handle: Handle, plan: DevicePlan, turned: torch.Tensor | None
 ) -> Received:
-    """Blocks of experts; where each source's rows begin in them is worked out on the caller's stream."""
+    """Blocks of experts."""
     experts, rows = handle.shape
+    source_begin, source_count = plan.sources()
     x, _, _, _, token = batch.parts
     assert x is not None
     assert token is not None
-    sources = (end.num_ranks, experts)
-    begin_RL = plan.field_on_device("recv_start").view(sources) - plan.field_on_device("block_start")
     return Received(
         x=x.view(experts, rows, end.hidden),
         scales=None if turned is None else turned.transpose(1, 2),
@@ -61,8 +60,8 @@ def _wrap_padded(
         topk_weights=None,
         counts=_own(handle),
         handle=handle,
-        source_begin=begin_RL.T.contiguous(),
-        source_count=plan.field_on_device("recv_rows").view(sources).T.contiguous(),
+        source_begin=source_begin,
+        source_count=source_count,
         source_token=token.view(experts, rows),
     )
 

@@ -34,6 +34,10 @@ class Boards:
         ]
         self._messages = torch.tensor(own, dtype=torch.int64, device=self._device.where)
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return all that lives as long as the buffer."""
+        return self.memory, self._messages
+
     def board_addr(self, epoch: int) -> int:
         """Return where the messages of all ranks to this one lie."""
         return self.first_addr + epoch % self.ring * self._board_bytes

@@ -111,6 +111,8 @@ class DeviceCombine:
         end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         self._visit = Visit.begin(end.device, end.stream)
+        for held in (self._plan.device_memory, self._back.handle.topk_weights):
+            self._visit.borrow(held, self._plan.home)
         with end.device.on(end.stream):
             rows, weights = self._lend()
             end.device.kernels.announce(
@@ -151,12 +153,9 @@ class DeviceCombine:
         tables_addr = words.data_ptr() + 8 * SUMMARY_WORDS
         with end.device.on(end.stream):
             end.device.kernels.connect(
-                *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.rank, end.num_ranks),
-                *(end.base_addr, 0, 0, 0, 0, 0, tables_addr, words.data_ptr(), end.faults.addr, 0, 0, 0),
+                *(end.boards.board_addr(self._epoch), end.boards.message_bytes, end.num_ranks, end.base_addr, 0),
+                *(tables_addr, words.data_ptr(), end.faults.addr, plan.entry_rank_addr, plan.num_tokens * plan.width),
             )
-            if end.order.is_concurrent:  # a rank may be silent: then no table has an address, and nothing may be read
-                num_entries = plan.num_tokens * plan.width
-                end.device.kernels.withdraw(words.data_ptr(), plan.entry_rank_addr, num_entries, 0, 0)
             rows_addr = plan.entry_row_addr
             if self._scratch.rows is not None:
                 rows_addr = self._scratch.rows.data_ptr()

@@ -77,12 +77,15 @@ class Concurrent:
         with self._device.on(self._stream):
             self._wait(turn, _ANNOUNCED, boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
             half()
-            self._signal(turn, _DONE)
-            self._wait(turn, _DONE, self._late_addr, 8)
+            self._meet(turn, _DONE, self._late_addr, 8)
 
     def drop(self, turn: Turn) -> None:
         """Forget what was handed in: all ranks refuse the operation."""
         self._halves.pop(turn, None)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return all that lives as long as the buffer."""
+        return self.words, self._clock, self._peers
 
     def _epoch_addr(self, turn: Turn) -> int:
         """Return where the operation's number lies: made on the device, so that a graph that is replayed counts on."""
@@ -95,6 +98,12 @@ class Concurrent:
     def _signal(self, turn: Turn, stage: int) -> None:
         peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
         self._device.kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
+
+    def _meet(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
+        """Signal, and wait for all."""
+        ranks, kind_bytes = self._boards.num_ranks, self._kind_bytes(turn, stage)
+        addresses = (self._peers.data_ptr() + kind_bytes, self.first_addr + kind_bytes)
+        self._device.kernels.meet(*addresses, ranks, self._epoch_addr(turn), self._limit, errors_addr, error_bytes)
 
     def _wait(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
         words = self.first_addr + self._kind_bytes(turn, stage)

@@ -39,7 +39,9 @@ class Device(Protocol):
     where: torch.device
     kernels: DeviceKernels
 
-    def new_stream(self) -> Stream: ...
+    def new_stream(self) -> Stream:
+        """Return a stream that is nobody's else."""
+        ...
 
     def current_stream(self) -> Stream:
         """Return the stream on which this thread's work is launched at present."""
@@ -59,6 +61,10 @@ class Device(Protocol):
 
     def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
         """Tell the allocator that ``stream`` uses a tensor of another stream."""
+        ...
+
+    def expect_fetches(self, num_words: int, count: int) -> None:
+        """Have room for ``count`` more fetches of up to ``num_words`` at a time: none has to wait for memory."""
         ...
 
     def fetch(self, words: torch.Tensor) -> Fetch:
@@ -83,8 +89,9 @@ class Device(Protocol):
 
 
 class _PinnedFetch:
-    def __init__(self, words: torch.Tensor) -> None:
-        self._words = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+    def __init__(self, words: torch.Tensor, room: int) -> None:
+        """``room``: for how many words memory is asked; torch keeps what was given back by size."""
+        self._words = torch.empty(max(room, len(words)), dtype=words.dtype, pin_memory=True)[: len(words)]
         self._words.copy_(words, non_blocking=True)
         self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._here.record()
@@ -106,9 +113,11 @@ class CudaDevice:
         self.kernels = kernels
         self._us_a_look: float | None = None
         self._measuring = threading.Lock()
+        self._fetch_words = self._num_fetches = 0
 
     def new_stream(self) -> Stream:
-        return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
+        """Of high priority: torch's streams come round after 32, and those of callers have the other priority."""
+        return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]
 
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self.where)
@@ -125,9 +134,19 @@ class CudaDevice:
     def lend(self, tensor: torch.Tensor, stream: Stream) -> None:
         tensor.record_stream(stream)
 
+    def expect_fetches(self, num_words: int, count: int) -> None:
+        """Let torch keep so much pinned memory: to get some more waits until the whole device has nothing to do.
+
+        With ranks on streams of their own it would wait for a kernel which waits for what this thread launches next.
+        """
+        with self._measuring, torch.cuda.device(self.where):
+            self._fetch_words = max(self._fetch_words, num_words)
+            self._num_fetches += count
+            [torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)]
+
     def fetch(self, words: torch.Tensor) -> Fetch:
         with torch.cuda.device(self.where):
-            return _PinnedFetch(words)
+            return _PinnedFetch(words, self._fetch_words)
 
     def capturing(self) -> bool:
         with torch.cuda.device(self.where):

@@ -93,6 +93,7 @@ class DeviceDispatch:
         words_RW[:, :BODY] = self._header
         self._prepare_landing(words_RW)
         self._visit = Visit.begin(end.device, end.stream)
+        self._visit.borrow(self._plan.device_memory, self._plan.home)
         self._announce()
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         end.announce(epoch, words_RW)
@@ -110,19 +111,20 @@ class DeviceDispatch:
             words_RW[:, STATUS] = max(1, rows * self._geometry.row.sent)
 
     def _announce(self) -> None:
-        """Launch this rank's message to all boards."""
-        end, plan, landing = self._end, self._plan, self._landing
+        """Launch this rank's message to all boards, with its counts if they are not known."""
+        end, plan, landing, kernels = self._end, self._plan, self._landing, self._end.device.kernels
         places = (-1, -1, -1, -1, -1) if landing is None else landing.places(end.reach)
-        counted = self._out.cached is None
+        messages_addr, ranks, experts = end.boards.messages_addr(self._epoch), end.num_ranks, end.placement.num_experts
+        capacity = -1 if landing is None else landing.capacity
         with end.device.on(end.stream):
-            end.device.kernels.announce(
-                end.num_ranks,
-                end.boards.messages_addr(self._epoch),
-                -1 if landing is None else landing.capacity,
-                *places,
-                plan.verdict_addr if counted else 0,
-                plan.field("rank_rows"),
-                end.num_ranks + end.placement.num_experts if counted else 0,
+            if self._out.cached is not None:
+                kernels.announce(ranks, messages_addr, capacity, *places, 0, 0, 0)
+                return
+            kernels.announce_counts(
+                *(plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, experts, ranks),
+                *(int(self._geometry.by_expert), plan.entry_rank_addr, plan.entry_slot_addr),
+                *(plan.field("rank_rows"), plan.field("expert_rows"), plan.verdict_addr),
+                *(messages_addr, capacity, *places),
             )
 
     def _second_half(self) -> None:
@@ -132,11 +134,9 @@ class DeviceDispatch:
         with self._end.device.on(self._end.stream):
             half = SecondHalf(self._end, out, self._plan, landing, self._epoch)
             if out.cached is None:
-                half.settle()
+                half.settle(withdraws=not self._waits)
                 if self._waits:
                     self._record = self._end.device.fetch(self._plan.record)
-                else:
-                    half.withdraw()
             else:
                 half.connect_cached(out.cached.num_rows)
             half.send()
@@ -233,14 +233,14 @@ class DeviceDispatch:
             num_rows=num_rows,
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=self._counts(),
-            topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
+            topk_weights=plan.kept_weights(),
         )
 
     def _counts(self) -> Sequence[int]:
         if self._waits:
             counts: list[int] = self._plan.numbers("counts").tolist()
             return counts
-        return DeviceCounts(self._plan.field_on_device("counts"))
+        return DeviceCounts(self._plan)
 
 
 def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:

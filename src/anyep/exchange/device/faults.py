@@ -36,9 +36,9 @@ class Faults:
         self._device = device
         self._stream = stream
         self.limits = limits
-        self._words = torch.zeros(SUMMARY_WORDS + num_ranks, dtype=torch.int64, device=device.where)
+        self.words = torch.zeros(SUMMARY_WORDS + num_ranks, dtype=torch.int64, device=device.where)
         self._coming: Fetch | None = None
-        self.addr = self._words.data_ptr()
+        self.addr = self.words.data_ptr()
         self.late_addr = self.addr + 8 * SUMMARY_WORDS
         """int64 [R]: ``epoch << 32 | the epoch that a silent rank has reached``"""
 
@@ -49,7 +49,7 @@ class Faults:
         """
         self.limits = self.limits if limits is None else limits
         if not self._device.capturing() and (self._coming is None or self._coming.done()):
-            self._coming = self._device.fetch(self._words)
+            self._coming = self._device.fetch(self.words)
 
     def look(self) -> None:
         """Raise what an earlier call met, if that is known by now; waits for nothing. Once for each.
@@ -75,7 +75,7 @@ class Faults:
     def settle(self) -> None:
         """Wait for all that was launched, and raise what it met."""
         with self._device.on(self._stream):
-            words = self._device.fetch(self._words).wait()
+            words = self._device.fetch(self.words).wait()
         silence = _silence(words, self.limits)
         if silence is not None:
             raise silence
@@ -86,7 +86,7 @@ class Faults:
         error = refusal("an earlier dispatch", words[:SUMMARY_WORDS], self.limits)
         if error is not None:
             with self._device.on(self._stream):
-                self._words.zero_()
+                self.words.zero_()
             raise error
 
 

@@ -64,7 +64,7 @@ def own_ground(rendezvous: Rendezvous, device: Device, heap_bytes: int) -> Groun
     """Stand on this rank's device, and map a heap of every other's. Collective."""
     most = max(tell(rendezvous, heap_bytes))
     heap = cuda_symmetric.open_heap(rendezvous, most, device.where)
-    return Ground(device=device, reach=OwnDevices(heap), stream=device.new_stream(), order=None)
+    return Ground(device=device, reach=OwnDevices(device, heap), stream=device.new_stream(), order=None)
 
 
 def tell(rendezvous: Rendezvous, number: int) -> list[int]:

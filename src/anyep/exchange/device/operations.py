@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
 
 from anyep.errors import CapacityError, Unavailable
@@ -45,7 +48,8 @@ class DeviceOperations:
             out = sending.prepare_cached(self._end, x, topk_idx, topk_weights, handle)
         else:
             self._check_capture(layout)
-            out = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, make=make_plan)
+            make = partial(make_plan, topk_weights=cast("torch.Tensor | None", topk_weights))  # it is checked first
+            out = sending.prepare(self._end, x, topk_idx, topk_weights, layout=layout, make=make)
         return DeviceDispatch(self._end, out, buffer=buffer)
 
     def _check_capture(self, layout: str) -> None:

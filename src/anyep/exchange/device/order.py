@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
+
 Half = Callable[[], None]
 
 
@@ -44,6 +46,10 @@ class Order(Protocol):
 
     def drop(self, turn: Turn) -> None:
         """Forget what was handed in: all ranks refuse the operation."""
+        ...
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return all that lives as long as the buffer."""
         ...
 
 
@@ -91,6 +97,10 @@ class PhaseSplit:
         """Forget what was handed in: all ranks refuse the operation."""
         with self._launching:
             self._halves.pop(turn, None)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Nothing lies on the device."""
+        return ()
 
     def _leave(self, turn: Turn) -> None:
         self._left[turn] -= 1

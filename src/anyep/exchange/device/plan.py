@@ -1,7 +1,8 @@
 """Where a rank's tokens go, in device memory: a plan of ``exchange/handle.py`` whose numbers nobody has waited for.
 
-One block of memory: what connect found, the verdict of route and the peer tables; then the ledger; then entries. The
-first two parts, the *record*, are what a host that wants to know everything brings over in one piece.
+One block of memory: what settle found, the verdict of route and the peer tables; then the ledger; then entries; then
+what a padded batch's handle needs. The first two parts, the *record*, are what a host that wants to know everything
+brings over in one piece.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from anyep.errors import Unavailable
 from anyep.exchange.device.devices import allocate
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import SendPlan
-from anyep.kernels.spec_device import NO_FAULT, NUM_PLACES, SUMMARY_WORDS
+from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
@@ -40,27 +41,68 @@ _KNOWN = (
 class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
-    __slots__ = ("device_memory", "record", "summary_addr", "tables_addr", "verdict_addr")
+    __slots__ = (
+        *("changes", "device_memory", "first_behind", "home", "num_ranks", "num_record_words"),
+        *("summary_addr", "tables_addr", "verdict_addr", "weights_addr"),
+    )
 
-    def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int) -> None:
-        width, num_topk = min(end.num_topk, end.num_ranks), end.num_topk
-        first_word = SUMMARY_WORDS + 1 + NUM_PLACES * end.num_ranks
+    def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
+        self.num_ranks = ranks = end.num_ranks
+        width, num_topk, ledger_words = min(end.num_topk, ranks), end.num_topk, geometry.shape.num_words
+        first_word = SUMMARY_WORDS + 1 + NUM_PLACES * ranks
         idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
         entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
-        numbers = geometry.shape.num_words + idx_words + num_tokens * entries
-        self.device_memory = allocate(end.device, (first_word + (numbers + 1) // 2,), torch.int64, end.account.__str__)
-        self.record = self.device_memory[: first_word + geometry.shape.num_words // 2]
-        """int64: summary, verdict, tables, and the ledger as int32"""
+        self.first_behind = 2 * first_word + ledger_words + idx_words + num_tokens * entries
+        """in int32: padded, where each source's rows begin in each block, and how many [L, R]; the caller's weights"""
+        num_sources = 2 * ranks * geometry.shape.num_local if geometry.padded else 0
+        num_weights = num_tokens * num_topk if keeps_weights else 0
+        words = (self.first_behind + num_sources + num_weights + 1) // 2
+        self.device_memory = allocate(end.device, (words,), torch.int64, end.account.__str__)
+        self.home = end.device.current_stream()
+        """the stream on which it was allocated"""
+        self.changes = end.device.capturing()
+        """whether it belongs to a graph, whose replays write it again"""
+        self.num_record_words = first_word + ledger_words // 2
         self.summary_addr = self.device_memory.data_ptr()
         self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
         self.tables_addr = self.verdict_addr + 8
+        behind_addr = self.summary_addr + 4 * self.first_behind
+        self.weights_addr = behind_addr + 4 * num_sources if keeps_weights else 0
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
+
+    @property
+    def record(self) -> torch.Tensor:
+        """int64: summary, verdict, tables, and the ledger as int32; a view."""
+        return self.device_memory[: self.num_record_words]
 
     @property
     def table_addr(self) -> list[int]:
         """Where each part's peer table lies."""
-        ranks = (self.record.numel() - SUMMARY_WORDS - 1 - self.geometry.shape.num_words // 2) // NUM_PLACES
-        return [self.tables_addr + 8 * ranks * part for part in range(NUM_PLACES)]
+        return [self.tables_addr + 8 * self.num_ranks * part for part in range(NUM_PLACES)]
+
+    @property
+    def source_addr(self) -> tuple[int, int]:
+        """Where a padded batch's :meth:`sources` lie."""
+        begin = self.summary_addr + 4 * self.first_behind
+        return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
+
+    def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
+        shape = (2, self.geometry.shape.num_local, self.num_ranks)
+        begin, count = self._behind(0, shape[0] * shape[1] * shape[2]).view(shape)
+        return begin, count
+
+    def kept_weights(self) -> torch.Tensor | None:
+        """Return the copy of the caller's weights, fp32 [T, K], for combine; None unless padded. A view."""
+        if not self.weights_addr:
+            return None
+        first = (self.weights_addr - self.summary_addr) // 4 - self.first_behind
+        weights = self._behind(first, self.num_tokens * self.geometry.num_topk).view(torch.float32)
+        return weights.view(self.num_tokens, self.geometry.num_topk)
+
+    def _behind(self, first: int, count: int) -> torch.Tensor:
+        begin = self.first_behind + first
+        return self.device_memory.view(torch.int32)[begin : begin + count]
 
     def keep_record(self, words: Words) -> None:
         """Take the record that came to the host."""
@@ -70,17 +112,12 @@ class DevicePlan(SendPlan):
         """Return a field of the ledger; waits for the device where it did not come along with the dispatch."""
         if name not in _KNOWN:
             raise Unavailable(f"{name} is not kept on a device; CPU tensors have it")
-        if self.memory is _NOT_HERE:
+        if self.memory is _NOT_HERE or self.changes:
             self.keep_record(self.record.cpu().numpy())
         return super().numbers(name)
 
-    def field_on_device(self, name: str) -> torch.Tensor:
-        """Return a field of the ledger, int32 on the device; a view."""
-        ledger = self.record[-(self.geometry.shape.num_words // 2) :].view(torch.int32)
-        return ledger[self.geometry.shape.words_at[name]]
-
     def topk_idx(self) -> torch.Tensor:
-        """Return topk_idx [T, K] on the device; a view."""
+        """Return topk_idx [T, K] on the device, -2 for an index that names no expert; a view."""
         geometry = self.geometry
         first = (self.idx_addr - self.summary_addr) // 4
         words = self.num_tokens * geometry.num_topk * self.idx_bytes // 4
@@ -91,16 +128,18 @@ class DevicePlan(SendPlan):
 _NOT_HERE: NDArray[np.int32] = np.zeros(0, np.int32)
 
 
-def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
-    """Copy topk_idx and begin to route it, on the caller's stream. A bad expert is found when all ranks are."""
+def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_weights: torch.Tensor | None) -> SendPlan:
+    """Copy what the caller may change, and begin to route, on the caller's stream.
+
+    A bad expert is found when all ranks are.
+    """
     from anyep.exchange.device.endpoint import DeviceEndpoint
 
     assert isinstance(end, DeviceEndpoint), "plans of a device are made on its endpoint"
-    plan, kernels = DevicePlan(end, geometry, topk_idx.shape[0]), end.device.kernels
-    kernels.copy(topk_idx.data_ptr(), plan.idx_addr, topk_idx.nbytes)
-    plan.device_memory[SUMMARY_WORDS : SUMMARY_WORDS + 1].fill_(NO_FAULT)
-    kernels.begin_route(
-        plan.idx_addr,
+    keeps = geometry.padded and topk_weights is not None
+    plan = DevicePlan(end, geometry, topk_idx.shape[0], keeps_weights=keeps)
+    end.device.kernels.begin_route(
+        topk_idx.data_ptr(),
         plan.idx_bytes,
         plan.num_tokens,
         end.num_topk,
@@ -108,11 +147,11 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> Send
         end.num_ranks,
         end.tables.rank_addr,
         int(geometry.by_expert),
+        address_of(topk_weights) if keeps else 0,
+        plan.idx_addr,
+        plan.weights_addr,
         plan.entry_rank_addr,
         plan.entry_slot_addr,
-        plan.field("rank_rows"),
-        plan.field("expert_rows"),
-        plan.verdict_addr,
     )
     if end.wire.by_column and not geometry.by_expert:
         _sort_by_column(plan, topk_idx, end.kept[0])
@@ -140,21 +179,36 @@ def _sort_by_column(plan: DevicePlan, topk_idx: torch.Tensor, owner_E: torch.Ten
         part.copy_(part.gather(1, order_TW))
 
 
-class DeviceCounts(Sequence[int]):
-    """Rows of each local expert, on the device; looking at a number waits for it, once."""
+def address_of(tensor: torch.Tensor | None) -> int:
+    """Return where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        """int32 [L]: what kernels read, without waiting"""
+
+class DeviceCounts(Sequence[int]):
+    """Rows of each local expert, on the device; looking at a number waits for it.
+
+    Once, unless they belong to a graph, whose replays change them.
+    """
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self._memory = plan.device_memory
+        self._first = (plan.field("counts") - plan.summary_addr) // 4
+        self._count = plan.geometry.shape.num_local
+        self._changes = plan.changes
         self._numbers: list[int] | None = None
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        """int32 [L]: what kernels read, without waiting."""
+        return self._memory.view(torch.int32)[self._first : self._first + self._count]
+
     def _known(self) -> list[int]:
-        if self._numbers is None:
+        if self._numbers is None or self._changes:
             self._numbers = self.tensor.tolist()
         return self._numbers
 
     def __len__(self) -> int:
-        return len(self.tensor)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> int: ...

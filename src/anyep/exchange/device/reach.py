@@ -53,12 +53,17 @@ class OneDevice:
 
 
 class OwnDevices:
-    """Each rank has a device, and a heap on it that the others have mapped."""
+    """Each rank has a device, and a heap on it that the others have mapped.
+
+    Memory that calls in a graph take stays taken, as a graph's end is told to nobody but torch's own allocator.
+    """
 
     why = "each rank has mapped the others' heaps"
 
-    def __init__(self, heap: SymmetricHeap) -> None:
+    def __init__(self, device: Device, heap: SymmetricHeap) -> None:
+        self._device = device
         self._heap = heap
+        self._in_graphs: list[torch.Tensor] = []
         self.base_R = heap.base_R
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
@@ -66,9 +71,12 @@ class OwnDevices:
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self._heap.memory.device)
         try:
-            return self._heap.take(num_bytes).view(dtype).view(tuple(shape))
+            taken = self._heap.take(num_bytes)
         except CapacityError as error:
             raise CapacityError(f"{error}. This buffer: {account()}") from None
+        if self._device.capturing():  # a replay writes there again, whoever has forgotten the tensor
+            self._in_graphs.append(taken)
+        return taken.view(dtype).view(tuple(shape))
 
     def place(self, tensor: torch.Tensor) -> int | None:
         return self._heap.offset(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else NOWHERE

@@ -26,8 +26,11 @@ from anyep.exchange.device.meeting import (
     tell,
 )
 from anyep.exchange.endpoint import Endpoint, ExpertTables
+from anyep.exchange.ledger import LedgerShape
 from anyep.exchange.options import PRIVATE, BufferOptions
 from anyep.exchange.workers import Workers
+from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
+from anyep.layout.placement import Placement
 from anyep.layout.regions import MemoryAccount
 from anyep.transport.inprocess import Member
 from anyep.transport.liveness import blame_for
@@ -131,6 +134,9 @@ def _on_device(
     inherited = {field.name: getattr(base, field.name) for field in fields(base)}
     tables = ExpertTables(rank_addr=owner.data_ptr(), local_addr=local.data_ptr(), kept=base.tables.kept)
     workers = Workers(1)  # a device has no use for threads
+    lasting = (*boards.tensors(), *order.tensors(), faults.words, owner, local, bases)
+    for tensor in lasting:
+        device.lend(tensor, ground.stream)  # which may be at work when the buffer is closed, and these are freed
     endpoint = DeviceEndpoint(
         **inherited | {"tables": tables, "workers": workers},
         device=device,
@@ -141,11 +147,18 @@ def _on_device(
         base_addr=bases.data_ptr(),
         account=account,
         faults=faults,
-        kept=(owner, local, bases),
+        kept=lasting,
     )
+    device.expect_fetches(_most_words(base.placement, rendezvous.rank), 2 + options.max_in_flight)
     device.fetch(boards.memory[:1]).wait()  # what others write to is zeroed, and tables are there, on whatever stream
     tell(rendezvous, 0)
     return endpoint
+
+
+def _most_words(placement: Placement, rank: int) -> int:
+    """Return the size of the largest record of a plan, in words of 8 bytes."""
+    shape = LedgerShape(placement, rank, by_expert=True, alignment=1, block_rows=1, static_rows=-1)
+    return SUMMARY_WORDS + 1 + NUM_PLACES * placement.num_ranks + shape.num_words // 2
 
 
 def _limits(options: BufferOptions, num_ranks: int) -> Limits:

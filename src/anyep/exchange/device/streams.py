@@ -30,6 +30,11 @@ class Visit:
         visit.again()
         return visit
 
+    def borrow(self, tensor: torch.Tensor | None, home: Stream) -> None:
+        """Use memory of an earlier call: where that ran on another stream, its allocator must know."""
+        if tensor is not None and home != self._caller:
+            self._device.lend(tensor, self._exchange)
+
     def again(self) -> None:
         """Let it see what has been launched since then, in the stream that is current now."""
         self._device.follow(self._exchange, self._device.mark(self._device.current_stream()))

@@ -15,6 +15,7 @@ a word of its own, which lies at the receiver.
 from __future__ import annotations
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+import triton
 import triton.language as tl
 
 from anyep.kernels.gpu.jit import kernel
@@ -29,10 +30,9 @@ def tick(clock_addr: tl.int64, epoch_addr: tl.int64):
     tl.store(i64_at(epoch_addr), epoch)
 
 
-@kernel
-def signal(peer_word_addr: tl.int64, epoch_addr: tl.int64, counts_addr: tl.int64):
-    """Grid (R)."""
-    epoch = tl.load(i64_at(epoch_addr))
+@triton.jit
+def publish(peer_word_addr, epoch, counts_addr):
+    """Write this program's word, that of the rank of its number."""
     rank = tl.program_id(0)
     word_addr = tl.load(i64_at(peer_word_addr) + rank)
     count = tl.load(i32_at(counts_addr) + rank, mask=counts_addr != 0, other=0).to(tl.int64)
@@ -42,17 +42,9 @@ def signal(peer_word_addr: tl.int64, epoch_addr: tl.int64, counts_addr: tl.int64
         tl.atomic_xchg(i64_at(word_addr), word, sem="release", scope="sys")
 
 
-@kernel
-def wait(
-    words_addr: tl.int64,
-    epoch_addr: tl.int64,
-    limit: tl.int64,
-    counts_addr: tl.int64,
-    errors_addr: tl.int64,
-    error_bytes: tl.int64,
-):
-    """Grid (R): look at a sender's word until it has reached the epoch, at most ``limit`` times."""
-    epoch = tl.load(i64_at(epoch_addr))
+@triton.jit
+def await_word(words_addr, epoch, limit, errors_addr, error_bytes):
+    """Look at this program's word, until it has reached the epoch, at most ``limit`` times; return what was seen."""
     rank = tl.program_id(0)
     word = i64_at(words_addr) + rank
     nothing = tl.cast(limit, tl.int64) * 0
@@ -64,5 +56,41 @@ def wait(
     tl.debug_barrier()
     if (seen >> 32) < epoch:
         tl.store(i64_at(errors_addr + rank * error_bytes), (epoch << 32) | (seen >> 32))
-    elif counts_addr != 0:
-        tl.store(i32_at(counts_addr) + rank, (seen & 0xFFFFFFFF).to(tl.int32))
+    return seen
+
+
+@kernel
+def signal(peer_word_addr: tl.int64, epoch_addr: tl.int64, counts_addr: tl.int64):
+    """Grid (R)."""
+    publish(peer_word_addr, tl.load(i64_at(epoch_addr)), counts_addr)
+
+
+@kernel
+def wait(
+    words_addr: tl.int64,
+    epoch_addr: tl.int64,
+    limit: tl.int64,
+    counts_addr: tl.int64,
+    errors_addr: tl.int64,
+    error_bytes: tl.int64,
+):
+    """Grid (R)."""
+    epoch = tl.load(i64_at(epoch_addr))
+    seen = await_word(words_addr, epoch, limit, errors_addr, error_bytes)
+    if ((seen >> 32) >= epoch) & (counts_addr != 0):
+        tl.store(i32_at(counts_addr) + tl.program_id(0), (seen & 0xFFFFFFFF).to(tl.int32))
+
+
+@kernel
+def meet(
+    peer_word_addr: tl.int64,
+    words_addr: tl.int64,
+    epoch_addr: tl.int64,
+    limit: tl.int64,
+    errors_addr: tl.int64,
+    error_bytes: tl.int64,
+):
+    """Grid (R): each program tells a rank and waits for that rank, so that none waits for another one of its own."""
+    epoch = tl.load(i64_at(epoch_addr))
+    publish(peer_word_addr, epoch, epoch * 0)
+    await_word(words_addr, epoch, limit, errors_addr, error_bytes)

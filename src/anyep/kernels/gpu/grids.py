@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from anyep.kernels.gpu.launch import Launch
 from anyep.kernels.gpu.target import PROGRAMS_A_UNIT, Target
@@ -19,7 +18,12 @@ NUMBER_BLOCK = 1024
 
 def power_of_two(n: int, least: int) -> int:
     """Return the least power of two that is at least ``n`` and ``least``, so that few numbers make few kernels."""
-    return max(least, int(triton.next_power_of_2(n)))
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def divided_up(n: int, parts: int) -> int:
+    """Return how many parts hold ``n``; Triton's own function takes microseconds."""
+    return -(-n // parts)
 
 
 class Launches:

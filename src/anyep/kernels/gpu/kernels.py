@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from anyep.kernels.gpu import flags
 from anyep.kernels.gpu.number_launches import NumberLaunches
+from anyep.kernels.gpu.send_launches import SendLaunches
 from anyep.kernels.gpu.settle_launches import SettleLaunches
 
 _ONE_WARP = 64
 """Threads of the smallest program that every target can launch."""
 
 
-class GpuKernels(NumberLaunches, SettleLaunches):
+class GpuKernels(NumberLaunches, SettleLaunches, SendLaunches):
     """A :class:`~anyep.kernels.spec_device.DeviceKernels`; addresses are device addresses, tables lie there too.
 
     Calls launch and return; ``route`` and ``gather`` wait for their verdicts, ``begin_route``, ``begin_gather`` do not.
@@ -37,3 +38,16 @@ class GpuKernels(NumberLaunches, SettleLaunches):
     ) -> None:
         numbers = (words_addr, epoch_addr, limit, counts_addr, errors_addr, error_bytes)
         self._launch(flags.wait, (num_ranks,), *numbers, threads=_ONE_WARP)
+
+    def meet(
+        self,
+        peer_word_addr: int,
+        words_addr: int,
+        num_ranks: int,
+        epoch_addr: int,
+        limit: int,
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        numbers = (peer_word_addr, words_addr, epoch_addr, limit, errors_addr, error_bytes)
+        self._launch(flags.meet, (num_ranks,), *numbers, threads=_ONE_WARP)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 
+from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import Target
 
 Constants = dict[str, int]
@@ -16,7 +18,7 @@ class Launch(Protocol):
 
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int
-    ) -> None: ...
+    ) -> object: ...
 
 
 def options_of(target: Target, threads: int) -> dict[str, int | bool]:
@@ -25,31 +27,51 @@ def options_of(target: Target, threads: int) -> dict[str, int | bool]:
 
 
 class OnStream:
-    """Launch on the stream that is torch's current one for the device: whoever wants another one enters it before."""
+    """Launch on the stream that is torch's current one for the device: whoever wants another one enters it before.
+
+    Triton's own call looks at every number and option again before it launches, which takes longer than most of these
+    kernels run. What it compiled is therefore kept here, by what decides over it, and launched as it is.
+    """
 
     def __init__(self, device: torch.device, target: Target) -> None:
         self._device = device
         self._target = target
+        self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[int, ...]]] = {}
 
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int
     ) -> None:
-        with torch.cuda.device(self._device):
-            kernel[grid](*numbers, **constants, **options_of(self._target, threads))
+        compiled, last = self.prepare(kernel, grid, numbers, constants, threads)
+        if torch.cuda.current_device() == self._device.index:
+            compiled[(*grid, 1, 1)[:3]](*numbers, *last)
+        else:
+            with torch.cuda.device(self._device):
+                compiled[(*grid, 1, 1)[:3]](*numbers, *last)
 
-
-class CompileOnly:
-    """Compile for the device, or load from Triton's cache, and launch nothing."""
-
-    def __init__(self, device: torch.device, target: Target) -> None:
-        self._device = device
-        self._target = target
-
-    def __call__(
+    def prepare(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int
-    ) -> None:
-        with torch.cuda.device(self._device):
-            kernel.warmup(*numbers, grid=grid, **constants, **options_of(self._target, threads))
+    ) -> tuple[Any, tuple[int, ...]]:
+        """Compile, or load from Triton's cache, and bring onto the device; launch nothing.
+
+        Loading in the middle of exchanges would wait for what runs on the device, and a graph cannot hold it. Raises
+        Unavailable with Triton's reason.
+        """
+        form = (kernel, threads, *constants.items())
+        found = self._compiled.get(form)
+        if found is not None:
+            return found
+        try:
+            with torch.cuda.device(self._device):
+                compiled = kernel.warmup(*numbers, grid=grid, **constants, **options_of(self._target, threads))
+                compiled[(1, 1, 1)]  # finds out, too, whether the device has the registers and the memory for it
+        except Exception as error:
+            raise Unavailable(
+                f"Triton {version('triton')} could not bring kernel {kernel.__name__} onto {self._target.name}: "
+                f"{type(error).__name__}: {error}. It needs a C compiler and Python's headers beside the GPU's driver"
+            ) from error
+        found = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self._compiled[form] = found
+        return found
 
 
 class InInterpreter:

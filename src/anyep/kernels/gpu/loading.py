@@ -33,10 +33,11 @@ def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> 
             "anyep.testing.interpreter is what tests use"
         )
     from anyep.kernels.gpu.kernels import GpuKernels
-    from anyep.kernels.gpu.launch import CompileOnly, OnStream
+    from anyep.kernels.gpu.launch import OnStream
     from anyep.kernels.gpu.variants import call_every_variant
 
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     target = target_of(where)
-    call_every_variant(GpuKernels(where, target, CompileOnly(where, target), num_sms))
-    return GpuKernels(where, target, OnStream(where, target), num_sms)
+    launch = OnStream(where, target)
+    call_every_variant(GpuKernels(where, target, launch.prepare, num_sms))
+    return GpuKernels(where, target, launch, num_sms)

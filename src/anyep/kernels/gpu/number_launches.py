@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import triton
-
 from anyep.kernels.gpu import decode, encode, logfmt_rows, logfmt_sums, sums
-from anyep.kernels.gpu.grids import power_of_two
+from anyep.kernels.gpu.grids import divided_up, power_of_two
 from anyep.kernels.gpu.row_launches import RowLaunches
 from anyep.kernels.gpu.target import Fp8
 from anyep.kernels.spec import Element
 from anyep.numerics.formats import CHANNELS_PER_SCALE
 
-_GROUPS = 8
+GROUPS = 8
 """Groups that a program converts: 16 numbers for each of its 64 threads, which are 16 bytes of FP8."""
-_CONVERTING = 64
+CONVERTING = 64
 _BLOCK = 1024
 """Channels that a program sums: 16 bytes of BF16 for each of its 128 threads."""
 _SUMMING = 128
@@ -23,8 +21,8 @@ _LOGFMT_GROUPS = 4
 _ENCODING, _DECODING = 128, 64
 
 
-def _pieces(hidden: int, groups: int) -> int:
-    return int(triton.cdiv(hidden, groups * CHANNELS_PER_SCALE))
+def pieces_of(hidden: int, groups: int) -> int:
+    return divided_up(hidden, groups * CHANNELS_PER_SCALE)
 
 
 class NumberLaunches(RowLaunches):
@@ -46,7 +44,7 @@ class NumberLaunches(RowLaunches):
     ) -> None:
         """As the spec says. Raises Unavailable where the device has no FP8."""
         self.target.check_fp8()
-        pieces = _pieces(hidden, _GROUPS)
+        pieces = pieces_of(hidden, GROUPS)
         step = self._step(last_token - first_token, pieces)
         self._launch(
             encode.quantise_scatter,
@@ -63,13 +61,13 @@ class NumberLaunches(RowLaunches):
                 peer_q_addr,
                 peer_scales_addr,
             ),
-            threads=_CONVERTING,
+            threads=CONVERTING,
             ELEMENT=element,
             SCALES=scale_format,
             NATIVE=self.target.fp8 is Fp8.NATIVE,
             PLACES=power_of_two(width, 8),
             BOUNDED=self._is_bounded,
-            GROUPS=_GROUPS,
+            GROUPS=GROUPS,
         )
 
     def dequantise(
@@ -86,13 +84,13 @@ class NumberLaunches(RowLaunches):
         self.target.check_fp8()
         self._launch(
             decode.dequantise,
-            (num_rows, _pieces(hidden, _GROUPS)),
+            (num_rows, pieces_of(hidden, GROUPS)),
             *(q_addr, scales_addr, hidden, out_addr),
-            threads=_CONVERTING,
+            threads=CONVERTING,
             ELEMENT=element,
             SCALES=scale_format,
             NATIVE=self.target.fp8 is Fp8.NATIVE,
-            GROUPS=_GROUPS,
+            GROUPS=GROUPS,
         )
 
     def reduce(
@@ -111,8 +109,8 @@ class NumberLaunches(RowLaunches):
         bias1_addr: int,
         out_addr: int,
     ) -> None:
-        block, threads = (_FEW, _CONVERTING) if hidden <= _FEW else (_BLOCK, _SUMMING)
-        pieces = triton.cdiv(hidden, block)
+        block, threads = (_FEW, CONVERTING) if hidden <= _FEW else (_BLOCK, _SUMMING)
+        pieces = divided_up(hidden, block)
         step = self._step(last_token - first_token, pieces)
         self._launch(
             sums.reduce,
@@ -150,7 +148,7 @@ class NumberLaunches(RowLaunches):
             *(x_addr, hidden, num_bins, rows_addr, start_addr, wire_addr, step),
             threads=_ENCODING,
             BINS=power_of_two(num_bins, 8),
-            GROUPS=_GROUPS,
+            GROUPS=GROUPS,
         )
 
     def reduce_logfmt(
@@ -168,7 +166,7 @@ class NumberLaunches(RowLaunches):
         bias1_addr: int,
         out_addr: int,
     ) -> None:
-        pieces = _pieces(hidden, _LOGFMT_GROUPS)
+        pieces = pieces_of(hidden, _LOGFMT_GROUPS)
         step = self._step(last_token - first_token, pieces)
         self._launch(
             logfmt_sums.reduce_logfmt,

@@ -12,8 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from anyep.kernels import spec_device as spec
+from anyep.kernels.gpu.boards import COUNTS_FROM, tell
 from anyep.kernels.gpu.jit import kernel
 from anyep.kernels.gpu.memory import base_of, i32_at, i64_at, load_indices, store_indices
+
+BAD, NO_FAULT = tl.constexpr(spec.BAD), tl.constexpr(spec.NO_FAULT)
 
 
 @triton.jit
@@ -30,23 +34,26 @@ def find_entries(
     num_experts: tl.int64,
     width: tl.int64,
     expert_rank_addr: tl.int64,
+    weights_addr: tl.int64,
+    kept_idx_addr: tl.int64,
+    kept_weights_addr: tl.int64,
     entry_rank_addr: tl.int64,
     entry_slot_addr: tl.int64,
-    verdict_addr: tl.int64,
     IDX_BYTES: tl.constexpr,
     BY_EXPERT: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid (T / TOKENS): entry_rank, -1 in the slots beside -1, and the first bad flat index in the verdict."""
+    """Grid (T / TOKENS): entry_rank, -1 in the slots beside -1, and copies of what the caller may change."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     last = tl.minimum(first + TOKENS, num_tokens)
     flat = first * num_topk + tl.arange(0, TOKENS * COLUMNS)
     inside = flat < last * num_topk
     experts = load_indices(topk_idx_addr, flat, inside, IDX_BYTES)
-    bad = tl.min(tl.where((experts < -1) | (experts >= num_experts), flat, 0x7FFFFFFFFFFFFFFF))
-    if bad != 0x7FFFFFFFFFFFFFFF:
-        tl.atomic_min(i64_at(verdict_addr), bad, sem="relaxed")
+    kept_experts = tl.where((experts < -1) | (experts >= num_experts), BAD, experts)
+    store_indices(kept_idx_addr, flat, kept_experts, inside, IDX_BYTES)
+    kept = flat < tl.where(kept_weights_addr != 0, last * num_topk, 0)
+    tl.store(i32_at(kept_weights_addr) + flat, tl.load(i32_at(weights_addr) + flat, mask=kept), mask=kept)
     if BY_EXPERT:
         ranks = ranks_of(experts, num_experts, expert_rank_addr)
         tl.store(i32_at(entry_rank_addr) + flat, ranks, mask=inside)
@@ -94,29 +101,65 @@ def number_bin(
     return total
 
 
+@triton.jit
+def first_bad(kept_idx_addr, num_pairs, IDX_BYTES: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the flat index of the first BAD, or NO_FAULT."""
+    first = tl.cast(num_pairs * 0, tl.int64) + NO_FAULT
+    for begin in range(0, num_pairs, BLOCK):
+        position = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK)
+        experts = load_indices(kept_idx_addr, position, position < num_pairs, IDX_BYTES)
+        first = tl.minimum(first, tl.min(tl.where(experts == BAD, position, NO_FAULT)))
+    return first
+
+
 @kernel
 def number_entries(
-    topk_idx_addr: tl.int64,
+    kept_idx_addr: tl.int64,
     num_pairs: tl.int64,
     entry_rank_addr: tl.int64,
     num_entries: tl.int64,
     num_experts: tl.int64,
+    num_ranks: tl.int64,
     entry_slot_addr: tl.int64,
     rank_rows_addr: tl.int64,
     expert_rows_addr: tl.int64,
+    verdict_addr: tl.int64,
+    peer_message_addr: tl.int64,
+    capacity: tl.int64,
+    place0: tl.int64,
+    place1: tl.int64,
+    place2: tl.int64,
+    place3: tl.int64,
+    place4: tl.int64,
     IDX_BYTES: tl.constexpr,
     BY_EXPERT: tl.constexpr,
+    RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (E + R): the rows of every expert and of every rank, and the slots of those that are bins here."""
+    """Grid (E + R + 1): the rows of every expert and of every rank, and the slots of those that are bins here.
+
+    Each is announced by the program that has counted it, the head of the message by one more.
+    """
     bin_ = tl.program_id(0).to(tl.int64)
+    peers = tl.arange(0, RANKS)
+    messages = tl.load(
+        i64_at(peer_message_addr) + peers, mask=peers < tl.where(peer_message_addr != 0, num_ranks, 0), other=0
+    )
     if bin_ < num_experts:
-        rows = number_bin(topk_idx_addr, IDX_BYTES, num_pairs, bin_, entry_slot_addr, BY_EXPERT, BLOCK)
+        rows = number_bin(kept_idx_addr, IDX_BYTES, num_pairs, bin_, entry_slot_addr, BY_EXPERT, BLOCK)
         tl.store(i32_at(expert_rows_addr) + bin_, rows)
-    else:
+        there = i32_at(messages + (COUNTS_FROM + 4 * (num_ranks + bin_)))
+        tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
+    elif bin_ < num_experts + num_ranks:
         rank = bin_ - num_experts
         rows = number_bin(entry_rank_addr, 4, num_entries, rank, entry_slot_addr, not BY_EXPERT, BLOCK)
         tl.store(i32_at(rank_rows_addr) + rank, rows)
+        there = i32_at(messages + (COUNTS_FROM + 4 * rank))
+        tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
+    else:
+        verdict = first_bad(kept_idx_addr, num_pairs, IDX_BYTES, BLOCK)
+        tl.store(i64_at(verdict_addr), verdict)
+        tell(messages, capacity, place0, place1, place2, place3, place4, verdict)
 
 
 @kernel
@@ -127,11 +170,12 @@ def place(
     topk_idx_addr: tl.int64,
     start_addr: tl.int64,
     entry_row_addr: tl.int64,
+    refusal_addr: tl.int64,
     IDX_BYTES: tl.constexpr,
     BY_EXPERT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (entries / BLOCK)."""
+    """Grid (entries / BLOCK). Where int64 ``refusal`` is not 0, entries are taken back; 0 for no such word."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < num_entries
     rank = tl.load(i32_at(entry_rank_addr) + entry, mask=inside, other=-1)
@@ -142,6 +186,51 @@ def place(
     slot = tl.load(i32_at(entry_slot_addr) + entry, mask=named, other=-1)
     start = tl.load(i32_at(start_addr) + bin_, mask=named, other=0)
     tl.store(i32_at(entry_row_addr) + entry, slot + start, mask=inside)
+    if refusal_addr != 0:
+        refused = tl.load(i64_at(refusal_addr)) != 0
+        tl.store(i32_at(entry_rank_addr) + entry, rank * 0 - 1, mask=entry < tl.where(refused, num_entries, 0))
+
+
+@triton.jit
+def route_token(
+    token,
+    topk_idx_addr,
+    topk_weights_addr,
+    num_topk,
+    width,
+    by_expert,
+    expert_rank_addr,
+    expert_local_addr,
+    entry_rank_addr,
+    entry_row_addr,
+    peer_idx_addr,
+    peer_weights_addr,
+    peer_token_addr,
+    IDX_BYTES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Write a token's number and the columns that each row serves to all its entries, [PLACES, COLUMNS] at once."""
+    places, columns = tl.arange(0, PLACES)[:, None], tl.arange(0, COLUMNS)[None, :]
+    entry = token * width + places
+    rank = tl.load(i32_at(entry_rank_addr) + entry, mask=places < width, other=-1)
+    row = tl.load(i32_at(entry_row_addr) + entry, mask=rank >= 0, other=0).to(tl.int64)
+    there = base_of(peer_token_addr, rank)
+    tl.store(i32_at(there) + row, tl.zeros([PLACES, 1], tl.int32) + token.to(tl.int32), mask=there != 0)
+    inside = columns < num_topk
+    expert = load_indices(topk_idx_addr, token * num_topk + columns, inside, IDX_BYTES)
+    known = expert >= 0
+    owner = tl.load(i32_at(expert_rank_addr) + expert, mask=known, other=-2)
+    serves = tl.where(by_expert != 0, tl.where(columns == places, 1, 0), tl.where(owner == rank, 1, 0)) != 0
+    serves = serves & known
+    there = base_of(peer_idx_addr, rank)
+    local = tl.load(i32_at(expert_local_addr) + expert, mask=known, other=-1).to(tl.int64)
+    position = row * num_topk + columns
+    store_indices(there, position, tl.where(serves, local, -1), (there != 0) & inside, IDX_BYTES)
+    if topk_weights_addr != 0:
+        there = base_of(peer_weights_addr, rank)
+        weight = tl.load(i32_at(topk_weights_addr) + token * num_topk + columns, mask=inside, other=0)
+        tl.store(i32_at(there) + position, tl.where(serves, weight, 0), mask=(there != 0) & inside)
 
 
 @kernel
@@ -153,6 +242,7 @@ def scatter_routing(
     step: tl.int64,
     num_topk: tl.int64,
     width: tl.int64,
+    by_expert: tl.int64,
     expert_rank_addr: tl.int64,
     expert_local_addr: tl.int64,
     entry_rank_addr: tl.int64,
@@ -161,31 +251,13 @@ def scatter_routing(
     peer_weights_addr: tl.int64,
     peer_token_addr: tl.int64,
     IDX_BYTES: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
     COLUMNS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Grid (step): all columns of all entries of every ``step``-th token at once, [PLACES, COLUMNS]."""
-    places, columns = tl.arange(0, PLACES)[:, None], tl.arange(0, COLUMNS)[None, :]
+    """Grid (step): every ``step``-th token."""
     for number in tl.range(first_token + tl.program_id(0), last_token, step, disable_licm=True):
-        token = tl.cast(number, tl.int64)
-        entry = token * width + places
-        rank = tl.load(i32_at(entry_rank_addr) + entry, mask=places < width, other=-1)
-        row = tl.load(i32_at(entry_row_addr) + entry, mask=rank >= 0, other=0).to(tl.int64)
-        there = base_of(peer_token_addr, rank)
-        tl.store(i32_at(there) + row, tl.zeros([PLACES, 1], tl.int32) + token.to(tl.int32), mask=there != 0)
-        inside = columns < num_topk
-        expert = load_indices(topk_idx_addr, token * num_topk + columns, inside, IDX_BYTES)
-        known = expert >= 0
-        if BY_EXPERT:
-            serves = (columns == places) & known
-        else:
-            serves = (tl.load(i32_at(expert_rank_addr) + expert, mask=known, other=-2) == rank) & known
-        there = base_of(peer_idx_addr, rank)
-        local = tl.load(i32_at(expert_local_addr) + expert, mask=known, other=-1).to(tl.int64)
-        position = row * num_topk + columns
-        store_indices(there, position, tl.where(serves, local, -1), (there != 0) & inside, IDX_BYTES)
-        if topk_weights_addr != 0:
-            there = base_of(peer_weights_addr, rank)
-            weight = tl.load(i32_at(topk_weights_addr) + token * num_topk + columns, mask=inside, other=0)
-            tl.store(i32_at(there) + position, tl.where(serves, weight, 0), mask=(there != 0) & inside)
+        route_token(
+            *(tl.cast(number, tl.int64), topk_idx_addr, topk_weights_addr, num_topk, width, by_expert),
+            *(expert_rank_addr, expert_local_addr, entry_rank_addr, entry_row_addr),
+            *(peer_idx_addr, peer_weights_addr, peer_token_addr, IDX_BYTES, COLUMNS, PLACES),
+        )

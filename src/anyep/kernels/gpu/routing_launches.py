@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from anyep.kernels.gpu import routing
-from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, power_of_two
-from anyep.kernels.gpu.launch import Constants
+from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, divided_up, power_of_two
 from anyep.kernels.spec_device import NO_FAULT
 
 _ROUTE_BLOCK = 4096
@@ -29,35 +27,58 @@ class RoutingLaunches(Launches):
         num_ranks: int,
         expert_rank_addr: int,
         by_expert: int,
+        topk_weights_addr: int,
+        kept_idx_addr: int,
+        kept_weights_addr: int,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+    ) -> None:
+        columns = power_of_two(num_topk, 8)
+        tokens = max(1, _SQUARE // columns if by_expert else _CUBE // columns**2)
+        self._launch(
+            routing.find_entries,
+            (divided_up(num_tokens, tokens),),
+            *(topk_idx_addr, num_tokens, num_topk, num_experts, _width(num_topk, num_ranks, by_expert)),
+            *(expert_rank_addr, topk_weights_addr, kept_idx_addr, kept_weights_addr, entry_rank_addr, entry_slot_addr),
+            IDX_BYTES=idx_bytes,
+            BY_EXPERT=by_expert,
+            COLUMNS=columns,
+            TOKENS=tokens,
+        )
+
+    def announce_counts(
+        self,
+        kept_idx_addr: int,
+        idx_bytes: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_ranks: int,
+        by_expert: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
         rank_rows_addr: int,
         expert_rows_addr: int,
         verdict_addr: int,
+        peer_message_addr: int,
+        capacity: int,
+        place0: int,
+        place1: int,
+        place2: int,
+        place3: int,
+        place4: int,
     ) -> None:
-        """Do what ``route`` does without waiting for the device: int64 ``verdict`` takes the minimum of itself and the
-        flat index of the first expert outside. Whoever calls sets it to ``NO_FAULT`` before.
-        """
-        width = num_topk if by_expert else min(num_topk, num_ranks)
-        columns = power_of_two(num_topk, 8)
-        constants: Constants = {"IDX_BYTES": idx_bytes, "BY_EXPERT": by_expert}
-        tokens = max(1, _SQUARE // columns if by_expert else _CUBE // columns**2)
-        self._launch(
-            routing.find_entries,
-            (triton.cdiv(num_tokens, tokens),),
-            *(topk_idx_addr, num_tokens, num_topk, num_experts, width),
-            *(expert_rank_addr, entry_rank_addr, entry_slot_addr, verdict_addr),
-            **constants,
-            COLUMNS=columns,
-            TOKENS=tokens,
-        )
+        num_entries = num_tokens * _width(num_topk, num_ranks, by_expert)
         self._launch(
             routing.number_entries,
-            (num_experts + num_ranks,),
-            *(topk_idx_addr, num_tokens * num_topk, entry_rank_addr, num_tokens * width, num_experts),
-            *(entry_slot_addr, rank_rows_addr, expert_rows_addr),
+            (num_experts + num_ranks + 1,),
+            *(kept_idx_addr, num_tokens * num_topk, entry_rank_addr, num_entries, num_experts, num_ranks),
+            *(entry_slot_addr, rank_rows_addr, expert_rows_addr, verdict_addr),
+            *(peer_message_addr, capacity, place0, place1, place2, place3, place4),
             threads=_ROUTE_THREADS,
-            **constants,
+            IDX_BYTES=idx_bytes,
+            BY_EXPERT=by_expert,
+            RANKS=power_of_two(num_ranks, 8),
             BLOCK=_ROUTE_BLOCK,
         )
 
@@ -78,10 +99,14 @@ class RoutingLaunches(Launches):
         scratch_addr: int,
     ) -> int:
         """As the spec says; waits for the device, as it returns what the device found. ``scratch`` is not used."""
-        verdict = torch.full((1,), NO_FAULT, dtype=torch.int64, device=self.device)
-        self.begin_route(
-            *(topk_idx_addr, idx_bytes, num_tokens, num_topk, num_experts, num_ranks, expert_rank_addr, by_expert),
-            *(entry_rank_addr, entry_slot_addr, rank_rows_addr, expert_rows_addr, verdict.data_ptr()),
+        kept = torch.empty(idx_bytes * num_tokens * num_topk + 8, dtype=torch.uint8, device=self.device)
+        verdict, kept_addr = torch.empty(1, dtype=torch.int64, device=self.device), kept.data_ptr()
+        sizes = (idx_bytes, num_tokens, num_topk, num_experts, num_ranks)
+        entries = (entry_rank_addr, entry_slot_addr)
+        self.begin_route(topk_idx_addr, *sizes, expert_rank_addr, by_expert, 0, kept_addr, 0, *entries)
+        self.announce_counts(
+            *(kept_addr, *sizes, by_expert, *entries, rank_rows_addr, expert_rows_addr, verdict.data_ptr()),
+            *(0, 0, -1, -1, -1, -1, -1),
         )
         first_bad = int(verdict.item())
         return -1 if first_bad == NO_FAULT else first_bad
@@ -98,10 +123,25 @@ class RoutingLaunches(Launches):
         start_addr: int,
         entry_row_addr: int,
     ) -> None:
+        entries = (entry_rank_addr, entry_slot_addr, num_tokens * width)
+        self._place_entries(*entries, topk_idx_addr, idx_bytes, by_expert, start_addr, entry_row_addr, 0)
+
+    def _place_entries(
+        self,
+        entry_rank_addr: int,
+        entry_slot_addr: int,
+        num_entries: int,
+        topk_idx_addr: int,
+        idx_bytes: int,
+        by_expert: int,
+        start_addr: int,
+        entry_row_addr: int,
+        refusal_addr: int,
+    ) -> None:
         self._launch(
             routing.place,
-            (triton.cdiv(num_tokens * width, NUMBER_BLOCK),),
-            *(entry_rank_addr, entry_slot_addr, num_tokens * width, topk_idx_addr, start_addr, entry_row_addr),
+            (divided_up(num_entries, NUMBER_BLOCK),),
+            *(entry_rank_addr, entry_slot_addr, num_entries, topk_idx_addr, start_addr, entry_row_addr, refusal_addr),
             IDX_BYTES=idx_bytes,
             BY_EXPERT=by_expert,
             BLOCK=NUMBER_BLOCK,
@@ -129,21 +169,15 @@ class RoutingLaunches(Launches):
         self._launch(
             routing.scatter_routing,
             (step,),
-            *(
-                topk_idx_addr,
-                topk_weights_addr,
-                first_token,
-                last_token,
-                step,
-                num_topk,
-                width,
-                expert_rank_addr,
-                expert_local_addr,
-            ),
-            *(entry_rank_addr, entry_row_addr, peer_idx_addr, peer_weights_addr, peer_token_addr),
+            *(topk_idx_addr, topk_weights_addr, first_token, last_token, step, num_topk, width, by_expert),
+            *(expert_rank_addr, expert_local_addr, entry_rank_addr, entry_row_addr),
+            *(peer_idx_addr, peer_weights_addr, peer_token_addr),
             threads=SMALL,
             IDX_BYTES=idx_bytes,
-            BY_EXPERT=by_expert,
             COLUMNS=power_of_two(num_topk, 8),
             PLACES=power_of_two(width, 8),
         )
+
+
+def _width(num_topk: int, num_ranks: int, by_expert: int) -> int:
+    return num_topk if by_expert else min(num_topk, num_ranks)

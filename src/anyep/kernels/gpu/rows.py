@@ -66,6 +66,30 @@ def named_bases(width, ranks_addr, peer_addr, PLACES: tl.constexpr):
     return tl.load(i64_at(peer_addr) + ranks, mask=ranks >= 0, other=0)
 
 
+@triton.jit
+def scatter_token(
+    token,
+    begin,
+    x_addr,
+    row_bytes,
+    width,
+    entry_rank_addr,
+    entry_row_addr,
+    peer_addr,
+    PLACES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Write one piece of a token's row to all its places, unless it has none."""
+    source = x_addr + token * row_bytes
+    ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
+    bases = named_bases(width, ranks_addr, peer_addr, PLACES)
+    if tl.max(tl.where(bases != 0, 1, 0)) != 0:
+        if ((x_addr | row_bytes | tl.max(bases & 15)) & 15) == 0:
+            spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, True, PIECE)
+        else:
+            spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, False, PIECE)
+
+
 @kernel
 def scatter(
     x_addr: tl.int64,
@@ -83,15 +107,10 @@ def scatter(
     """Grid (step, pieces of a row): each program takes every ``step``-th token."""
     begin = tl.program_id(1).to(tl.int64) * PIECE
     for number in tl.range(first_token + tl.program_id(0), last_token, step, disable_licm=True):
-        token = tl.cast(number, tl.int64)
-        source = x_addr + token * row_bytes
-        ranks_addr, rows_addr = entry_rank_addr + token * width * 4, entry_row_addr + token * width * 4
-        bases = named_bases(width, ranks_addr, peer_addr, PLACES)
-        if tl.max(tl.where(bases != 0, 1, 0)) != 0:
-            if ((x_addr | row_bytes | tl.max(bases & 15)) & 15) == 0:
-                spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, True, PIECE)
-            else:
-                spread_piece(source, row_bytes, begin, width, ranks_addr, rows_addr, peer_addr, False, PIECE)
+        scatter_token(
+            *(tl.cast(number, tl.int64), begin, x_addr, row_bytes, width),
+            *(entry_rank_addr, entry_row_addr, peer_addr, PLACES, PIECE),
+        )
 
 
 @kernel

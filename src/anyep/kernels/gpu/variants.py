@@ -22,10 +22,12 @@ def call_every_variant(kernels: GpuKernels) -> None:
     _move(kernels)
     _route(kernels)
     _settle(kernels)
+    _send(kernels)
     _sum(kernels)
     kernels.tick(_SOMEWHERE, _SOMEWHERE)
     kernels.signal(_SOMEWHERE, 8, _SOMEWHERE, _SOMEWHERE)
     kernels.wait(_SOMEWHERE, 8, _SOMEWHERE, 1000, _SOMEWHERE, _SOMEWHERE, 8)
+    kernels.meet(_SOMEWHERE, _SOMEWHERE, 8, _SOMEWHERE, 1000, _SOMEWHERE, 8)
     if kernels.target.fp8 is not Fp8.NONE:
         _convert(kernels)
 
@@ -48,6 +50,9 @@ def _route(kernels: GpuKernels) -> None:
     for idx_bytes in (4, 8):
         for by_expert in (0, 1):
             kernels.begin_route(a, idx_bytes, _TOKENS, _TOPK, 256, 8, a, by_expert, a, a, a, a, a)
+            kernels.announce_counts(
+                *(a, idx_bytes, _TOKENS, _TOPK, 256, 8, by_expert, a, a, a, a, a, a, 1, a, a, a, a, a)
+            )
             kernels.place(a, a, _TOKENS, _TOPK, a, idx_bytes, by_expert, a, a)
             kernels.scatter_routing(a, idx_bytes, a, 0, _TOKENS, _TOPK, _TOPK, by_expert, a, a, a, a, a, a, a)
         kernels.expand(2 * _HIDDEN, 224, _TOPK, idx_bytes, 8, 32, a, a, a, a, a, a, a, a, a, a, a, a, a)
@@ -56,10 +61,26 @@ def _route(kernels: GpuKernels) -> None:
 def _settle(kernels: GpuKernels) -> None:
     a = _SOMEWHERE
     kernels.announce(8, a, 1, a, a, a, a, a, a, a, 264)
-    for by_expert in (0, 1):
-        kernels.settle(a, 1120, 0, 8, 256, 32, a, a, by_expert, 1, 0, a, a, a, a, a, a, a, a, a, a)
-    kernels.connect(a, 1120, 0, 8, a, a, -1, a, 256, 0, a, a, a, 32, a, a)
-    kernels.withdraw(a, a, 1024, a, 32)
+    kernels.connect(a, 1120, 8, a, 1, a, a, a, a, 1024)
+    settled = (a, a, a, a, a, a, a, a, a, a, a, a, a, a, a)
+    for idx_bytes in (4, 8):
+        for by_expert in (0, 1):
+            kernels.settle(
+                *(a, 1120, 0, 8, 256, 32, a, a, by_expert, 1, 0, -1, 1, *settled),
+                *(_TOKENS, _TOPK, a, idx_bytes, a, a, a),
+            )
+
+
+def _send(kernels: GpuKernels) -> None:
+    a = _SOMEWHERE
+    kernels.fill_gaps(32, a, a, a, 1, a, 1, a, 1, a, 1, a, 1)
+    for idx_bytes in (4, 8):
+        routing = (a, idx_bytes, a, _TOPK, 1, a, a, a, a, a)
+        kernels.send(a, 0, 2 * _HIDDEN, -1, _TOKENS, _TOPK, a, a, a, 0, *routing)
+        if kernels.target.fp8 is not Fp8.NONE:
+            for element in Element:
+                for form in ScaleFormat:
+                    kernels.send(a, int(element), _HIDDEN, int(form), _TOKENS, _TOPK, a, a, a, a, *routing)
 
 
 def _sum(kernels: GpuKernels) -> None:

@@ -1,0 +1,33 @@
+"""How many kernels a call launches: on the host each costs microseconds, and in a graph each follows the one before."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.programs import needs_triton, run_program
+
+COUNTED = ["find_entries", "number_entries", "settle", "send"]
+WANTED = {
+    "compact": [*COUNTED, "fill_gaps", "fetch"],
+    "expert": [*COUNTED, "fill_gaps", "fetch"],
+    "padded": [*COUNTED, "transpose_scales", "fetch"],
+    "compact, cached": ["announce", "connect", "send", "fill_gaps"],
+    "expert, cached": ["announce", "connect", "send", "fill_gaps"],
+    "padded, cached": ["announce", "connect", "send", "transpose_scales"],
+    "compact, combine": ["announce", "connect", "reduce"],
+    "expert, combine": ["announce", "connect", "reduce"],
+    "padded, combine": ["announce", "connect", "reduce"],
+    "concurrent": ["find_entries", "number_entries", "tick", "signal", "wait", "settle", "send", "meet", "fetch"],
+    "concurrent, combine": ["announce", "tick", "signal", "wait", "connect", "reduce", "meet", "fetch"],
+}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return run_program("counted", cache=tmp_path_factory.mktemp("cache"), interpreted=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("call", WANTED)
+def test_a_call_launches_these_kernels_and_no_more(counted, call):
+    assert counted[call] == WANTED[call]
