@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from anyep.exchange.courier import Part, carry
-from anyep.exchange.endpoint import Lanes
+from anyep.exchange.desk import Lanes
 from anyep.exchange.straight import StraightIn, StraightOut
 from anyep.exchange.straight_rule import StraightRule, most_bytes_for
 from anyep.transport.base import Words

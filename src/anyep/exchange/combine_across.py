@@ -16,7 +16,8 @@ from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import Part, carry
 from anyep.exchange.crossing import Crossing, address_of
-from anyep.exchange.endpoint import AddressTable, Endpoint
+from anyep.exchange.desk import AddressTable
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.opening import BODY
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.scatter import place_at

@@ -20,7 +20,8 @@ from anyep.layout.pieces import pack_rows
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
-    from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
+    from anyep.exchange.desk import AddressTable, Desk
+    from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.outgoing import Outgoing
 
 

@@ -11,8 +11,9 @@ from anyep.exchange import calibrate_links
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
+from anyep.exchange.desk import Desk, Lanes
 from anyep.exchange.eager import EagerSlots
-from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, scale_code
+from anyep.exchange.endpoint import Books, Endpoint, ExpertTables, SegmentBases, scale_code
 from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
