@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
+from anyep.exchange.combine_across import CombineAcross, Entries, NearRows
 from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Desk, Endpoint
 from anyep.exchange.event import Targets
@@ -152,7 +152,7 @@ class Combine:
             self._sum(_own_entries(back, rows_addr), desk.lent.addr, 0, back.handle.num_tokens)
         else:
             assert self._straight is not None
-            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
+            near = NearRows(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
             CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
