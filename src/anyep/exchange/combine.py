@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.adding import add_tokens
-from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
+from anyep.exchange.combine_across import CombineAcross, Entries, NearRows
 from anyep.exchange.crossing import address_of
 from anyep.exchange.desk import Desk
 from anyep.exchange.endpoint import Endpoint
@@ -154,10 +154,9 @@ class Combine:
         else:
             assert self._straight is not None
             self._rows(desk, moved)
-            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
-            CombineAcross(end, end.across, back, self._epoch, self._step).run(
-                opened_RW, near, partial(add_tokens, end, back)
-            )
+            near = NearRows(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
+            crossing = CombineAcross(end, end.across, back, self._epoch, self._step)
+            crossing.run(opened_RW, near, partial(add_tokens, end, back))
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
