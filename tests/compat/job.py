@@ -54,4 +54,4 @@ def run_job(program: Path, ranks: int, **variables: str) -> list[Ended]:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
