@@ -19,6 +19,7 @@ from anyep.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
+from anyep.config import nvshmem_qp_depth
 from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -68,7 +69,10 @@ class Buffer(LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous, heap_bytes=num_nvl_bytes + num_rdma_bytes)
-        self._context = normal.context_of(self.runtime, domain_of(self.group_size))
+        domain = domain_of(self.group_size)
+        if low_latency_mode or domain.crosses_hosts:
+            self.nvshmem_qp_depth = nvshmem_qp_depth()
+        self._context = normal.context_of(self.runtime, domain)
         self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
