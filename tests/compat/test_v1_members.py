@@ -105,3 +105,31 @@ def test_rows_between_hosts_come_in_the_order_of_one_host(tokens):
         assert again[1:5] == (None, None, None, None)
 
     on_ranks(len(tokens), rank_main)
+
+
+@pytest.mark.parametrize("per_host", [8, 2])
+@pytest.mark.parametrize("tokens", [[5, 0, 3, 0], [0, 0, 0, 0]])
+def test_ranks_that_send_or_receive_nothing_have_members_too(tokens, per_host, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    given = make_inputs(tokens)
+    for one in given:
+        one.topk_idx[:] = torch.where(one.topk_idx < 0, -1, one.topk_idx % 3)  # rank 0's experts alone
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, weights, _, handle, _ = send(buffer, mine)
+        members = tuple(handle)
+        for one in members:  # as programs that log or send them do
+            assert one.contiguous().view(torch.uint8).numel() == one.nbytes
+        assert (
+            len(members[3 if per_host == 8 else 7])
+            == len(x)
+            == (len(arrival(given, 0).token) if not buffer.rank else 0)
+        )
+        copies = tuple(one.clone() for one in members)
+        expected = buffer.combine(x, handle, weights)[:2]
+        found = buffer.combine(x, copies, weights)[:2]
+        assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+        assert same_bits(buffer.dispatch(mine.x, handle=copies)[0], x)
+
+    on_ranks(RANKS, rank_main)

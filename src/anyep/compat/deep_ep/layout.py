@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 
 from anyep.compat.deep_ep.checks import host_assert
 from anyep.compat.deep_ep.domains import Domain
@@ -79,3 +80,9 @@ def _check_experts(num_experts: int, ranks: int) -> None:
 def made(*shape: int) -> torch.Tensor:
     """Return an int32 tensor with any content."""
     return torch.empty(shape, dtype=torch.int32, device="cpu")
+
+
+def tensor_on(array: NDArray[Any]) -> torch.Tensor:
+    """Return a tensor on the array; of an empty one, whose strides torch cannot view, a new tensor."""
+    tensor = torch.from_numpy(array)
+    return tensor if array.size else torch.empty(array.shape, dtype=tensor.dtype, device="cpu")
