@@ -46,7 +46,7 @@ def run_ranks(program: str, ranks: int, **more: str) -> list[str]:
         for rank in range(ranks)
     ]
     try:
-        return [process.communicate(timeout=90)[0] for process in processes]
+        return [process.communicate(timeout=180)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

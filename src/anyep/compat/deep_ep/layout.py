@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
-from anyep.compat.deep_ep.checks import host_assert
+from anyep.compat.deep_ep.checks import check_count, host_assert
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.indices import check_topk_idx, widened
 
@@ -72,9 +72,8 @@ def count_on_device(topk_idx: torch.Tensor, num_experts: int, domain: Domain) ->
 
 
 def _check_experts(num_experts: int, ranks: int) -> None:
-    host_assert(
-        num_experts > 0 and num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}"
-    )
+    check_count("num_experts", num_experts, 1)
+    host_assert(num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}")
 
 
 def made(*shape: int) -> torch.Tensor:
