@@ -413,7 +413,7 @@ def test_fifty_turns_of_everything_with_several_calls_under_way_give_the_same_bi
     def turn(buffer, number):
         mine, late = given[buffer.rank], bool(number % 2)
         rows, *_, handle, event = send(buffer, mine, async_finish=late)
-        x, count, first, _, hook = low(buffer, given, use_fp8=number % 3 == 0, return_recv_hook=True)
+        _, count, first, _, hook = low(buffer, given, use_fp8=number % 3 == 0, return_recv_hook=True)
         y, _, second, low_event, _ = low(buffer, given, use_fp8=False, async_finish=True)
         if late:
             event.current_stream_wait()
