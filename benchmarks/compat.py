@@ -27,7 +27,6 @@ from anyep.compat import deep_ep
 from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending
 from anyep.exchange.wire import make_wire
-from anyep.machine.processes import lay_out_alike
 from anyep.testing.processes import run_processes
 
 TOKENS, HIDDEN, EXPERTS, TOPK = 128, 7168, 256, 8
@@ -204,7 +203,6 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else the machine did")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    lay_out_alike()  # ranks that share a core; native calls and translated ones alike
     report = {
         "workload": {"tokens": TOKENS, "hidden": HIDDEN, "experts": EXPERTS, "topk": TOPK},
         "rounds": options.rounds,
