@@ -147,6 +147,7 @@ def _on_device(
         base_addr=bases.data_ptr(),
         account=account,
         faults=faults,
+        owner_E=owner,
         kept=lasting,
     )
     device.expect_fetches(_most_words(base.placement, rendezvous.rank), 2 + options.max_in_flight)
