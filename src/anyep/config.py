@@ -54,3 +54,11 @@ def topk_idx_bits() -> int:
     if given not in ("8", "16", "32", "64"):
         raise ValueError(f"EP_NUM_TOPK_IDX_BITS must be 8, 16, 32 or 64, got {given!r}")
     return int(given)
+
+
+def nvshmem_qp_depth() -> int:
+    """Return the queue depth that a DeepEP program asked its network library for; nothing here has such queues."""
+    given = os.environ.get("NVSHMEM_QP_DEPTH") or "1024"
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"NVSHMEM_QP_DEPTH must be a whole number from 1 on, got {given!r}")
+    return int(given)

@@ -43,6 +43,47 @@ def test_sums_are_in_fp32_from_the_bias_on_in_rank_order_and_rounded_as_specifie
         assert same_bits(out, summed(given, [y for y, _, _ in results], rank, bias, per_host))
 
 
+@pytest.mark.parametrize("biases", [0, 1, 2])
+@pytest.mark.parametrize(("tokens", "per_host"), [([19, 8, 11, 9], 8), ([19, 8, 11, 9], 2), ([19, 8, 0, 9, 12], 2)])
+def test_numbers_that_cancel_tell_the_order_and_the_place_of_every_rounding(tokens, per_host, biases, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    ranks = len(tokens)
+    given = make_inputs(tokens, topk=10, experts=5 * ranks)  # nearly every token goes nearly everywhere
+    numbers = torch.tensor([2.0**26, -(2.0**26), 2.0**9, -(2.0**9), 3.0, 0.5])
+
+    def drawn(seed, rows):
+        generator = torch.Generator().manual_seed(seed)
+        return numbers[torch.randint(len(numbers), (rows, H), generator=generator)].bfloat16()
+
+    def rank_main(buffer):
+        x, *_, handle, _ = send(buffer, given[buffer.rank], experts=5 * ranks)
+        y = drawn(buffer.rank, len(x))
+        bias = [drawn(60 + 2 * buffer.rank + number, tokens[buffer.rank]) for number in range(biases)]
+        out = buffer.combine(y, handle, bias=(None, *bias[:1], tuple(bias))[biases])[0]
+        return y, bias, out
+
+    results = on_ranks(ranks, rank_main)
+    outputs = [y for y, _, _ in results]
+    for rank, (_, bias, out) in enumerate(results):
+        assert same_bits(out, summed(given, outputs, rank, bias, per_host, experts=5 * ranks))
+
+
+@pytest.mark.parametrize("per_host", [8, 2])
+def test_weights_of_any_column_are_added_up_over_ranks(per_host, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    given = make_inputs([5, 33, 12, 8])
+
+    def rank_main(buffer):
+        x, *_, handle, _ = send(buffer, given[buffer.rank])
+        mine = torch.tensor([1.0, 10.0, 100.0]) * 2**buffer.rank
+        return buffer.combine(x, handle, topk_weights=mine.repeat(len(x), 1))[1]
+
+    for rank, back in enumerate(on_ranks(4, rank_main)):
+        owners = torch.where(given[rank].topk_idx < 0, -1, given[rank].topk_idx // 3)
+        reach = torch.stack([(owners == other).any(1) * 2.0**other for other in range(4)], 1).sum(1, keepdim=True)
+        assert same_bits(back, reach * torch.tensor([1.0, 10.0, 100.0]))
+
+
 def test_tokens_that_went_nowhere_are_zero_or_their_bias():
     given = make_inputs([9])
 

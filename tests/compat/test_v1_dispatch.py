@@ -106,8 +106,11 @@ def test_a_fixed_number_of_rows_has_the_result_as_prefix_and_a_defined_tail(per_
         assert not weights[rows:].any()
         assert not x[rows:].view(torch.uint8).any()
         assert not scales[rows:].any()
-        (again, _), *_ = buffer.dispatch((q, torch.ones(len(q), 3)), handle=handle)
+        sources = handle[3 if per_host > 1 else -3]
+        assert len(sources) == 100  # so that combine takes as many
+        (again, other), *_ = buffer.dispatch((q, torch.full((len(q), 3), 2.0)), handle=handle)
         assert same_bits(again, x)
+        assert same_bits(other, scales * 2)
         y = torch.randn(100, H, generator=torch.Generator().manual_seed(buffer.rank)).bfloat16()
         return y, buffer.combine(y, handle)[0]
 
@@ -282,6 +285,10 @@ BAD = {
     "scales of other tokens": (
         {"x": (torch.zeros(9, H, dtype=torch.int8), torch.zeros(8, 1))}, RuntimeError, "8 rows for 9"),
     "alignment 0": ({"expert_alignment": 0}, RuntimeError, "expert_alignment"),
+    "weights without topk": ({"topk_idx": None}, RuntimeError, "both"),
+    "weights of other columns": ({"topk_weights": torch.zeros(9, K + 1)}, RuntimeError, "topk_weights"),
+    "indices of other tokens": ({"topk_idx": torch.zeros(8, K, dtype=torch.int64)}, RuntimeError, "topk_idx"),
+    "a triple of rows": ({"x": (torch.zeros(9, H),) * 3}, RuntimeError, "tuple of 3"),
     "streams": ({"allocate_on_comm_stream": True}, RuntimeError, "previous_event"),
 }  # fmt: skip
 
@@ -323,6 +330,29 @@ def test_counts_that_are_not_those_of_the_tokens_are_refused():
             buffer.dispatch(given[0].x, None, per_rank + 1, None, inside, per_expert)
 
     on_ranks(1, rank_main)
+
+
+@pytest.mark.parametrize("name", ["num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"])
+@pytest.mark.parametrize("how", ["dtype", "shape", "strides", "missing"])
+def test_each_part_of_a_layout_is_checked(name, how):
+    given = make_inputs([9, 9])[0]
+    spoil = {
+        "dtype": lambda one: one.long(),
+        "shape": lambda one: one[..., :0] if name == "num_tokens_per_expert" else one.repeat(*[1] * (one.dim() - 1), 2),
+        "strides": lambda one: one.repeat_interleave(2, -1)[..., ::2],
+        "missing": lambda one: None,
+    }[how]
+    error, text = (AssertionError, "get_dispatch_layout") if how == "missing" else (RuntimeError, "must be")
+
+    def rank_main(buffer):
+        per_rank, _, per_expert, inside, _ = buffer.get_dispatch_layout(given.topk_idx, E)
+        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": inside, "num_tokens_per_expert": per_expert}
+        routing = {"topk_idx": given.topk_idx, "topk_weights": given.topk_weights}
+        with pytest.raises(error, match=text):
+            buffer.dispatch(given.x, **layout | {name: spoil(layout[name])}, **routing)
+        buffer.dispatch(given.x, **layout, **routing)
+
+    on_ranks(2, rank_main)
 
 
 def test_more_rows_than_the_fixed_number_are_an_error_on_all_ranks():

@@ -391,3 +391,45 @@ def test_low_latency_calls_need_the_mode():
             low(buffer, given)
 
     on_ranks(1, rank_main)
+
+
+def test_what_is_under_way_when_the_buffer_ends_is_finished():
+    given = make_inputs([9, 24], hidden=H)
+
+    def rank_main(buffer):
+        x, count, handle, _, hook = low(buffer, given, use_fp8=False, return_recv_hook=True)
+        buffer.destroy()
+        hook()
+        check_rows(given, buffer.rank, x, count, handle, lambda row: row)
+        with pytest.raises(RuntimeError, match="destroyed"):
+            buffer.low_latency_combine(x, given[buffer.rank].topk_idx, given[buffer.rank].topk_weights, handle)
+
+    on_ranks(2, rank_main, **LL)
+
+
+def test_fifty_turns_of_everything_with_several_calls_under_way_give_the_same_bits():
+    given = make_inputs([9, 24, 0], hidden=H)
+
+    def turn(buffer, number):
+        mine, late = given[buffer.rank], bool(number % 2)
+        rows, *_, handle, event = send(buffer, mine, async_finish=late)
+        _, count, first, _, hook = low(buffer, given, use_fp8=number % 3 == 0, return_recv_hook=True)
+        y, _, second, low_event, _ = low(buffer, given, use_fp8=False, async_finish=True)
+        if late:
+            event.current_stream_wait()
+        out, _, _ = buffer.combine(rows, handle)
+        low_event.current_stream_wait()
+        summed, _, last = buffer.low_latency_combine(
+            apply_experts(buffer, y), mine.topk_idx, mine.topk_weights, second, return_recv_hook=True
+        )
+        hook()
+        last()
+        assert same_bits(summed, weighted(given, buffer.rank, mine.topk_weights))
+        return [rows, out, count, first[1], summed]
+
+    def rank_main(buffer):
+        expected = turn(buffer, 0)
+        for number in range(1, 50):
+            assert all(same_bits(a, b) for a, b in zip(turn(buffer, number), expected, strict=True))
+
+    on_ranks(3, rank_main, **LL)

@@ -82,6 +82,38 @@ def test_a_token_whose_experts_are_all_masked_is_zero():
     on_ranks(2, rank_main, **SHRINK)
 
 
+def test_masks_set_between_calls_hold_for_the_combine_and_for_several_dispatches_under_way():
+    given = make_inputs([9, 24, 5], hidden=H)
+    rested = threading.Barrier(3)
+
+    def begin(buffer):
+        mine = given[buffer.rank]
+        return buffer.low_latency_dispatch(
+            mine.x, mine.topk_idx, TMAX, E, use_fp8=False, return_recv_hook=True
+        )  # fmt: skip
+
+    def total(buffer, begun):
+        mine = given[buffer.rank]
+        return buffer.low_latency_combine(begun[0], mine.topk_idx, mine.topk_weights, begun[2])[0]
+
+    def rank_main(buffer):
+        begun = begin(buffer)
+        begun[4]()
+        if buffer.rank != 1:
+            buffer.low_latency_update_mask_buffer(1, True)
+            assert same_bits(total(buffer, begun), without(given, buffer.rank, [1]))
+            for _ in range(3):
+                several = [begin(buffer) for _ in range(3)]
+                for begun in reversed(several):
+                    begun[4]()
+                    assert same_bits(total(buffer, begun), without(given, buffer.rank, [1]))
+                    assert not (begun[2][1][:, 1] & 0xFFFFFFFF).any()
+        rested.wait(20)
+        return True
+
+    assert on_ranks(3, rank_main, **SHRINK) == [True] * 3
+
+
 def test_cleaning_takes_every_rank_in_again():
     given = make_inputs([9, 24], hidden=H)
 

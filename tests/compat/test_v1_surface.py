@@ -427,8 +427,11 @@ def test_events_wait_once_and_run_their_hook_once():
     with pytest.raises(AssertionError, match="synchronous"):
         event.current_stream_wait()
     captured = deep_ep.Buffer.capture()
+    captured.register_hook_after_wait(lambda: called.append("once"))
     captured.current_stream_wait()
+    assert captured.hook_after_wait is None
     captured.current_stream_wait()
+    assert called[2:] == ["once"]
     assert isinstance(captured.event, deep_ep.EventHandle)
 
 

@@ -188,7 +188,7 @@ REFUSED = {
     ),
     r"x must be \[T, H\]": (RuntimeError, lambda b, i: b.dispatch(i.x[0], i.idx, num_experts=8)),
     "scales must be": (RuntimeError, lambda b, i: b.dispatch((i.x, i.x), i.idx, num_experts=8)),
-    "expert_alignment must be positive": (RuntimeError, lambda b, i: dispatch(b, i, expert_alignment=0)),
+    "expert_alignment must be at least 1": (RuntimeError, lambda b, i: dispatch(b, i, expert_alignment=0)),
     "cumulative_local": (
         RuntimeError,
         lambda b, i: dispatch(b, i, cumulative_local_expert_recv_stats=torch.zeros(3).int()),

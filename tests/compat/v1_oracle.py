@@ -87,14 +87,19 @@ def rows_of(inputs: list[Inputs], rank: int, values: Callable[[Inputs], torch.Te
 
 
 def summed(
-    inputs: list[Inputs], outputs: list[torch.Tensor], rank: int, bias: list[torch.Tensor], per_host: int
+    inputs: list[Inputs],
+    outputs: list[torch.Tensor],
+    rank: int,
+    bias: list[torch.Tensor],
+    per_host: int,
+    experts: int = E,
 ) -> torch.Tensor:
     """Return combine's result: fp32, ascending ranks, one rounding; with several hosts one more a host."""
     ranks = len(inputs)
     hidden = outputs[0].shape[1]
     place = [
         {pair: row for row, pair in enumerate(zip(there.source, there.token, strict=True))}
-        for there in (arrival(inputs, owner) for owner in range(ranks))
+        for there in (arrival(inputs, owner, experts) for owner in range(ranks))
     ]
     out = torch.zeros(inputs[rank].x.shape[0], hidden, dtype=torch.bfloat16)
     for token in range(len(out)):

@@ -14,11 +14,12 @@ from anyep.compat.deep_ep import layout, normal, normal_sums
 from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert, refuse
 from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
-from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from anyep.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
+from anyep.config import nvshmem_qp_depth
 from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -68,7 +69,10 @@ class Buffer(LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Natives | None = Natives(rendezvous, heap_bytes=num_nvl_bytes + num_rdma_bytes)
-        self._context = normal.context_of(self.runtime, domain_of(self.group_size))
+        domain = domain_of(self.group_size)
+        if low_latency_mode or domain.crosses_hosts:
+            self.nvshmem_qp_depth = nvshmem_qp_depth()
+        self._context = normal.context_of(self.runtime, domain)
         self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
         self._local: dict[bool, torch.Tensor] = {}
@@ -189,6 +193,8 @@ class Buffer(LowLatencyCalls):
             num_worst_tokens,
             expert_alignment,
         )
+        if config is not None and not isinstance(config, Config):
+            raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
         channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
         return normal.dispatch(context, x, batch, channels, go_on=async_finish)
 
@@ -232,7 +238,4 @@ def _begin(
     check_torch_deterministic()
     if allocate_on_comm_stream:
         check_streams(previous_event, async_finish, allocate_on_comm_stream)
-    if previous_event is not None:
-        event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
-        if event is not None:
-            event.current_stream_wait()
+    wait_for(previous_event)

@@ -6,6 +6,7 @@ ours: they say what was expected and what came.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,6 +24,15 @@ def host_assert(condition: bool, text: str) -> None:
 def refuse(text: str) -> NoReturn:
     """Raise the RuntimeError of a host check."""
     raise RuntimeError(f"Assertion exception: {text}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """TypeError for what is no whole number (as upstream's binding), RuntimeError for less than ``least``."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    host_assert(number >= least, f"{name} must be at least {least}, got {number}")
 
 
 def check_torch_deterministic() -> None:
@@ -59,6 +69,7 @@ def check_dense(
         and (dtype is None or value.dtype == dtype)
         and _fits(value.shape, shape)
         and value.is_contiguous()
+        and not value.is_quantized
     ):
         return value
     return _explain(name, value, dtype, shape, legend)
@@ -83,6 +94,8 @@ def _explain(name: str, value: object, dtype: torch.dtype | None, shape: Sequenc
     if not _fits(value.shape, shape):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         refuse(f"{name} must be {legend} = [{wanted}], got {list(value.shape)}")
+    if value.is_quantized:
+        refuse(f"{name} must be plain numbers, got torch's {value.dtype}: pass {name}.int_repr()")
     refuse(f"{name} must be contiguous, got strides {value.stride()}")
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.compat.deep_ep.checks import check_device, host_assert
+from anyep.compat.deep_ep.checks import check_count, check_device, host_assert, refuse
 from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.events import wait_for
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -21,15 +21,6 @@ def check_event(previous_event: object, allocate_on_comm_stream: bool) -> None:
         return
     host_assert(allocate_on_comm_stream, "previous_event needs allocate_on_comm_stream=True: pass both, or neither")
     wait_for(previous_event)
-
-
-def wait_for(event: object) -> None:
-    """Wait for an EventHandle, or for the one in an EventOverlap; None is over."""
-    inner = event.event if isinstance(event, EventOverlap) else event
-    if isinstance(inner, EventHandle):
-        inner.current_stream_wait()
-    elif inner is not None:
-        raise TypeError(f"an event must be an EventHandle, as capture() returns, got {type(inner).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +63,7 @@ def agreed_terms(
     """Fill in what a dispatch leaves open, from its handle or the constructor; AssertionError where they differ."""
     num_experts, num_max_tokens, alignment, num_sms = asked[:4]
     if handle is not None:
+        host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")
         assert topk_idx is None, "topk_idx must be None when a handle is given: the handle has it"
         assert not asked.do_cpu_sync, (
             "the CPU need not wait with a handle, which knows the counts: leave do_cpu_sync out"
@@ -84,14 +76,17 @@ def agreed_terms(
     else:
         assert topk_idx is not None, "topk_idx must be given, or a handle that has it"
     assert num_experts is not None, "num_experts must be given where no handle has it"
-    host_assert(num_experts > 0, f"num_experts must be positive, got {num_experts}")
+    check_count("num_experts", num_experts, 1)
     if topk_idx is not None:
+        check_routing(topk_idx)
         num_sms = num_sms or automatic_num_sms(num_experts, topk_idx.shape[-1])
     alignment = 1 if alignment is None else alignment
-    host_assert(alignment > 0, f"expert_alignment must be positive, got {alignment}")
+    check_count("expert_alignment", alignment, 1)
+    num_max_tokens = default_max_tokens if num_max_tokens is None else num_max_tokens
+    check_count("num_max_tokens_per_rank", num_max_tokens, 0)
     return Terms(
         num_experts=num_experts,
-        num_max_tokens=default_max_tokens if num_max_tokens is None else num_max_tokens,
+        num_max_tokens=num_max_tokens,
         alignment=alignment,
         num_sms=num_sms,
         do_expand=asked.do_expand,
@@ -113,8 +108,9 @@ def check_tokens(
     terms: Terms,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return rows, scales and weights of a dispatch, contiguous but for the scales; RuntimeError as upstream's host."""
+    host_assert(not isinstance(x, tuple) or len(x) == 2, "x must be a tensor, or a pair of rows and scales")
     data, scales = x if isinstance(x, tuple) else (x, None)
-    check_device("x", data)
+    _check_tensor("x", data)
     _require(data.dim() == 2 and data.shape[1] > 0, "x must be [T, H] with at least one channel", data)
     num_tokens = data.shape[0]
     most = terms.num_max_tokens
@@ -123,7 +119,7 @@ def check_tokens(
         num_tokens == routing_shape[0], f"topk_idx must be [T, K] with T={num_tokens}, got {list(routing_shape)}"
     )
     if scales is not None:
-        check_device("the scales", scales)
+        _check_tensor("the scales", scales)
         _require(
             scales.dim() == 2 and scales.shape[0] == num_tokens and scales.itemsize == 4 and scales.shape[1] > 0,
             f"scales must be [T, packs] of 4-byte numbers with T={num_tokens}",
@@ -131,7 +127,7 @@ def check_tokens(
         )
         scales = scales.detach()
     if topk_weights is not None:
-        check_device("topk_weights", topk_weights)
+        _check_tensor("topk_weights", topk_weights)
         _require(
             topk_weights.dtype == torch.float32 and topk_weights.shape == routing_shape,
             "topk_weights must be float32, and of topk_idx's shape",
@@ -143,7 +139,7 @@ def check_tokens(
 
 def check_routing(topk_idx: torch.Tensor) -> torch.Tensor:
     """Return ``topk_idx`` [T, K], contiguous; RuntimeError for others."""
-    check_device("topk_idx", topk_idx)
+    _check_tensor("topk_idx", topk_idx)
     _require(topk_idx.dim() == 2 and topk_idx.shape[1] > 0, "topk_idx must be [T, K]", topk_idx)
     _require(topk_idx.dtype in INDEX_DTYPES, "topk_idx must be int64 (deep_ep.topk_idx_t) or int32", topk_idx)
     return topk_idx.contiguous()
@@ -152,6 +148,7 @@ def check_routing(topk_idx: torch.Tensor) -> torch.Tensor:
 def check_stats(stats: torch.Tensor | None, num_local_experts: int) -> None:
     """Check the counters that a dispatch adds to."""
     if stats is not None:
+        _check_tensor("cumulative_local_expert_recv_stats", stats)
         _require(
             stats.dtype == torch.int32 and list(stats.shape) == [num_local_experts],
             f"cumulative_local_expert_recv_stats must be int32 [{num_local_experts}]",
@@ -163,13 +160,13 @@ def check_outputs(
     x: torch.Tensor, handle: EPHandle, topk_weights: torch.Tensor | None, *, several_sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check what experts return, a row for each row of the batch, and return it contiguous."""
-    check_device("x", x)
+    _check_tensor("x", x)
     _require(x.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[1] > 0, "x must be bfloat16 [rows, H]", x)
     rows = handle.num_rows
     _require(x.shape[0] == rows, f"x must have the {rows} rows that were received with this handle", x)
     if topk_weights is None:
         return x.detach().contiguous(), None
-    check_device("topk_weights", topk_weights)
+    _check_tensor("topk_weights", topk_weights)
     host_assert(
         several_sums or not handle.do_expand,
         "topk_weights of an expanded batch need allow_multiple_reduction=True: leave them out",
@@ -194,7 +191,7 @@ def unpack_bias(bias: object, num_tokens: int, hidden: int) -> tuple[torch.Tenso
         if one is None:
             continue
         assert isinstance(one, torch.Tensor), f"bias must be a tensor or two, got {type(one).__name__}"
-        check_device("bias", one)
+        _check_tensor("bias", one)
         _require(
             one.dtype == torch.bfloat16 and list(one.shape) == [num_tokens, hidden],
             f"bias must be bfloat16 [{num_tokens}, {hidden}]",
@@ -202,6 +199,15 @@ def unpack_bias(bias: object, num_tokens: int, hidden: int) -> tuple[torch.Tenso
         )
         given.append(one.detach().contiguous())
     return tuple(given)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    """RuntimeError for what is no tensor of plain numbers in memory, Unavailable for other devices."""
+    check_device(name, value)
+    if not isinstance(value, torch.Tensor):
+        refuse(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_quantized or value.layout != torch.strided:
+        refuse(f"{name} must be plain numbers, got {value.dtype} of layout {value.layout}: pass them dense")
 
 
 def _require(holds: bool, rule: str, tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from anyep.compat.deep_ep import elastic_device, elastic_sizes
 from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
-from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats, wait_for
+from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats
 from anyep.compat.deep_ep.elastic_checked import (
     are_plain,
     check_combine,
@@ -26,7 +26,7 @@ from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
 from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.compat.deep_ep.events import EventHandle, EventOverlap
+from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from anyep.compat.deep_ep.native import Natives
 from anyep.errors import ClosedError, Unavailable
 from anyep.transport.rendezvous import find_rendezvous

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
-from anyep.compat.deep_ep.elastic_landing import served_rows
+from anyep.compat.deep_ep.elastic_landing import checked_metadata, served_rows
 from anyep.compat.deep_ep.elastic_routes import native_handle, rows_by_expert, static_rows_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle, rows_without_gaps
 from anyep.compat.deep_ep.ep_handle import EPHandle
@@ -58,7 +58,8 @@ def combine(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHand
     places = places_from_handle(handle, context.num_ranks)
     y, weights = outputs.x, outputs.topk_weights
     if kind.do_expand or weights is not None:
-        served = served_rows(handle.recv_src_metadata[: handle.num_valid_tokens], places)
+        num_valid = int(native.pair_rows[:, context.number].sum())
+        served = served_rows(checked_metadata(handle, num_valid), places)
         if weights is not None:
             weights = _owned_weights(context, weights, served, native.num_rows)
     if kind.do_expand:

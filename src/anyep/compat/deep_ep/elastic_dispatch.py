@@ -10,7 +10,7 @@ import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.elastic_fields import Late, Origin, describe_rows, expanded_rows
-from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Rows, Tokens, fill_room, room_for
+from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Rows, Tokens, checked_metadata, fill_room, room_for
 from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle, places_of
 from anyep.compat.deep_ep.ep_handle import EPHandle
@@ -71,7 +71,8 @@ def dispatch_again(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, 
         return _landed(plan, received, handle)
     expanded = handle.num_expanded_tokens if plan.terms.do_expand else 0
     room = room_for(plan, tokens, received, handle.num_recv_tokens, expanded, places)
-    fill_room(context, plan, room, received, handle.recv_src_metadata if plan.terms.do_expand else None)
+    metadata = checked_metadata(handle, received.x.shape[0]) if plan.terms.do_expand else None
+    fill_room(context, plan, room, received, metadata)
     return room.rows(), room.topk_idx, room.topk_weights, handle, EventOverlap()
 
 
@@ -106,7 +107,9 @@ def begin_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens) -> 
 def begin_again(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, handle: EPHandle) -> Dispatched:
     """As :func:`dispatch_again`, but return at once."""
     native, places = native_handle(context, handle, plan.native), places_from_handle(handle, context.num_ranks)
-    metadata = handle.recv_src_metadata if plan.terms.do_expand else None  # waits for the first, if that goes on
+    metadata = None
+    if plan.terms.do_expand:  # waits for the first, if that goes on
+        metadata = checked_metadata(handle, int(native.pair_rows[:, context.number].sum()))
     context.natives.make_room()
     pending = plan.native.dispatch(_wired(context, plan, tokens), handle=native, wait=False)
     landing = pending.targets

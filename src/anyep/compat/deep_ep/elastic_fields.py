@@ -17,6 +17,7 @@ from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.layout import tensor_on
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
 
@@ -100,11 +101,6 @@ def _aligned(origin: Origin) -> NDArray[np.int32]:
     return counts_L if alignment == 1 else -(-counts_L // alignment) * alignment
 
 
-def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
-    """Return a tensor on the array; of an empty one numpy's strides are no good for views."""
-    return torch.from_numpy(array) if array.size else torch.empty(array.shape, dtype=torch.int32, device="cpu")
-
-
 def _topk_idx(origin: Origin) -> torch.Tensor:
     return origin.native.topk_idx().clone()
 
@@ -154,7 +150,7 @@ def _slots(origin: Origin) -> torch.Tensor:
         context.number * terms.num_max_tokens,
         slots_TK.__array_interface__["data"][0],
     )
-    return _tensor(slots_TK)
+    return tensor_on(slots_TK)
 
 
 def _announced(origin: Origin) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from anyep.compat.deep_ep.checks import refuse
 from anyep.compat.deep_ep.elastic_arguments import Terms
 from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.elastic_fields import slab_starts
 from anyep.compat.deep_ep.elastic_rows import empty_scales, fill_rows, scatter_rows
-from anyep.compat.deep_ep.ep_handle import HandleKind
+from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.exchange.calls import Calls
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Received
@@ -166,3 +167,22 @@ def _addresses(scales: torch.Tensor | None) -> tuple[int, int, int]:
 def served_rows(metadata: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     """Return the row of the batch in which each column of each row of the exchange is served, int32 [N, K], or -1."""
     return (metadata if places is None else metadata[places])[:, 2:].contiguous()
+
+
+def checked_metadata(handle: EPHandle, num_rows: int) -> torch.Tensor:
+    """Return ``recv_src_metadata`` of the N rows that were received: loops write where it points, and callers may too.
+
+    RuntimeError where fields do not fit together.
+    """
+    metadata, width, rows = handle.recv_src_metadata, handle.kind.num_topk + 2, handle.num_rows
+    if not isinstance(metadata, torch.Tensor) or metadata.dtype != torch.int32 or metadata.dim() != 2:
+        refuse("a handle's recv_src_metadata must be an int32 tensor [N, K + 2]")
+    if metadata.shape[0] < num_rows or metadata.shape[1] != width:
+        refuse(f"a handle's recv_src_metadata must be [{num_rows}, {width}], got {list(metadata.shape)}")
+    if handle.num_valid_tokens != num_rows:
+        told = handle.num_valid_tokens
+        refuse(f"psum_num_recv_tokens_per_scaleup_rank ends with {told}, but {num_rows} tokens were received")
+    metadata = metadata[:num_rows]
+    if num_rows and int(metadata[:, 2:].max()) >= rows:
+        refuse(f"a handle's recv_src_metadata names rows from {rows} on, which the batch does not have")
+    return metadata

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from anyep.compat.deep_ep.checks import refuse
+
 _set = object.__setattr__
 FIELDS = (
     "do_expand",
@@ -158,7 +160,10 @@ class EPHandle:
         known = self._kind
         if known is not None:
             return known
-        num_tokens, num_topk = self.topk_idx.shape
+        idx = self.topk_idx
+        if not isinstance(idx, torch.Tensor) or idx.dim() != 2:
+            refuse("a handle's topk_idx must be a tensor [T, K]: it says where tokens went")
+        num_tokens, num_topk = idx.shape
         return HandleKind(
             num_experts=self.num_experts,
             num_max_tokens_per_rank=self.num_max_tokens_per_rank,

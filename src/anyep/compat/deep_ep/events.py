@@ -89,3 +89,12 @@ class EventOverlap:
         release, self._release_at_exit = self._release_at_exit, False
         if self.event is not None:
             self.current_stream_wait(release_handle=release)
+
+
+def wait_for(event: object) -> None:
+    """Wait for an EventHandle, or for the one in an EventOverlap; None is over. TypeError for others."""
+    inner = event.event if isinstance(event, EventOverlap) else event
+    if isinstance(inner, EventHandle):
+        inner.current_stream_wait()
+    elif inner is not None:
+        raise TypeError(f"an event must be what capture() returns, got {type(inner).__name__}")

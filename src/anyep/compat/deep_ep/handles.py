@@ -14,13 +14,11 @@ import torch
 
 from anyep.compat.deep_ep.checks import check_host, refuse
 from anyep.compat.deep_ep.domains import Domain
-from anyep.compat.deep_ep.layout import loops, made
+from anyep.compat.deep_ep.layout import loops, made, tensor_on
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.native import Kept, Natives
 from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, KEY, recalled
 from anyep.compat.deep_ep.underway import Underway
-
-_META_BYTES = 8
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +63,7 @@ def _sent(kept: Kept, ranks: int) -> torch.Tensor:
     sent = np.zeros((len(ranks_TW), ranks), np.bool_)
     token, entry = np.nonzero(ranks_TW >= 0)
     sent[token, ranks_TW[token, entry]] = True
-    return torch.from_numpy(sent)
+    return tensor_on(sent)
 
 
 def _numbered(inside: torch.Tensor, group: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +90,7 @@ def _intranode(kept: NormalKept) -> tuple[Any, ...]:
     return (
         kept.natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
         prefix,
-        torch.from_numpy(_starts(kept, token, kept.ep.rank, channels)),
+        tensor_on(_starts(kept, token, kept.ep.rank, channels)),
         token,
         kept.inside,
         head,
@@ -127,7 +125,7 @@ def _internode(kept: NormalKept) -> tuple[Any, ...]:
         torch.from_numpy(np.cumsum(host_ends_HC[:, -1], dtype=np.int32)),
         torch.from_numpy(starts_RC + (ends_R - rows_R)[:, None].astype(np.int32)),
         kept.natives.keep(ends_R, kept),
-        torch.from_numpy(meta).view(torch.uint8).view(len(token), _META_BYTES),
+        tensor_on(meta.view(np.uint8)),
         host_head,
-        torch.from_numpy(nvl_head),
+        tensor_on(nvl_head),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 
-from anyep.compat.deep_ep.checks import host_assert
+from anyep.compat.deep_ep.checks import check_count, host_assert
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.indices import check_topk_idx, widened
 
@@ -71,11 +72,16 @@ def count_on_device(topk_idx: torch.Tensor, num_experts: int, domain: Domain) ->
 
 
 def _check_experts(num_experts: int, ranks: int) -> None:
-    host_assert(
-        num_experts > 0 and num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}"
-    )
+    check_count("num_experts", num_experts, 1)
+    host_assert(num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}")
 
 
 def made(*shape: int) -> torch.Tensor:
     """Return an int32 tensor with any content."""
     return torch.empty(shape, dtype=torch.int32, device="cpu")
+
+
+def tensor_on(array: NDArray[Any]) -> torch.Tensor:
+    """Return a tensor on the array; of an empty one, whose strides torch cannot view, a new tensor."""
+    tensor = torch.from_numpy(array)
+    return tensor if array.size else torch.empty(array.shape, dtype=tensor.dtype, device="cpu")

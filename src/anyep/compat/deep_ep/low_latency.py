@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import anyep
 from anyep.compat.deep_ep import indices
-from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
+from anyep.compat.deep_ep.checks import check_count, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
 from anyep.compat.deep_ep.masks import Masks
@@ -114,7 +114,9 @@ class Request(NamedTuple):
         most_tokens, experts = self.most_tokens, self.num_experts
         rows = check_dense("x", self.x, torch.bfloat16, [None, None], "[T, H]")
         indices.check_topk_idx(self.topk_idx, rows.size(0))
-        if experts <= 0 or experts % num_ranks:
+        check_count("num_max_dispatch_tokens_per_rank", most_tokens, 0)
+        check_count("num_experts", experts, 1)
+        if experts % num_ranks:
             refuse(f"num_experts={experts} must be a multiple of R={num_ranks}")
         if rows.size(0) > most_tokens:
             refuse(f"x has {rows.size(0)} tokens, more than num_max_dispatch_tokens_per_rank={most_tokens}")

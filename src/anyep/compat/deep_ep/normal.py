@@ -8,7 +8,7 @@ import torch
 
 import anyep
 from anyep.compat.deep_ep import indices
-from anyep.compat.deep_ep.checks import check_dense, check_device, check_host, host_assert, refuse
+from anyep.compat.deep_ep.checks import check_count, check_dense, check_device, check_host, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.handles import NormalHandle, NormalKept, find_handle
@@ -115,8 +115,8 @@ def check_batch(x: Rows, domain: Domain, batch: Batch) -> None:
     experts = check_dense("num_tokens_per_expert", batch.num_tokens_per_expert, torch.int32, [None], "[E]").size(0)
     if experts <= 0 or experts % ranks:
         refuse(f"the number of experts, {experts}, must be a multiple of R={ranks}")
-    if batch.alignment < 1:
-        refuse(f"expert_alignment must be at least 1, got {batch.alignment}")
+    check_count("expert_alignment", batch.alignment, 1)
+    check_count("num_worst_tokens", batch.worst_tokens, 0)
     has_idx, has_weights = batch.topk_idx is not None, batch.topk_weights is not None
     host_assert(has_idx == has_weights, "pass both topk_idx and topk_weights, or neither")
     if has_idx:
