@@ -50,10 +50,13 @@ def check_device(name: str, value: object) -> None:
         raise Unavailable(f"{name} is on {value.device}, and CPU and CUDA tensors are exchanged: pass {name}.cpu()")
 
 
-def check_host(what: str, device: str | None) -> None:
+def check_not_on_device(what: str, device: str | None) -> None:
     """Raise Unavailable for what a buffer of CUDA tensors cannot do yet."""
     if device is not None:
-        raise Unavailable(f"{what} goes with CPU tensors so far, and this buffer exchanges those of {device}")
+        raise Unavailable(
+            f"{what} goes with CPU tensors so far, and this buffer exchanges those of {device}: "
+            "make another Buffer for it, and pass that one CPU tensors"
+        )
 
 
 def check_dense(

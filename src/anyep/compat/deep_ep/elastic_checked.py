@@ -71,14 +71,14 @@ def check_dispatch(
     """Check a dispatch's tensors and return the buffer that moves such rows. RuntimeError."""
     idx = None if topk_idx is None else check_routing(topk_idx)
     kind = _kind_of_new(context, idx, terms) if handle is None else handle.kind
-    context.natives.settle_on(x)
-    if context.natives.device is not None:
-        check_on_device(context, expands=terms.do_expand)
     rows, scales, weights = check_tokens(x, (kind.num_tokens, kind.num_topk), topk_weights, terms)
     host_assert(
         terms.num_experts % context.num_ranks == 0,
         f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {context.num_ranks}",
     )
+    context.natives.settle_on(x)  # for good: behind all checks
+    if context.natives.device is not None:
+        check_on_device(context, expands=terms.do_expand)
     packs = 0 if scales is None else scales.shape[1]
     columns, dtype = _beside(scales, weights)
     wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anyep.compat.deep_ep.checks import check_host
+from anyep.compat.deep_ep.checks import check_not_on_device
 from anyep.compat.deep_ep.elastic_combine import Outputs, Sums
 from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.elastic_dispatch import Dispatched
@@ -42,7 +42,7 @@ class OriginOnDevice:
         """Return a field. Unavailable for those that only the host's memory has."""
         maker = _MAKERS.get(name)
         if maker is None:
-            check_host(f"the field {name} of a handle", self.context.natives.device)
+            check_not_on_device(f"the field {name} of a handle", self.context.natives.device)
         assert maker is not None
         return maker(self)
 
@@ -80,9 +80,9 @@ _MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
 def check_on_device(context: ElasticContext, *, expands: bool) -> None:
     """Raise Unavailable for batches that are not laid out on a device yet."""
     if expands:
-        check_host("an expanded batch", context.natives.device)
+        check_not_on_device("an expanded batch", context.natives.device)
     if context.num_scaleup < context.num_ranks:
-        check_host("a buffer whose ranks are several hosts", context.natives.device)
+        check_not_on_device("a buffer whose ranks are several hosts", context.natives.device)
 
 
 def dispatch_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, *, go_on: bool) -> Dispatched:
@@ -135,7 +135,7 @@ def combine(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHand
     """Bring the experts' outputs back and sum them by their columns."""
     origin = handle.source
     if not isinstance(origin, OriginOnDevice):
-        check_host("a handle that is not the one which dispatch returned", context.natives.device)
+        check_not_on_device("a handle that is not the one which dispatch returned", context.natives.device)
     assert isinstance(origin, OriginOnDevice)
     native, weights = native_handle(context, handle, ep), outputs.topk_weights
     y = outputs.x

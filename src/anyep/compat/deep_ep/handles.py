@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import check_host, refuse
+from anyep.compat.deep_ep.checks import check_not_on_device, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.layout import loops, made, tensor_on
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
@@ -23,7 +23,7 @@ from anyep.compat.deep_ep.underway import Underway
 
 @dataclass(eq=False, slots=True)
 class NormalKept(Kept):
-    """What a handle's members are made from besides: the dispatch's own records, which no caller can write to."""
+    """What a handle's members are made from besides: the dispatch's own records; only ``inside`` is the caller's."""
 
     natives: Natives
     token: torch.Tensor | None
@@ -42,7 +42,7 @@ class NormalHandle(LazyTuple):
     origin: NormalKept
 
     def _make(self) -> tuple[Any, ...]:
-        check_host("looking at the members of a dispatch's handle", self.origin.natives.device)
+        check_not_on_device("looking at the members of a dispatch's handle", self.origin.natives.device)
         if self.origin.underway is not None:
             self.origin.underway.wait()
         return (_intranode if len(self) == INTRANODE else _internode)(self.origin)

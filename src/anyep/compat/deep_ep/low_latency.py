@@ -34,7 +34,7 @@ _LAYOUT_RANGE = 1
 
 @dataclass(eq=False, slots=True)
 class LowLatencyKept(Kept):
-    """The same for low latency, whose dispatch may still be under way."""
+    """What a low-latency handle's members are made from; its dispatch may still be under way."""
 
     natives: Natives
     token: torch.Tensor | None

@@ -8,7 +8,7 @@ import torch
 
 import anyep
 from anyep.compat.deep_ep import indices
-from anyep.compat.deep_ep.checks import check_count, check_dense, check_device, check_host, host_assert, refuse
+from anyep.compat.deep_ep.checks import check_count, check_dense, check_device, check_not_on_device, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.handles import NormalHandle, NormalKept, find_handle
@@ -129,8 +129,8 @@ def check_batch(x: Rows, domain: Domain, batch: Batch) -> None:
 def _checked(context: NormalContext, x: Any, batch: Batch) -> Calls:
     """Check a batch and return the buffer that sends it."""
     rows, wire = check_rows(x)
-    context.natives.settle_on(rows)
     check_batch(rows, context.domain, batch)
+    context.natives.settle_on(rows)  # for good: behind all checks
     topk = context.domain.num_ranks if batch.topk_idx is None else batch.topk_idx.size(1)
     experts = batch.num_tokens_per_expert.size(0)
     ep = context.natives.variant(experts, wire, topk, static_rows=batch.worst_tokens or None)
@@ -146,7 +146,7 @@ def dispatch(context: NormalContext, x: Any, batch: Batch, channels: int, *, go_
     ep = natives.checked.get(batch.key(x)) or _checked(context, x, batch)
     experts, expert_rows = batch.num_tokens_per_expert.size(0), None
     if idx is None:
-        check_host("a dispatch without topk_idx", natives.device)
+        check_not_on_device("a dispatch without topk_idx", natives.device)
         idx, expert_rows = ranks_as_experts(batch.is_token_in_rank, experts), batch.num_tokens_per_expert
     elif idx.itemsize < 4:
         idx = indices.widened(idx)
@@ -231,7 +231,12 @@ def _check_counts(natives: Natives, native: Handle, given: torch.Tensor) -> None
     """RuntimeError where the caller's counts are not those of the rows that went out; a GPU's nobody waits for."""
     if natives.device is not None:
         return
-    plan, given = native.send, given if given.is_cpu else given.cpu()
+    if not given.is_cpu:
+        where = given.device
+        refuse(
+            f"num_tokens_per_rank is on {where}, and this buffer exchanges CPU tensors: pass num_tokens_per_rank.cpu()"
+        )
+    plan = native.send
     if not natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), 4 * given.size(0)):
         sent = plan.numbers("rank_rows").tolist()
         refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {sent}")

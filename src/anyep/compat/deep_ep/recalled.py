@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import check_dense, check_host, refuse
+from anyep.compat.deep_ep.checks import check_dense, check_not_on_device, refuse
 from anyep.compat.deep_ep.native import Kept, Natives, ask_everybody
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
@@ -30,7 +30,7 @@ _NOTHING = carrying_wire(torch.uint8, 1, 0, torch.float32)
 
 def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
     """Return what a dispatch kept whose handle had such members. RuntimeError for what are none."""
-    check_host("a handle that is not the one which dispatch returned", natives.device)
+    check_not_on_device("a handle that is not the one which dispatch returned", natives.device)
     key = members[KEY[len(members)]]
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int32:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
@@ -91,6 +91,6 @@ def _by_asking(natives: Natives, members: tuple[Any, ...]) -> Kept:
 
 def ask_for_blocks(natives: Natives, topk_idx: torch.Tensor, most_tokens: int, num_experts: int) -> Handle:
     """Return a low-latency dispatch's handle, from where tokens went: all ranks tell each other again."""
-    check_host("a handle that is not the one which low_latency_dispatch returned", natives.device)
+    check_not_on_device("a handle that is not the one which low_latency_dispatch returned", natives.device)
     ep = natives.variant(num_experts, _NOTHING, topk_idx.size(1), max_tokens=most_tokens)
     return ask_everybody(ep, topk_idx, "padded")
