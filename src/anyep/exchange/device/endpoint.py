@@ -11,6 +11,7 @@ from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
+from anyep.exchange.device.slots import Slots
 from anyep.exchange.endpoint import Endpoint
 from anyep.layout.regions import MemoryAccount
 
@@ -25,6 +26,8 @@ class DeviceEndpoint(Endpoint):
     order: Order
     boards: Boards
     reach: Reach
+    padded_slots: Slots | None
+    """where rows of padded batches arrive with their announcement; None: they go to their final place later"""
     base_addr: int
     """int64 [R] on the device: what places of a rank are counted from"""
     account: MemoryAccount

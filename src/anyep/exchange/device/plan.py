@@ -86,6 +86,12 @@ class DevicePlan(SendPlan):
         begin = self.summary_addr + 4 * self.first_behind
         return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
 
+    def compact_entries(self, end: DeviceEndpoint) -> tuple[int, int]:
+        """Return where ranks and slots of entries lie that name each rank once a token; 0 where nobody needs them."""
+        if end.padded_slots is None or not self.geometry.padded:
+            return 0, 0
+        return self.compact_rank_addr, self.compact_slot_addr
+
     def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
         shape = (2, self.geometry.shape.num_local, self.num_ranks)
@@ -152,6 +158,7 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
         plan.weights_addr,
         plan.entry_rank_addr,
         plan.entry_slot_addr,
+        *plan.compact_entries(end),
     )
     return plan
 
