@@ -181,6 +181,29 @@ def test_slots_that_do_not_fit_are_refused_with_the_account():
         anyep.local_group(R).run(rank_main)
 
 
+def test_where_one_rank_finds_no_room_all_are_told(monkeypatch):
+    """Ranks that share a device may each have seen the same free memory."""
+    empty, area = torch.empty, device_account(BufferOptions(**SIZES, device="cuda", kernels="gpu"), R, 0).eager_bytes
+    taken = []
+
+    def one_fits(shape, **options):
+        if shape == (area,):
+            taken.append(shape)
+            if len(taken) == 2:
+                raise torch.OutOfMemoryError("no more")
+        return empty(shape, **options)
+
+    monkeypatch.setattr(torch, "empty", one_fits)
+
+    def rank_main(member):
+        with pytest.raises(CapacityError, match=r"GiB free, too little for .*This one: .* of eager slots"):
+            anyep.Buffer(member, **SIZES, device="cuda", timeout_s=5)
+        return True
+
+    with pretended(PretendDevice()):
+        assert anyep.local_group(R, timeout_s=20).run(rank_main) == [True] * R
+
+
 def test_explain_says_when_rows_leave():
     def rank_main(member):
         with anyep.Buffer(member, **SIZES, device="cuda") as ep:

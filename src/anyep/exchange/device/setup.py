@@ -135,7 +135,7 @@ def _on_device(
     device, reach, ranks = ground.device, ground.reach, rendezvous.size
     boards = Boards(device, reach, ranks, base.placement.num_experts, options.ring)
     boards.meet(rendezvous.rank, addresses(rendezvous, reach, reach.place(boards.memory)))
-    slots = _slots_on(ground, rendezvous, options)
+    slots = _slots_on(ground, rendezvous, options, account)
     faults = Faults(device, ground.stream, _limits(options, ranks), ranks)
     order = order_on(ground, rendezvous, boards, faults, options.timeout_s)
     owner, local = (
@@ -169,13 +169,20 @@ def _on_device(
     return endpoint
 
 
-def _slots_on(ground: Ground, rendezvous: Rendezvous, options: BufferOptions) -> Slots | None:
-    rule = slot_rule(options, rendezvous.size)
+def _slots_on(ground: Ground, rendezvous: Rendezvous, options: BufferOptions, account: MemoryAccount) -> Slots | None:
+    """Make slots, if there shall be any. Collective; CapacityError on every rank where one has no room."""
+    rule, reach = slot_rule(options, rendezvous.size), ground.reach
     if not rule.slot_bytes:
         return None
-    slots = Slots(ground.device, ground.reach, rendezvous.size, rule, options)
-    slots.meet(rendezvous.rank, addresses(rendezvous, ground.reach, ground.reach.place(slots.memory)))
-    return slots
+    made: list[Slots] = []
+
+    def act() -> int | None:
+        made.append(Slots(ground.device, reach, rendezvous.size, rule, options, account.__str__))
+        return reach.place(made[0].memory)
+
+    places = together(rendezvous, act, what="make its buffer")
+    made[0].meet(rendezvous.rank, [base + place for base, place in zip(reach.base_R, places, strict=True)])
+    return made[0]
 
 
 def _most_words(placement: Placement, rank: int) -> int:

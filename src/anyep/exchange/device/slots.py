@@ -2,12 +2,14 @@
 
 A *slot* holds what one source sends one receiver in one operation: compact rows, each token once, of which the receiver
 makes the rows of its experts' blocks (``second_half``). As no rank knows the others' counts when it sends, a slot has
-room for all of a rank's tokens, and places are known from the start. What a reader finds there is safe as boards are: a
-rank comes round to a slot again when all have begun an operation after the one that read it.
+room for all of a rank's tokens, and places are known from the start. Rows are not written over before they are read: a
+rank comes round to a slot again when all ranks have launched the end of the operation that read it, which on streams of
+their own all wait for (``concurrent``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,18 +56,26 @@ class Slots:
     of them: each receiver adds where that rank's slot lies (``receiving_addr``), and has the address of every part.
     """
 
-    def __init__(self, device: Device, reach: Reach, num_ranks: int, rule: SlotRule, options: BufferOptions) -> None:
+    def __init__(
+        self,
+        device: Device,
+        reach: Reach,
+        num_ranks: int,
+        rule: SlotRule,
+        options: BufferOptions,
+        account: Callable[[], object],
+    ) -> None:
+        """Raise CapacityError with ``account()`` where the device has no room."""
         self._device = device
         self._num_ranks = num_ranks
         self._ring = options.ring
         self._slot_bytes = rule.slot_bytes
-        self.reason = rule.reason
         parts = _part_bytes(options.row_bytes(), options.max_tokens_per_rank)
         starts = [sum(aligned(part) for part in parts[:number]) for number in range(NUM_PLACES)]
         x, scales, idx, weights, token = (start if part else NOWHERE for start, part in zip(starts, parts, strict=True))
         self.places = x, scales, idx, weights, token
         num_bytes = self._ring * num_ranks * rule.slot_bytes
-        self.memory = reach.room((num_bytes,), torch.uint8, lambda: "slots")
+        self.memory = reach.room((num_bytes,), torch.uint8, account)
 
     def meet(self, rank: int, first_addr_R: list[int]) -> None:
         """Learn where every rank's slots begin."""
