@@ -203,3 +203,23 @@ def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(mon
         went_on.wait(30)
 
     on_ranks(3, rank_main, **SHRINK)
+
+
+def test_between_hosts_masks_are_refused_and_stay_as_they_were(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+
+    def rank_main(member):
+        buffer = deep_ep.Buffer(member, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(member.rank)).bfloat16()
+        idx = torch.tensor([[0, 5]] * 4)
+        _, before, *_ = buffer.low_latency_dispatch(x, idx, 4, 8, use_fp8=False)
+        with pytest.raises(anyep.Unavailable, match="one host"):
+            buffer.low_latency_update_mask_buffer((buffer.rank + 1) % 4, True)
+        status = torch.ones(4, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert not status.any()
+        _, after, *_ = buffer.low_latency_dispatch(x, idx, 4, 8, use_fp8=False)
+        assert torch.equal(before, after)
+        buffer.destroy()
+
+    anyep.local_group(4).run(rank_main)

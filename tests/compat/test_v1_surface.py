@@ -191,6 +191,18 @@ def test_the_low_latency_hint_is_that_of_upstream():
     assert hint(128, 7168, 8, 288) % 128 == 0
 
 
+def test_a_config_answers_hints_and_shows_nothing_else():
+    assert {name for name in dir(deep_ep.Config()) if not name.startswith("_")} == {
+        "get_nvl_buffer_size_hint",
+        "get_rdma_buffer_size_hint",
+    }
+
+
+def test_calls_between_hosts_have_names_of_their_own():
+    assert deep_ep.Buffer.internode_dispatch is deep_ep.Buffer.dispatch
+    assert deep_ep.Buffer.internode_combine is deep_ep.Buffer.combine
+
+
 def test_known_rank_counts_have_configs_and_others_are_assertions():
     for ranks in (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160):
         assert isinstance(deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Config)

@@ -50,8 +50,14 @@ def play_cases(group, rank, engine, ranks_per_host, straight_bytes, chosen):
     return outcomes, told
 
 
-TOPOLOGIES = {"2x2": ((17, 0, 40, 9), 2), "3x1": ((17, 0, 40), 1), "3+3+1": ((5, 40, 0, 7, 30, 1, 20), 3)}
-QUICK = {("2x2", 0), ("3x1", 1 << 20), ("3+3+1", 1 << 20)}
+TOPOLOGIES = {
+    "2x2": ((17, 0, 40, 9), 2),
+    "2x4": ((5, 40, 0, 7, 30, 1, 20, 0), 4),
+    "3x1": ((17, 0, 40), 1),
+    "3x2+1": ((5, 40, 0, 7, 30, 1, 20), 2),
+    "3+3+1": ((5, 40, 0, 7, 30, 1, 20), 3),
+}
+QUICK = {("2x2", 0), ("3x1", 1 << 20), ("3x2+1", 0)}
 WAYS = [
     pytest.param(
         *TOPOLOGIES[name], straight, id=f"{name}-{way}", marks=() if (name, straight) in QUICK else pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from anyep.errors import CapacityError, ClosedError, PeerLost, PeerTimeout
 from anyep.machine import linux, room
 from anyep.testing.processes import RankProcesses
-from anyep.transport import shared
+from anyep.transport import waiting
 from anyep.transport.base import Lane
 from anyep.transport.inprocess import InProcessTransport, local_group
 from tests.transport import ranks
@@ -282,7 +282,7 @@ def test_words_of_any_strides_are_sent():
 def test_without_futexes_waits_nap():
     def work(member):
         transport = open_on(member, timeout_s=0.5)
-        transport._sleeps = False
+        transport._waiter.sleeps = False
         assert "no futex here" in transport.describe()["waits"]
         rng = np.random.default_rng(member.rank)
         for epoch in range(100):
@@ -356,7 +356,7 @@ def test_a_dead_peers_message_counts(monkeypatch):
     """Found gone and found missing, but its message came in between: no error."""
     group = local_group(2)
     transports = group.run(open_on)
-    real = shared._departures
+    real = waiting.departures_of
 
     def late(signals, opened):
         departures = real(signals, opened)
@@ -367,7 +367,7 @@ def test_a_dead_peers_message_counts(monkeypatch):
         return departures
 
     transports[0].post(LANES[0], 0, np.zeros((2, 1), np.int64))
-    monkeypatch.setattr(shared, "_departures", late)
+    monkeypatch.setattr(waiting, "departures_of", late)
     assert transports[0].wait(LANES[0], 0, "late")[:, 0].tolist() == [0, 1]
     transports[0].close()
 

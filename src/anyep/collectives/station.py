@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from anyep.errors import ClosedError, PeerError, PeerTimeout
+from anyep.errors import ClosedError
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.inprocess import Member
+from anyep.transport.liveness import blame_for
 from anyep.transport.registry import check_name, open_transport
 from anyep.transport.rendezvous import find_rendezvous
 from anyep.transport.together import together
@@ -99,7 +100,7 @@ class Station:
         if error is None:
             self.close()
         else:
-            self._end(_blame(error, self.rank))
+            self._end(blame_for(error, self.rank))
 
     def __del__(self) -> None:
         if not self._closed:
@@ -137,7 +138,7 @@ class Station:
         except BaseException as error:
             if self._broken is None:
                 self._broken = error
-                self._transport.leave(_blame(error, self.rank))
+                self._transport.leave(blame_for(error, self.rank))
             raise
 
     @contextmanager
@@ -172,13 +173,6 @@ class Station:
 def place_words(block: Block) -> list[int]:
     """Return what peers have to know to find a block: segment and offset."""
     return [block.place.segment, block.place.offset]
-
-
-def _blame(error: BaseException, rank: int) -> Blame:
-    """Whom a rank that ends with this error blames: those its error names, or itself."""
-    if isinstance(error, PeerError):
-        return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout))
-    return Blame(ranks=(rank,), timeout=False)
 
 
 def _check_timeout(timeout_s: object) -> None:

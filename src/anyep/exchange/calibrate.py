@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
+from anyep.exchange.desk import Lanes
 from anyep.exchange.eager import EagerRule
-from anyep.exchange.endpoint import Lanes
 from anyep.kernels.spec import KernelSet
 from anyep.transport.base import Block, Transport, Words
 

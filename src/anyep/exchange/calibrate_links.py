@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from anyep.exchange.courier import Part, carry
-from anyep.exchange.endpoint import Lanes
+from anyep.exchange.desk import Lanes
 from anyep.exchange.straight import StraightIn, StraightOut
 from anyep.exchange.straight_rule import StraightRule, most_bytes_for
 from anyep.transport.base import Words
@@ -27,8 +27,9 @@ _RATE_BYTES, _LEAST_BYTES = 1 << 20, 64 << 10
 """Cross from each rank when the rate is measured, once: more than links and their queues let pass at first; and to each
 host at least."""
 _FORWARDING_S = 300e-6
-"""What a forwarder does for a small batch of one source, besides copying it: route it, find its places, say done. It is
-the same code whatever the link (docs/log.md)."""
+"""What a forwarder does for a small batch of one source: route it, find its places, write it, say done. It is the same
+code whatever the link. Measured, hosts of 1, 2 and 4 ranks: 100 us for a token, 230 to 480 for 8 and 32, of its own
+time 215 to 270 (docs/log.md)."""
 _BEFORE = -1
 """Stands for an operation in the tags of these messages."""
 NUM_EPOCHS = 2 * _ROUNDS * _TURNS + 1

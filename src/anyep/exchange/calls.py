@@ -264,7 +264,6 @@ class Calls:
         :attr:`Received.source_token` comes with every layout.
         """
         self._flights.check_open()
-        self._check_host_memory("variant")
         end = self._end.variant(
             wire=wire,
             num_topk=check_integer("num_topk", num_topk, at_least=1),

@@ -12,8 +12,7 @@ The owner's call returns when all ranks have read its rows, so that it may write
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,12 +20,13 @@ from numpy.typing import NDArray
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.combine_across import CombineAcross, Entries, Neighbours
+from anyep.exchange.adding import add_tokens
+from anyep.exchange.combine_across import CombineAcross, Entries, NearRows
 from anyep.exchange.crossing import address_of
-from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.desk import Desk
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_from
-from anyep.exchange.groups import sum_by_groups
 from anyep.exchange.handle import Combined
 from anyep.exchange.opening import (
     BODY,
@@ -149,12 +149,14 @@ class Combine:
         moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
         if end.across is None:
             if back.handle.num_tokens:
-                self._sum(_own_entries(back, self._rows(desk, moved)), desk.lent.addr, 0, back.handle.num_tokens)
+                entries = _own_entries(back, self._rows(desk, moved))
+                add_tokens(end, back, entries, desk.lent.addr, 0, back.handle.num_tokens)
         else:
             assert self._straight is not None
             self._rows(desk, moved)
-            near = Neighbours(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
-            CombineAcross(end, end.across, back, self._epoch, self._step).run(opened_RW, near, self._sum)
+            near = NearRows(tables=desk.lent, rows_TW=self._moved_or_placed(), straight=self._straight)
+            crossing = CombineAcross(end, end.across, back, self._epoch, self._step)
+            crossing.run(opened_RW, near, partial(add_tokens, end, back))
         if num_to:
             end.transport.post(end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
         if num_from:
@@ -252,59 +254,6 @@ class Combine:
             rows = plan.words(plan.entry_row_addr, plan.num_tokens * plan.width)
         return rows.reshape(plan.num_tokens, plan.width)
 
-    def _sum(self, entries: Entries, tables: Sequence[int], begin: int, last: int) -> None:
-        """Sum the rows of tokens [begin, last) that ``entries`` name, in the peer tables of rows and of weights."""
-        end, back, plan = self._end, self._back, self._back.handle.send
-        weights = back.weights_out
-        bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
-        sums = _Sums(
-            entries=(plan.width, entries.by_rank, entries.rank_addr, entries.row_addr),
-            rows_table=tables[0],
-            weights_table=tables[1],
-            factors_addr=0 if back.factors is None else back.factors.data_ptr(),
-            bias0_addr=bias0,
-            bias1_addr=bias1,
-            out_addr=back.out.data_ptr(),
-            weights_addr=0 if weights is None else weights.data_ptr(),
-        )
-        if back.group and end.across is None:
-            sum_by_groups(end, back, tables[0], entries.row_addr)
-            self._sum_weights(begin, last, sums)
-        elif end.workers.num_threads == 1:
-            self._sum_tokens(begin, last, sums)
-        else:
-            token_bytes = back.row_bytes * plan.width
-            end.workers.over(last - begin, token_bytes, lambda a, b: self._sum_tokens(begin + a, begin + b, sums))
-
-    def _sum_tokens(self, first: int, last: int, sums: _Sums) -> None:
-        end, back = self._end, self._back
-        rest = (sums.rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
-        if back.wire == "none":
-            end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *sums.entries, *rest)
-        else:
-            end.kernels.reduce_logfmt(end.hidden, first, last, *sums.entries, *rest)
-        self._sum_weights(first, last, sums)
-        end.kernels.fence()  # nobody else reads the sums, but the caller may hand them to another thread
-
-    def _sum_weights(self, first: int, last: int, sums: _Sums) -> None:
-        if sums.weights_addr:
-            num_topk, table, out_addr = self._end.num_topk, sums.weights_table, sums.weights_addr
-            self._end.kernels.reduce_weights(num_topk, first, last, *sums.entries, table, out_addr)
-
 
 def _own_entries(back: Returning, rows_addr: int) -> Entries:
     return Entries(by_rank=int(back.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr)
-
-
-class _Sums(NamedTuple):
-    """Addresses of a combine's inputs and outputs; 0 for what there is none of."""
-
-    entries: tuple[int, int, int, int]
-    """width, by rank or not, where ranks and rows of the entries lie"""
-    rows_table: int
-    weights_table: int
-    factors_addr: int
-    bias0_addr: int
-    bias1_addr: int
-    out_addr: int
-    weights_addr: int

@@ -16,7 +16,8 @@ from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import Part, carry
 from anyep.exchange.crossing import Crossing, address_of
-from anyep.exchange.endpoint import AddressTable, Endpoint
+from anyep.exchange.desk import AddressTable
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.opening import BODY
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.scatter import place_at
@@ -38,7 +39,7 @@ class Entries(NamedTuple):
     row_addr: int
 
 
-class Neighbours(NamedTuple):
+class NearRows(NamedTuple):
     """Where rows of ranks lie that are summed here."""
 
     tables: AddressTable
@@ -67,7 +68,7 @@ class CombineAcross:
         self._tables = AddressTable(2, end.num_ranks + across.hosts.num_hosts)
         """of rows and of weights: ranks, then hosts"""
 
-    def run(self, opened_RW: Words, near: Neighbours, add_up: AddUp) -> None:
+    def run(self, opened_RW: Words, near: NearRows, add_up: AddUp) -> None:
         """Send back what this rank forwards, and sum what comes back to it together with its neighbours' rows."""
         end, across, plan = self._end, self._across, self._back.handle.send
         self._tables.values[:, : end.num_ranks] = near.tables.values
@@ -121,7 +122,7 @@ class CombineAcross:
         rows_T: NDArray[np.int64] = named.sum(axis=1)
         return rows_T
 
-    def _fold(self, near: Neighbours) -> tuple[Entries, NDArray[np.int32]]:
+    def _fold(self, near: NearRows) -> tuple[Entries, NDArray[np.int32]]:
         """Return what a token's sum takes, and the memory in which that stands."""
         across, plan, straight = self._across, self._back.handle.send, near.straight
         here_M = np.zeros(across.hosts.num_hosts, np.int32)
@@ -158,7 +159,7 @@ class CombineAcross:
             ranks[theirs] = self._end.num_ranks + host
             self._tables.values[0, self._end.num_ranks + host] = straight.first_address(host)
 
-    def _summed_here(self, host: int, near: Neighbours) -> dict[int, Supply]:
+    def _summed_here(self, host: int, near: NearRows) -> dict[int, Supply]:
         """Sum a host's rows of the tokens that it serves here, as if the sums crossed."""
         end, across, plan = self._end, self._across, self._back.handle.send
         rows_T = self._rows_of(host)

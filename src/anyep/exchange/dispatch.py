@@ -21,8 +21,9 @@ import torch
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
+from anyep.exchange.desk import Desk
 from anyep.exchange.dispatch_across import DispatchAcross
-from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.handle import Handle, Received

@@ -20,7 +20,8 @@ from anyep.layout.pieces import pack_rows
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
-    from anyep.exchange.endpoint import AddressTable, Desk, Endpoint
+    from anyep.exchange.desk import AddressTable, Desk
+    from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.outgoing import Outgoing
 
 
@@ -57,7 +58,7 @@ class DispatchAcross:
         return bool(packed)
 
     def begin(self) -> None:
-        """Send what needs no answer: straight rows, routing, and as many rows as may be on their way."""
+        """Send what needs no answer: straight rows, and routing; pack the first rows that are forwarded."""
         end, across, crossing = self._end, self._across, self._crossing
         self._straight_out.send()
         end.counters.add(straight_rows=int(self._out.plan.numbers("rank_rows")[crossing.straight_ranks].sum()))
@@ -67,7 +68,7 @@ class DispatchAcross:
             if crossing.tokens_M[host] and not crossing.straight_M[host]
         ]
         for part in self._rows_out:
-            part.advance()
+            part.begin()
 
     def cross(self, opened_RW: Words, desk: Desk, near: Part | None, step: str) -> None:
         """Send the rest, pass on what comes, and do ``near`` meanwhile; say where straight rows are to be unpacked."""

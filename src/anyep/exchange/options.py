@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from anyep.exchange.across import bound_bytes
 from anyep.exchange.arguments import check_integer
+from anyep.exchange.desk import Lanes, lanes_for
 from anyep.exchange.eager import slot_bytes_for
-from anyep.exchange.endpoint import Lanes, lanes_for
 from anyep.exchange.straight_rule import most_bytes_for
 from anyep.exchange.wire import Wire, make_wire
 from anyep.layout.hosts import group_ranks

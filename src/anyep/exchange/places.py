@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from anyep.errors import CapacityError
 from anyep.exchange import ledger
-from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.desk import Desk
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import SendPlan
 from anyep.exchange.opening import BODY, RefusedError

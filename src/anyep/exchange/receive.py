@@ -9,7 +9,8 @@ import torch
 
 from anyep.errors import CapacityError
 from anyep.exchange.arguments import CPU
-from anyep.exchange.endpoint import Desk, Endpoint
+from anyep.exchange.desk import Desk
+from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, Received, SendPlan
 from anyep.layout.regions import RowRegion, aligned, row_region

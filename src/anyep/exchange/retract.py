@@ -2,6 +2,10 @@
 
 Nobody will ask for them, and their tags come round again. So every rank tells every rank of other hosts how many it has
 sent there, of each kind, and takes delivery of what it is told of, whatever its size.
+
+So a refusal lasts until every rank has come to its second half. That lies in the seam: an engine has no memory for what
+nobody has asked for, and a large message leaves when its receiver asks for it, there. Counts in the announcement would
+save the word, not the wait; to call a message back would take an answer too.
 """
 
 from __future__ import annotations

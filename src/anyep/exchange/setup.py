@@ -11,8 +11,9 @@ from anyep.exchange import calibrate_links
 from anyep.exchange.across import look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
+from anyep.exchange.desk import Desk, Lanes
 from anyep.exchange.eager import EagerSlots
-from anyep.exchange.endpoint import Books, Desk, Endpoint, ExpertTables, Lanes, SegmentBases, scale_code
+from anyep.exchange.endpoint import Books, Endpoint, ExpertTables, SegmentBases, scale_code
 from anyep.exchange.explain import Explanation, explain
 from anyep.exchange.ledger import NEAR
 from anyep.exchange.options import PRIVATE, BufferOptions
@@ -28,9 +29,12 @@ from anyep.transport.liveness import blame_for
 from anyep.transport.registry import open_transport
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.together import together
+from anyep.version import __version__
 
 _MAX_THREADS = 4
 """Two threads saturate a memory channel; four serve every host measured so far."""
+_VERSION = "AnyEP"
+"""Among what ranks tell each other, before their arguments."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,16 +152,23 @@ def _agree(rendezvous: Rendezvous, options: BufferOptions) -> KernelSet:
         options.place_experts(rendezvous.size)
         loaded.append(load(options.kernels))
         load_books()
-        return {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
+        arguments = {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
+        return {_VERSION: __version__, **arguments}
 
     check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
     return loaded[0]
 
 
 def check_equal(rank: int, told: list[dict[str, str]]) -> None:
+    """Raise ValueError where ranks differ: in what they run, first, or in what they pass."""
     for name, mine in told[rank].items():
         for other, options in enumerate(told):
-            theirs = options[name]
+            theirs = options.get(name, "none")
+            if theirs != mine and name == _VERSION:
+                raise ValueError(
+                    f"rank {rank} runs AnyEP {mine}, and rank {other} AnyEP {theirs}; install the same version on all "
+                    "hosts"
+                )
             if theirs != mine:
                 raise ValueError(
                     f"{name} differs between ranks: {mine} on rank {rank}, {theirs} on rank {other}; "

@@ -18,7 +18,8 @@ from anyep.transport.engine import Bytes
 
 if TYPE_CHECKING:
     from anyep.exchange.across import Across
-    from anyep.exchange.endpoint import AddressTable, Endpoint
+    from anyep.exchange.desk import AddressTable
+    from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.returning import Returning
 
 

@@ -24,7 +24,8 @@ from anyep.transport.engine import Transfer
 
 if TYPE_CHECKING:
     from anyep.exchange.across import Across
-    from anyep.exchange.endpoint import AddressTable, Endpoint
+    from anyep.exchange.desk import AddressTable
+    from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.returning import Returning
 
 ROWS_A_RANK = 1 << 31

@@ -33,7 +33,7 @@ def engine_exams(*, seed: int = 0) -> list[Exam]:
         for case in (cases.send_first, cases.receive_first)
         for n, num_bytes in ((2, 0), (3, 1), (3, SIZES[-1]), (2, 16384))
     ]
-    exams += [Exam(case=cases.overtaking, num_ranks=n, arguments=(40,)) for n in (2, 3)]
+    exams += [Exam(case=cases.overtaking, num_ranks=n, arguments=(tags,)) for n, tags in ((2, 40), (3, 40), (2, 400))]
     exams += [
         Exam(case=cases.several_in_flight, num_ranks=n, arguments=(seed, count)) for n, count in ((2, 60), (4, 20))
     ]

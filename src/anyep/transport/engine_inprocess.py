@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from anyep.errors import ClosedError, PeerError, PeerTimeout
-from anyep.transport.base import Blame
+from anyep.errors import ClosedError
 from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable, peer_lost, tag_taken, wrong_size
 from anyep.transport.inprocess import Member
-from anyep.transport.liveness import Departure
+from anyep.transport.liveness import Departure, blame_of
 
 _LOOK_S = 0.05
 """How often a rank that waits looks whether others have ended: their end does not wake it."""
@@ -136,7 +135,7 @@ class InProcessEngine:
         gone = {rank: Departure(how="closed") for rank in set(self._exchange.closed) if rank != self.rank}
         for rank, error in self._group.failed().items():
             if rank != self.rank:
-                gone[rank] = Departure(how="failed", blame=_blame(error))
+                gone[rank] = Departure(how="failed", blame=blame_of(error))
         return gone
 
     def describe(self) -> dict[str, str]:
@@ -170,7 +169,3 @@ def _settled(transfer: Transfer) -> bool:
 
 def _closed() -> ClosedError:
     return ClosedError("this engine was closed; make a new one on all ranks")
-
-
-def _blame(error: BaseException) -> Blame | None:
-    return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None

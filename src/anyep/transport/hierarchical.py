@@ -63,12 +63,13 @@ class HierarchicalTransport:
         self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
         self._num_passing = 0
-        local.messengers = {
+        messengers = {
             source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
             for source in range(self.size)
             if hosts.host_R[source] != hosts.host_R[self.rank]
         }
-        self._farewell = _Farewells(engine, set(local.messengers))
+        local.let_post(messengers)
+        self._farewell = _Farewells(engine, set(messengers))
         self.announce_straight(False)
         self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
         self._awaited: dict[tuple[int, int], dict[int, tuple[Transfer, Bytes]]] = {}

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, overload
 from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.machine import linux
 from anyep.transport.arena import Arena
-from anyep.transport.base import Blame, Lane
-from anyep.transport.liveness import Departure, follows_from_peer, spell_ranks
+from anyep.transport.base import Lane
+from anyep.transport.liveness import Departure, blame_of, follows_from_peer, spell_ranks
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
@@ -168,10 +168,6 @@ class LocalGroup(Sequence[Member]):
         return kind(text, ranks=missing, step="opening")
 
 
-def _blame(error: BaseException) -> Blame | None:
-    return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
-
-
 class _Threads:
     """Neighbours in the same process: their addresses are ours. Keeps every rank's memory while this rank is open."""
 
@@ -183,7 +179,7 @@ class _Threads:
         return self._arenas[rank].segments[index].address
 
     def departures(self) -> Mapping[int, Departure]:
-        return {rank: Departure(how="failed", blame=_blame(error)) for rank, error in self._group.failed().items()}
+        return {rank: Departure(how="failed", blame=blame_of(error)) for rank, error in self._group.failed().items()}
 
     def names(self) -> Mapping[int, str]:
         return {rank: f"{type(error).__name__}: {error}" for rank, error in self._group.failed().items()}

@@ -88,9 +88,12 @@ def silent(wait: Wait) -> PeerTimeout:
 
 def blame_for(error: BaseException, rank: int) -> Blame:
     """Return what ``rank`` tells its peers when ``error`` makes it leave: whom it waited for, or else itself."""
-    if isinstance(error, PeerError):
-        return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout))
-    return Blame(ranks=(rank,), timeout=False)
+    return blame_of(error) or Blame(ranks=(rank,), timeout=False)
+
+
+def blame_of(error: BaseException) -> Blame | None:
+    """Return whom an error names; None where it is its rank's own."""
+    return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
 
 
 def _is_lost(left: Departure) -> bool:

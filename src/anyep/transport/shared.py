@@ -5,64 +5,33 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Protocol
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anyep.errors import ClosedError, PeerLost
 from anyep.machine.forks import tell_after_fork
 from anyep.transport.arena import Arena, ArenaBlock
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
-from anyep.transport.board import Board, anybody_failed, anybody_left
+from anyep.transport.board import Board, anybody_failed
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
-from anyep.transport.liveness import Departure, Wait, lost, silent
+from anyep.transport.liveness import lost
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
-from anyep.transport.slots import Slot, lay_out
+from anyep.transport.slots import lay_out
 from anyep.transport.together import load_signals
-
-SLICE_NS, LONGEST_SLICE_NS = 20_000_000, 100_000_000
-"""How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed: a quarter of what it
-has waited so far, between these two."""
-SPINS, YIELDS = 64, 16
-"""Looks before a wait sleeps: some with a pause (about 1 us in all), some that let others run."""
-_NAP_S = 0.0005
-_EPOCHS = 1 << 32
-
-
-class Neighbours(Protocol):
-    """What differs between ranks that are threads and ranks that are processes."""
-
-    def segment_address(self, rank: int, index: int) -> int:
-        """Return where a segment of ``rank`` lies here. Raises ProcessLookupError when the rank is gone."""
-        ...
-
-    def departures(self) -> Mapping[int, Departure]:
-        """Return the ranks that ended without a word."""
-        ...
-
-    def names(self) -> Mapping[int, str]:
-        """Return what error messages call each rank, for example its process."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Open:
-    """What a transport has until it is closed. A call holds it, so that nothing is unmapped under its feet."""
-
-    arena: Arena
-    neighbours: Neighbours
-    controls_R: NDArray[np.int64]
-    members_R: NDArray[np.int64]
-    """where the control memory of those lies that share memory with this rank"""
-    boards: Mapping[int, Board]
-    slots: Sequence[Sequence[Slot]]
+from anyep.transport.waiting import (
+    LONGEST_SLICE_NS,
+    NAP_S,
+    SLICE_NS,
+    SPINS,
+    YIELDS,
+    Neighbours,
+    Opened,
+    Waiter,
+    departures_of,
+    told_by,
+)
 
 
 class SharedTransport:
@@ -87,23 +56,25 @@ class SharedTransport:
     ) -> None:
         self.rank = rendezvous.rank
         self.size = rendezvous.size
-        self.waited_ns = np.zeros(self.size, np.int64)
         self._signals = load_signals()
-        self._sleeps = bool(self._signals.HAS_FUTEX)
         self._pid = os.getpid()
         self._ring = layout.ring
-        self._timeout_s = timeout_s
         self._layout = layout
-        self._doorbell = controls[self.rank] + DOORBELL_OFFSET
+        self._waiter = Waiter(
+            self._signals,
+            rank=self.rank,
+            num_ranks=self.size,
+            doorbell=controls[self.rank] + DOORBELL_OFFSET,
+            timeout_s=timeout_s,
+        )
+        self.waited_ns = self._waiter.waited_ns
         self._everybody = np.roll(np.arange(self.size, dtype=np.int64), -self.rank)  # oneself first
         self._members = self._everybody[[rank in controls for rank in self._everybody.tolist()]]
         self._leaving = threading.Lock()
-        self.messengers: Mapping[int, int] = {}
-        """who posts here in the name of a rank of another host"""
         boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
         maker.peers = [board for rank, board in boards.items() if rank != self.rank]
         controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
-        self._kept: _Open | None = _Open(
+        self._kept: Opened | None = Opened(
             arena=arena,
             neighbours=neighbours,
             controls_R=controls_R,
@@ -111,7 +82,7 @@ class SharedTransport:
             boards=boards,
             slots=lay_out(layout, self.rank, arena.segments[0]),
         )
-        self._open: _Open | None = self._kept
+        self._open: Opened | None = self._kept
         tell_after_fork(self)
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
@@ -129,8 +100,10 @@ class SharedTransport:
         try:
             return opened.neighbours.segment_address(rank, place.segment) + place.offset
         except ProcessLookupError as error:
-            departures = _departures(self._signals, opened)
-            told = lost(self._facts(opened, None, "address", [rank], sorted({*range(self.size)} - {rank})), departures)
+            departures = departures_of(self._signals, opened)
+            told = lost(
+                self._waiter.facts(opened, None, "address", [rank], sorted({*range(self.size)} - {rank})), departures
+            )
             raise told or PeerLost(
                 f"rank {rank} is gone, and its memory (segment {place.segment}) with it: {error}. "
                 "Look at its output; close this buffer and make a new one on the ranks that are left",
@@ -147,12 +120,16 @@ class SharedTransport:
         offset = self._layout.mailbox_offset(lane.index, epoch % self._ring, source)
         self._publish(self._open or self._refuse(), offset, lane, epoch, words, ranks)
 
+    def let_post(self, messengers: Mapping[int, int]) -> None:
+        """Learn who posts here in the name of each rank of another host."""
+        self._waiter.messengers = messengers
+
     def say_passing_on(self, value: bool) -> None:
         """Tell neighbours whether this rank looks after messages from other hosts at the moment."""
         if (opened := self._open) is not None:
             opened.boards[self.rank].passes_on = value
 
-    def _publish(self, opened: _Open, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
+    def _publish(self, opened: Opened, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
         to = self._members if ranks is None else ranks
         try:
             posted = self._signals.post_each(
@@ -168,7 +145,7 @@ class SharedTransport:
 
     def arrived(self, lane: Lane, epoch: int) -> bool:
         opened = self._open or self._refuse()
-        return not self._missing(opened.slots[lane.index][epoch % self._ring], epoch, self._everybody)
+        return not self._waiter.missing(opened.slots[lane.index][epoch % self._ring], epoch, self._everybody)
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Ranks | None = None) -> Words:
         opened = self._open or self._refuse()
@@ -176,20 +153,20 @@ class SharedTransport:
         sources = self._everybody if ranks is None else ranks
         began_ns = time.monotonic_ns()
         try:
-            missing = self._await(slot, epoch, sources, SPINS, YIELDS, began_ns, began_ns)
+            missing = self._waiter.look(slot, epoch, sources, began_ns)
         except TypeError:
             missing = -1
         if missing:
-            self._keep_waiting(opened, slot, epoch, step, self._checked_ranks(sources), began_ns)
+            self._waiter.keep_waiting(self._opened, slot, epoch, step, self._checked_ranks(sources), began_ns)
         return slot.view
 
     def check(self, epoch: int, step: str) -> None:
         opened = self._open or self._refuse()
         if not anybody_failed(self._signals, opened.members_R):
             return
-        departures = {rank: left for rank, left in _told(opened).items() if left.blame is not None}
+        departures = {rank: left for rank, left in told_by(opened).items() if left.blame is not None}
         others = sorted({*range(self.size)} - departures.keys())
-        error = lost(self._facts(opened, epoch, step, sorted(departures), others), departures)
+        error = lost(self._waiter.facts(opened, epoch, step, sorted(departures), others), departures)
         assert error is not None, "a departure is a reason"
         raise error
 
@@ -221,7 +198,7 @@ class SharedTransport:
     def describe(self) -> dict[str, str]:
         arena = self._opened().arena
         pages = ", of huge pages" if all(memory.huge_pages for memory in arena.segments) else ""
-        how = "then sleep on a futex" if self._sleeps else f"then naps of {_NAP_S * 1e3:g} ms (no futex here)"
+        how = "then sleep on a futex" if self._waiter.sleeps else f"then naps of {NAP_S * 1e3:g} ms (no futex here)"
         return {
             "arena": f"{arena.committed_bytes / (1 << 20):.0f} MiB in {len(arena.segments)} segments{pages}, "
             "grows when full",
@@ -229,10 +206,10 @@ class SharedTransport:
             f"{SLICE_NS // 1_000_000} to {LONGEST_SLICE_NS // 1_000_000} ms",
         }
 
-    def _opened(self) -> _Open:
+    def _opened(self) -> Opened:
         return self._open or self._refuse()
 
-    def _refuse(self) -> _Open:
+    def _refuse(self) -> Opened:
         if os.getpid() != self._pid:
             raise ClosedError(
                 f"the {self.name} transport of rank {self.rank} belongs to process {self._pid}, and this "
@@ -255,99 +232,3 @@ class SharedTransport:
         if ranks.ndim != 1 or not ((ranks >= 0) & (ranks < self.size)).all():
             raise ValueError(f"ranks must be distinct numbers [m] from 0 to {self.size - 1}, got {ranks.tolist()}")
         return np.array(ranks, order="C")
-
-    def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
-        """Look, and sleep up to one slice; return how many messages are missing."""
-        waited_ns = now_ns - began_ns
-        left_ns = max(1, int(self._timeout_s * 1e9) - waited_ns)
-        slice_ns = min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns)
-        deadline_ns = now_ns + slice_ns if self._sleeps else 0
-        missing: int = self._signals.await_each(
-            self._doorbell,
-            slot.first,
-            slot.stride,
-            ranks,
-            epoch,
-            spins,
-            yields,
-            deadline_ns,
-            began_ns,
-            self.waited_ns,
-        )
-        return missing
-
-    def _keep_waiting(self, opened: _Open, slot: Slot, epoch: int, step: str, ranks: Ranks, began_ns: int) -> None:
-        """Wait slice by slice until every message is here, a rank that owes one has left, or time is up."""
-        while True:
-            # First who has left, then which messages are here: what a rank posted before it left counts.
-            departures = _departures(self._signals, opened)
-            self._opened()
-            now_ns = time.monotonic_ns()
-            elapsed_s = (now_ns - began_ns) / 1e9
-            overdue = elapsed_s >= self._timeout_s
-            missing = self._missing(slot, epoch, ranks) if departures or overdue else []
-            arrived = sorted({*ranks.tolist()}.difference(missing))
-            missing = self._answerable(opened, missing, departures)
-            if missing and (overdue or not departures.keys().isdisjoint(missing)):
-                wait = self._facts(opened, epoch, step, missing, arrived, elapsed_s)
-                raise lost(wait, departures) or silent(wait)
-            if self._await(slot, epoch, ranks, 0, 0, began_ns, now_ns) == 0:
-                return
-            if not self._sleeps:
-                time.sleep(_NAP_S)
-
-    def _answerable(self, opened: _Open, missing: Sequence[int], departures: Mapping[int, Departure]) -> list[int]:
-        """Return who owes the missing messages.
-
-        For a rank of another host its messenger, if that one is at fault itself: it has left, owes its own message, or
-        does something else than to pass on what comes.
-        """
-        owing = set()
-        for rank in missing:
-            other = self.messengers.get(rank, rank)
-            at_fault = other in departures or other in missing or not self._passes_on(opened, other)
-            owing.add(other if at_fault else rank)
-        return sorted(owing)
-
-    def _passes_on(self, opened: _Open, rank: int) -> bool:
-        board = opened.boards.get(rank)
-        return board is not None and board.passes_on
-
-    def _facts(
-        self,
-        opened: _Open,
-        epoch: int | None,
-        step: str,
-        missing: Sequence[int],
-        arrived: Sequence[int],
-        elapsed_s: float = 0.0,
-    ) -> Wait:
-        return Wait(
-            step=step,
-            epoch=epoch,
-            rank=self.rank,
-            missing=missing,
-            arrived=arrived,
-            elapsed_s=elapsed_s,
-            timeout_s=self._timeout_s,
-            names=opened.neighbours.names(),
-        )
-
-    def _missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
-        tag = epoch % _EPOCHS
-        words = {source: self._signals.read_word(slot.first + source * slot.stride) for source in ranks.tolist()}
-        return sorted(s for s, word in words.items() if (word >> 32) % _EPOCHS != tag or not word % _EPOCHS)
-
-
-def _departures(signals: ModuleType, opened: _Open) -> dict[int, Departure]:
-    """Return who has left; a rank's own words outweigh what was seen of its end."""
-    departures = dict(opened.neighbours.departures())
-    if anybody_left(signals, opened.members_R):
-        departures |= _told(opened)
-    return departures
-
-
-def _told(opened: _Open) -> dict[int, Departure]:
-    """Return what ranks that have left said about it."""
-    told = {rank: board.departure() for rank, board in opened.boards.items()}
-    return {rank: left for rank, left in told.items() if left is not None}

@@ -67,7 +67,7 @@ class Buffer(LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self.runtime: Natives | None = Natives(rendezvous)
+        self.runtime: Natives | None = Natives(rendezvous, heap_bytes=num_nvl_bytes + num_rdma_bytes)
         self._context = normal.context_of(self.runtime, domain_of(self.group_size))
         self.runtime.expels = enable_shrink
         self._masks = Masks(self.group_size, self.rank, enabled=enable_shrink)
@@ -116,8 +116,10 @@ class Buffer(LowLatencyCalls):
         return recommended_config(num_ranks, Buffer.num_sms, combine=True)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """Raise Unavailable: rows move in the caller's thread, or in a background thread of the host, on no stream."""
-        raise Unavailable("there is no communication stream: rows are moved by the host, not on a GPU")
+        """Return the current stream, behind which an exchange of CUDA tensors stands; Unavailable without CUDA."""
+        if not torch.cuda.is_available():
+            raise Unavailable("there is no communication stream without CUDA: rows are moved by the host, not on a GPU")
+        return torch.cuda.current_stream()
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -129,7 +131,7 @@ class Buffer(LowLatencyCalls):
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         memory = self._local.get(use_rdma_buffer)
         if memory is None:
-            memory = self._local[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            memory = self._local[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device=self._where())
         rest = memory[offset:]
         flat = rest[: rest.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if size is None:
@@ -147,7 +149,8 @@ class Buffer(LowLatencyCalls):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
         """Count tokens: int32 [R], int32 [hosts] or None, int32 [E], and bool [T, R] of who goes where."""
         _begin(previous_event, async_finish, allocate_on_comm_stream)
-        counted = layout.count(topk_idx, num_experts, (self._context or self._no_context()).domain)
+        domain = (self._context or self._no_context()).domain
+        counted = (layout.count_on_device if _is_on_gpu(topk_idx) else layout.count)(topk_idx, num_experts, domain)
         return (*counted, EventOverlap(EventHandle() if async_finish else None))
 
     def dispatch(
@@ -209,10 +212,17 @@ class Buffer(LowLatencyCalls):
     internode_dispatch = dispatch
     internode_combine = combine
 
+    def _where(self) -> str:
+        return "cpu" if self.runtime is None or self.runtime.device is None else self.runtime.device
+
     _context: normal.NormalContext | None = None
 
     def _no_context(self) -> NoReturn:
         refuse("this Buffer was destroyed, or its __init__ was replaced and not called")
+
+
+def _is_on_gpu(tensor: object) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_cuda
 
 
 def _begin(

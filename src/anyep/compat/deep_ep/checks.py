@@ -34,21 +34,28 @@ def check_torch_deterministic() -> None:
     )
 
 
-def check_cpu(name: str, value: object) -> None:
-    """Raise Unavailable for a tensor of another device: CUDA tensors are exchanged by ``anyep.Buffer(device=...)``."""
-    if isinstance(value, torch.Tensor) and not value.is_cpu:
-        raise Unavailable(
-            f"{name} is on {value.device}, and DeepEP's interface exchanges CPU tensors: pass {name}.cpu()"
-        )
+def check_device(name: str, value: object) -> None:
+    """Raise Unavailable for a tensor of a device that nothing here exchanges."""
+    if isinstance(value, torch.Tensor) and not (value.is_cpu or value.is_cuda):
+        raise Unavailable(f"{name} is on {value.device}, and CPU and CUDA tensors are exchanged: pass {name}.cpu()")
+
+
+def check_host(what: str, device: str | None) -> None:
+    """Raise Unavailable for what a buffer of CUDA tensors cannot do yet."""
+    if device is not None:
+        raise Unavailable(f"{what} goes with CPU tensors so far, and this buffer exchanges those of {device}")
 
 
 def check_dense(
     name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str
 ) -> torch.Tensor:
-    """Return ``value`` if it is a contiguous CPU tensor of ``dtype`` and ``shape`` (None: any), else RuntimeError."""
+    """Return ``value`` if it is a contiguous tensor of ``dtype`` and ``shape`` (None: any), else RuntimeError.
+
+    On the CPU or a GPU: that it lies where its buffer works is said by the native call.
+    """
     if (
         isinstance(value, torch.Tensor)
-        and value.is_cpu
+        and (value.is_cpu or value.is_cuda)
         and (dtype is None or value.dtype == dtype)
         and _fits(value.shape, shape)
         and value.is_contiguous()
@@ -68,7 +75,7 @@ def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
 
 def _explain(name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str) -> NoReturn:
     """Say what is wrong with a tensor."""
-    check_cpu(name, value)
+    check_device(name, value)
     if not isinstance(value, torch.Tensor):
         refuse(f"{name} must be a tensor {legend}, got {type(value).__name__}")
     if dtype is not None and value.dtype != dtype:

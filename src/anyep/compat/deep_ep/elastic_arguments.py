@@ -8,20 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.compat.deep_ep.checks import host_assert
+from anyep.compat.deep_ep.checks import check_device, host_assert
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap
-from anyep.errors import Unavailable
 
 INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-def check_cpu(name: str, tensor: torch.Tensor) -> None:
-    """Raise Unavailable for a tensor that this library cannot read yet."""
-    if tensor.device.type != "cpu":
-        raise Unavailable(
-            f"{name} is on {tensor.device}; the exchange works on CPU tensors at present: pass {name}.cpu()"
-        )
 
 
 def check_event(previous_event: object, allocate_on_comm_stream: bool) -> None:
@@ -123,7 +114,7 @@ def check_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return rows, scales and weights of a dispatch, contiguous but for the scales; RuntimeError as upstream's host."""
     data, scales = x if isinstance(x, tuple) else (x, None)
-    check_cpu("x", data)
+    check_device("x", data)
     _require(data.dim() == 2 and data.shape[1] > 0, "x must be [T, H] with at least one channel", data)
     num_tokens = data.shape[0]
     most = terms.num_max_tokens
@@ -132,7 +123,7 @@ def check_tokens(
         num_tokens == routing_shape[0], f"topk_idx must be [T, K] with T={num_tokens}, got {list(routing_shape)}"
     )
     if scales is not None:
-        check_cpu("the scales", scales)
+        check_device("the scales", scales)
         _require(
             scales.dim() == 2 and scales.shape[0] == num_tokens and scales.itemsize == 4 and scales.shape[1] > 0,
             f"scales must be [T, packs] of 4-byte numbers with T={num_tokens}",
@@ -140,7 +131,7 @@ def check_tokens(
         )
         scales = scales.detach()
     if topk_weights is not None:
-        check_cpu("topk_weights", topk_weights)
+        check_device("topk_weights", topk_weights)
         _require(
             topk_weights.dtype == torch.float32 and topk_weights.shape == routing_shape,
             "topk_weights must be float32, and of topk_idx's shape",
@@ -152,7 +143,7 @@ def check_tokens(
 
 def check_routing(topk_idx: torch.Tensor) -> torch.Tensor:
     """Return ``topk_idx`` [T, K], contiguous; RuntimeError for others."""
-    check_cpu("topk_idx", topk_idx)
+    check_device("topk_idx", topk_idx)
     _require(topk_idx.dim() == 2 and topk_idx.shape[1] > 0, "topk_idx must be [T, K]", topk_idx)
     _require(topk_idx.dtype in INDEX_DTYPES, "topk_idx must be int64 (deep_ep.topk_idx_t) or int32", topk_idx)
     return topk_idx.contiguous()
@@ -172,13 +163,13 @@ def check_outputs(
     x: torch.Tensor, handle: EPHandle, topk_weights: torch.Tensor | None, *, several_sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check what experts return, a row for each row of the batch, and return it contiguous."""
-    check_cpu("x", x)
+    check_device("x", x)
     _require(x.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[1] > 0, "x must be bfloat16 [rows, H]", x)
     rows = handle.num_rows
     _require(x.shape[0] == rows, f"x must have the {rows} rows that were received with this handle", x)
     if topk_weights is None:
         return x.detach().contiguous(), None
-    check_cpu("topk_weights", topk_weights)
+    check_device("topk_weights", topk_weights)
     host_assert(
         several_sums or not handle.do_expand,
         "topk_weights of an expanded batch need allow_multiple_reduction=True: leave them out",
@@ -203,7 +194,7 @@ def unpack_bias(bias: object, num_tokens: int, hidden: int) -> tuple[torch.Tenso
         if one is None:
             continue
         assert isinstance(one, torch.Tensor), f"bias must be a tensor or two, got {type(one).__name__}"
-        check_cpu("bias", one)
+        check_device("bias", one)
         _require(
             one.dtype == torch.bfloat16 and list(one.shape) == [num_tokens, hidden],
             f"bias must be bfloat16 [{num_tokens}, {hidden}]",

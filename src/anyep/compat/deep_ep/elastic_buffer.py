@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from anyep.compat.deep_ep import elastic_sizes
+from anyep.compat.deep_ep import elastic_device, elastic_sizes
 from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
 from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats, wait_for
 from anyep.compat.deep_ep.elastic_checked import (
@@ -20,7 +20,7 @@ from anyep.compat.deep_ep.elastic_checked import (
 from anyep.compat.deep_ep.elastic_collectives import ElasticCollectives
 from anyep.compat.deep_ep.elastic_combine import Outputs, combine
 from anyep.compat.deep_ep.elastic_context import ElasticContext, elastic_loops, kernels
-from anyep.compat.deep_ep.elastic_dispatch import begin_again, begin_first, dispatch_again, dispatch_first
+from anyep.compat.deep_ep.elastic_dispatch import Dispatched, begin_again, begin_first, dispatch_again, dispatch_first
 from anyep.compat.deep_ep.elastic_facts import ElasticFacts
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
@@ -93,10 +93,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         self.num_bytes = num_bytes
         self.num_cpu_bytes = num_cpu_bytes
         self.timeout_s = float(num_cpu_timeout_secs)
-        self.runtime: Natives | None = Natives(
-            group,
-            timeout_s=self.timeout_s,
-        )
+        self.runtime: Natives | None = Natives(group, timeout_s=self.timeout_s, heap_bytes=num_bytes)
         self._context: ElasticContext | None = self._make_context(self.runtime)
         self._end = weakref.finalize(self, self.runtime.close)
         self._sms: dict[tuple[object, ...], int] = {}
@@ -182,14 +179,13 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         else:
             rows, scales = x if isinstance(x, tuple) else (x, None)
             tokens = Tokens(rows, scales, topk_idx, topk_weights)
-        first, again = (begin_first, begin_again) if async_with_compute_stream else (dispatch_first, dispatch_again)
         try:
-            batch = first(context, plan, tokens) if handle is None else again(context, plan, tokens, handle)
+            batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
             if are_plain(*tokens):
                 raise
             plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
-            batch = first(context, plan, tokens) if handle is None else again(context, plan, tokens, handle)
+            batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         if stats is not None:
             stats += batch[3].num_unaligned_recv_tokens_per_expert
         return batch
@@ -224,13 +220,14 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             context.natives.remember(key, ep)
         else:
             outputs = Outputs(x, topk_weights, ())
+        add = combine if context.natives.device is None else elastic_device.combine
         try:
-            sums = combine(context, ep, outputs, handle, go_on=async_with_compute_stream)
+            sums = add(context, ep, outputs, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
             if are_plain(x, topk_weights):
                 raise
             ep, outputs = check_combine(context, x, handle, topk_weights, bias)
-            sums = combine(context, ep, outputs, handle, go_on=async_with_compute_stream)
+            sums = add(context, ep, outputs, handle, go_on=async_with_compute_stream)
         return sums
 
     def _check(
@@ -262,6 +259,19 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             f"num_qps={wanted} is more than the {self.num_allocated_qps} that were allocated: "
             "pass a larger num_allocated_qps to the constructor"
         )
+
+
+def _sent(
+    context: ElasticContext, plan: DispatchPlan, tokens: Tokens, handle: EPHandle | None, *, go_on: bool
+) -> Dispatched:
+    """Send tokens in one of the ways there are; ``go_on``: return before that is over."""
+    if context.natives.device is not None:
+        if handle is None:
+            return elastic_device.dispatch_first(context, plan, tokens, go_on=go_on)
+        return elastic_device.dispatch_again(context, plan, tokens, handle, go_on=go_on)
+    if handle is None:
+        return (begin_first if go_on else dispatch_first)(context, plan, tokens)
+    return (begin_again if go_on else dispatch_again)(context, plan, tokens, handle)
 
 
 def _begin(previous_event: object, previous_event_before_epilogue: object, allocate_on_comm_stream: bool) -> None:

@@ -14,6 +14,7 @@ from anyep.compat.deep_ep.checks import host_assert
 from anyep.compat.deep_ep.elastic_arguments import Terms, check_outputs, check_routing, check_tokens, unpack_bias
 from anyep.compat.deep_ep.elastic_combine import Outputs, buffer_for_sums
 from anyep.compat.deep_ep.elastic_context import ElasticContext
+from anyep.compat.deep_ep.elastic_device import check_on_device
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_routes import static_rows_of
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
@@ -70,6 +71,9 @@ def check_dispatch(
     """Check a dispatch's tensors and return the buffer that moves such rows. RuntimeError."""
     idx = None if topk_idx is None else check_routing(topk_idx)
     kind = _kind_of_new(context, idx, terms) if handle is None else handle.kind
+    context.natives.settle_on(x)
+    if context.natives.device is not None:
+        check_on_device(context, expands=terms.do_expand)
     rows, scales, weights = check_tokens(x, (kind.num_tokens, kind.num_topk), topk_weights, terms)
     host_assert(
         terms.num_experts % context.num_ranks == 0,

@@ -11,6 +11,7 @@ import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
+from anyep.compat.deep_ep.native import ask_everybody
 from anyep.exchange.calls import Calls
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
@@ -117,8 +118,7 @@ def _ask(
 ) -> Handle:
     nothing = carrying_wire(torch.uint8, 1, 0, torch.float32, by_column=True)
     ep = context.natives.variant(num_experts, nothing, topk_idx.shape[1], static_rows=static_rows)
-    x = torch.zeros((topk_idx.shape[0], 1), dtype=torch.uint8, device="cpu")
-    return ep.dispatch(x, topk_idx, layout=layout).handle
+    return ask_everybody(ep, topk_idx, layout)
 
 
 def _ask_for_counts(context: ElasticContext, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:

@@ -73,11 +73,13 @@ def fill_rows(batch: torch.Tensor, rows: torch.Tensor, places: torch.Tensor | No
         batch[num_rows:] = fill
 
 
-def empty_scales(rows: int, num_packs: int, dtype: torch.dtype, *, tma: bool) -> torch.Tensor:
+def empty_scales(
+    rows: int, num_packs: int, dtype: torch.dtype, *, tma: bool, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Return zeros [rows, G]: row-major, or with strides (1, rows rounded up to 4)."""
     if not tma:
-        return torch.zeros((rows, num_packs), dtype=dtype, device="cpu")
-    return torch.zeros((num_packs, align(rows, TMA_WORDS)), dtype=dtype, device="cpu").t()[:rows]
+        return torch.zeros((rows, num_packs), dtype=dtype, device=device)
+    return torch.zeros((num_packs, align(rows, TMA_WORDS)), dtype=dtype, device=device).t()[:rows]
 
 
 def scatter_rows(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import refuse
+from anyep.compat.deep_ep.checks import check_host, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.layout import loops, made
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
@@ -44,6 +44,7 @@ class NormalHandle(LazyTuple):
     origin: NormalKept
 
     def _make(self) -> tuple[Any, ...]:
+        check_host("looking at the members of a dispatch's handle", self.origin.natives.device)
         if self.origin.underway is not None:
             self.origin.underway.wait()
         return (_intranode if len(self) == INTRANODE else _internode)(self.origin)

@@ -40,9 +40,7 @@ def count(topk_idx: torch.Tensor, num_experts: int, domain: Domain) -> Layout:
     """Count where ``topk_idx`` [T, K] sends tokens. RuntimeError for bad arguments and experts that do not exist."""
     idx = widened(check_topk_idx(topk_idx))
     ranks = domain.num_ranks
-    host_assert(
-        num_experts > 0 and num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}"
-    )
+    _check_experts(num_experts, ranks)
     per_rank, per_expert = made(ranks), made(num_experts)
     per_host = made(domain.num_hosts) if domain.crosses_hosts else None
     inside = torch.empty((idx.size(0), ranks), dtype=torch.bool, device="cpu")
@@ -52,6 +50,30 @@ def count(topk_idx: torch.Tensor, num_experts: int, domain: Domain) -> Layout:
     )
     host_assert(bad < 0, f"topk_idx has an expert outside -1 to {num_experts - 1} at flat index {bad}")
     return Layout(per_rank, per_host, per_expert, inside)
+
+
+def count_on_device(topk_idx: torch.Tensor, num_experts: int, domain: Domain) -> Layout:
+    """Count the same where ``topk_idx`` lies, without waiting; a dispatch refuses experts that do not exist."""
+    idx, ranks = check_topk_idx(topk_idx).long(), domain.num_ranks
+    _check_experts(num_experts, ranks)
+    exists = (idx >= 0) & (idx < num_experts)
+    owner_TK = torch.where(exists, idx // (num_experts // ranks), ranks)
+    inside = idx.new_zeros((idx.size(0), ranks + 1), dtype=torch.bool).scatter_(1, owner_TK, True)[:, :ranks]
+    inside = inside.contiguous()
+    per_expert = idx.new_zeros(num_experts + 1, dtype=torch.int32)
+    flat = torch.where(exists, idx, num_experts).flatten()
+    per_expert.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    per_host = None
+    if domain.crosses_hosts:
+        hosts = [inside[:, first : first + domain.per_host] for first in range(0, ranks, domain.per_host)]
+        per_host = torch.stack([host.any(1).sum(0, dtype=torch.int32) for host in hosts])
+    return Layout(inside.sum(0, dtype=torch.int32), per_host, per_expert[:num_experts].clone(), inside)
+
+
+def _check_experts(num_experts: int, ranks: int) -> None:
+    host_assert(
+        num_experts > 0 and num_experts % ranks == 0, f"num_experts={num_experts} must be a multiple of R={ranks}"
+    )
 
 
 def made(*shape: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Kept, Natives
 from anyep.compat.deep_ep.underway import Underway, ends_of
 from anyep.exchange.calls import Calls
+from anyep.exchange.device.plan import DeviceCounts
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import Wire, make_wire
 
@@ -46,7 +47,7 @@ class LowLatencyKept(Kept):
     """int32 [L, R]: where each source's rows begin in each block, and how many; None until the dispatch is over"""
     underway: Underway | None = None
     """what finishes the dispatch"""
-    ranges: weakref.ref[NDArray[np.int64]] | None = None
+    ranges: weakref.ref[NDArray[np.int64]] | weakref.ref[torch.Tensor] | None = None
     """the member that is filled from ``sources``, once somebody has looked at it"""
     combine_buffer: torch.Tensor | None = None
     """where the next combine reads without a copy, if that was asked for"""
@@ -68,10 +69,16 @@ class LowLatencyHandle(LazyTuple):
     def _make(self) -> tuple[Any, ...]:
         kept = self.origin
         ranks = kept.ep.num_ranks
-        ranges = np.empty((kept.num_experts // ranks, ranks), np.int64)
-        kept.ranges = weakref.ref(ranges)
+        shape = (kept.num_experts // ranks, ranks)
+        assert kept.token is not None, "only handles of dispatches make their members"
+        if kept.natives.device is None:
+            memory = np.empty(shape, np.int64)
+            ranges, kept.ranges = kept.natives.keep(memory, kept), weakref.ref(memory)
+        else:
+            ranges = kept.natives.keep_tensor(torch.empty(shape, dtype=torch.int64, device=kept.token.device), kept)
+            kept.ranges = weakref.ref(ranges)
         _fill_ranges(kept)
-        return kept.token, kept.natives.keep(ranges, kept), kept.most_tokens, kept.hidden, kept.num_experts
+        return kept.token, ranges, kept.most_tokens, kept.hidden, kept.num_experts
 
 
 def _fill_ranges(kept: LowLatencyKept) -> None:
@@ -80,8 +87,8 @@ def _fill_ranges(kept: LowLatencyKept) -> None:
     if kept.sources is None or ranges is None:
         return
     begin, count = kept.sources
-    np.left_shift(begin.numpy(), 32, out=ranges, dtype=np.int64)
-    np.bitwise_or(ranges, count.numpy(), out=ranges)
+    member = ranges if isinstance(ranges, torch.Tensor) else torch.from_numpy(ranges)
+    member.copy_((begin.long() << 32) | count)
 
 
 class Request(NamedTuple):
@@ -160,6 +167,7 @@ def dispatch(
 
 def _checked(natives: Natives, num_ranks: int, request: Request) -> Calls:
     wire, topk = request.check(num_ranks), request.topk_idx.size(1)
+    natives.settle_on(request.x)
     ep = natives.variant(request.num_experts, wire, topk, max_tokens=request.most_tokens)
     return natives.remember(request.key(), ep)
 
@@ -174,7 +182,7 @@ def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, stati
         *(ep, request.num_experts, idx.shape[1], None, native, natives),
         *(received.source_token, request.most_tokens, request.x.shape[1], (begin, sent)),
     )
-    count = torch.from_numpy(native.send.numbers("counts").copy())
+    count = _counts_of(received)
     if statistics is not None and clock is not None:
         _add(statistics, count, clock)
     rows = received.x if received.scales is None else (received.x, received.scales)
@@ -197,8 +205,8 @@ def _start(
     if targets is None:  # without memory: all ranks refuse together
         pending.wait()
         raise AssertionError("a rank without memory refuses")
-    counts = np.empty(request.num_experts // ep.num_ranks, np.int32)
-    count = torch.from_numpy(counts)
+    local = request.num_experts // ep.num_ranks
+    count = torch.empty(local, dtype=torch.int32, device=request.x.device)
     kept = LowLatencyKept(
         *(ep, request.num_experts, idx.shape[1], None, None, natives),
         *(targets.source_token, request.most_tokens, request.x.shape[1]),
@@ -207,7 +215,7 @@ def _start(
     def fill(received: anyep.Received) -> None:
         assert received.source_begin is not None
         assert received.source_count is not None
-        counts[:] = received.handle.send.numbers("counts")
+        count.copy_(_counts_of(received))
         kept.sources, kept.landed = (received.source_begin, received.source_count), received.handle
         _fill_ranges(kept)
         if statistics is not None and clock is not None:
@@ -216,6 +224,13 @@ def _start(
     kept.underway = natives.start(pending, fill)
     rows = targets.x if targets.scales is None else (targets.x, targets.scales)
     return rows, count, LowLatencyHandle(_MEMBERS, kept), *ends_of(kept.underway, wants_hook=wants_hook)
+
+
+def _counts_of(received: anyep.Received) -> torch.Tensor:
+    """Return int32 [L], of the caller's own; on a GPU nobody waits for them."""
+    if isinstance(received.counts, DeviceCounts):
+        return received.counts.tensor.clone()
+    return torch.from_numpy(received.handle.send.numbers("counts").copy())
 
 
 def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
@@ -255,4 +270,5 @@ class WaitClock:
     def stop(self) -> None:
         """Add what was waited since."""
         if self._waits is not None and self._before is not None:
-            self._waits.add_(((self._ep.stats().waiting_s_by_source - self._before) * 1e9).long())
+            waited_s = self._ep.stats().waiting_s_by_source - self._before
+            self._waits.add_((waited_s * 1e9).long().to(self._waits.device))

@@ -98,8 +98,9 @@ class LowLatencyCalls:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank (or take it in again): from the next call on it is neither sent to nor waited for."""
         self._note_expelled()
-        self._masks.update(rank_to_mask, mask)
-        self._leave_out()
+        with self._masks.undone_if_refused():
+            self._masks.update(rank_to_mask, mask)
+            self._leave_out()
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for masked ranks and those whose silence or end ended this buffer, 0 for others, int32 [R]."""
@@ -108,8 +109,9 @@ class LowLatencyCalls:
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take in every rank."""
-        self._masks.clean()
-        self._leave_out()
+        with self._masks.undone_if_refused():
+            self._masks.clean()
+            self._leave_out()
 
     def _leave_out(self) -> None:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +30,16 @@ class Masks:
         host_assert(rank != self._rank or not masked, f"rank {rank} cannot mask itself")
         self._masked_R[rank] = int(masked)
 
+    @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Leave the masks as they were where the buffers below refuse to go on with others."""
+        before = self._masked_R.clone()
+        try:
+            yield
+        except BaseException:
+            self._masked_R.copy_(before)
+            raise
+
     def query(self, status: object, culprits: Collection[int] = ()) -> None:
         """Write 1 for masked ranks and ``culprits``, and 0 for others, to int32 [R]."""
         self._check()
@@ -49,7 +60,7 @@ class Masks:
         if not self.enabled or not self.ranks:
             return topk_idx
         owner = topk_idx.div(local_experts, rounding_mode="floor")
-        return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device="cpu")), -1)
+        return topk_idx.masked_fill(torch.isin(owner, torch.tensor(self.ranks, device=topk_idx.device)), -1)
 
     def _check(self) -> None:
         host_assert(self.enabled, "Shrink mode must be enabled: make the Buffer with enable_shrink=True")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
+from anyep.compat.deep_ep.checks import check_device, check_host
 from anyep.compat.deep_ep.layout import loops
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
@@ -54,11 +55,28 @@ class Kept:
         return self.landed
 
 
+def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
+    """Return a handle for rows that went the way of ``topk_idx``: all ranks tell each other, and nobody reads the rows.
+
+    ``ep`` sends rows of one uint8.
+    """
+    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device="cpu")
+    return ep.dispatch(x, topk_idx, layout=layout).handle
+
+
+def device_of(rows: torch.Tensor) -> str | None:
+    """Return the GPU that rows are on; None for the host."""
+    return None if rows.is_cpu else str(rows.device)
+
+
 class Natives:
     """The buffers of one group, their variants, and the handles that their dispatches left."""
 
-    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S) -> None:
-        """``group`` and ``timeout_s`` as :class:`anyep.Buffer` takes them."""
+    def __init__(self, group: object, *, timeout_s: float = _TIMEOUT_S, heap_bytes: int = 0) -> None:
+        """``group`` and ``timeout_s`` as :class:`anyep.Buffer` takes them.
+
+        ``heap_bytes``: memory of each GPU that all ranks map, where each has its own.
+        """
         self._group = group
         self._timeout_s = timeout_s
         self._buffers: dict[int, anyep.Buffer] = {}
@@ -73,6 +91,10 @@ class Natives:
         self.loops: Any = None
         """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
+        self.device: str | None = None
+        """the GPU on which tensors are exchanged, by the first call's rows; None: the host"""
+        self._settled = False
+        self._heap_bytes = heap_bytes
         self.expels = False
         """whether low-latency calls go on without ranks that do not come"""
 
@@ -82,12 +104,15 @@ class Natives:
             raise anyep.ClosedError("this deep_ep.Buffer was destroyed; make a new one")
         known = self._buffers.get(num_experts)
         if known is None:
+            if self.expels:
+                check_host("enable_shrink", self.device)
             self.loops = loops()
             known = self._buffers[num_experts] = anyep.Buffer(
                 self._group,
                 num_experts=num_experts,
                 num_topk=1,
-                arena_bytes=0,
+                arena_bytes=0 if self.device is None else self._heap_bytes or None,
+                device=self.device,
                 timeout_s=self._timeout_s,
                 max_in_flight=_IN_FLIGHT,
                 hidden=_SLOT_HIDDEN,
@@ -124,6 +149,13 @@ class Natives:
             if len(self._variants) > _MOST_VARIANTS:
                 self._variants.popitem(last=False)
         return known
+
+    def settle_on(self, x: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        """Exchange tensors where a first call's rows lie. Unavailable where neither host nor GPU has them."""
+        if not self._settled:
+            rows = x[0] if isinstance(x, tuple) else x
+            check_device("x", rows)
+            self.device, self._settled = device_of(rows), True
 
     def remember(self, key: Hashable, ep: Served) -> Served:
         """Note which buffer serves calls that passed their checks, by what these look at; None: by nothing."""
@@ -168,6 +200,13 @@ class Natives:
         address = tensor.data_ptr()
         self._kept[address] = kept
         self._arrays[address] = weakref.ref(memory, lambda _: self._forget(address))
+        return tensor
+
+    def keep_tensor(self, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+        """Return a tensor by whose storage a handle tuple is known, as long as this object lives."""
+        address = tensor.data_ptr()
+        self._kept[address] = kept
+        self._arrays[address] = weakref.ref(tensor, lambda _: self._forget(address))
         return tensor
 
     def _forget(self, address: int) -> None:

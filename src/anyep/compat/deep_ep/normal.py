@@ -8,7 +8,7 @@ import torch
 
 import anyep
 from anyep.compat.deep_ep import indices
-from anyep.compat.deep_ep.checks import check_cpu, check_dense, host_assert, refuse
+from anyep.compat.deep_ep.checks import check_dense, check_device, check_host, host_assert, refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.handles import NormalHandle, NormalKept, find_handle
@@ -91,7 +91,7 @@ def check_rows(x: object) -> tuple[Rows, Wire]:
     host_assert(len(x) == 2, f"x must be a tensor or (x, x_scales), got a tuple of {len(x)}")
     rows = check_dense("x", x[0], None, [None, None], "[T, H]")
     scales = x[1]
-    check_cpu("x_scales", scales)
+    check_device("x_scales", scales)
     host_assert(rows.itemsize == 1, f"x with scales must have elements of 1 byte, got {rows.dtype}")
     host_assert(
         isinstance(scales, torch.Tensor) and scales.dim() == 2 and scales.dtype in _SCALE_DTYPES,
@@ -129,6 +129,7 @@ def check_batch(x: Rows, domain: Domain, batch: Batch) -> None:
 def _checked(context: NormalContext, x: Any, batch: Batch) -> Calls:
     """Check a batch and return the buffer that sends it."""
     rows, wire = check_rows(x)
+    context.natives.settle_on(rows)
     check_batch(rows, context.domain, batch)
     topk = context.domain.num_ranks if batch.topk_idx is None else batch.topk_idx.size(1)
     experts = batch.num_tokens_per_expert.size(0)
@@ -137,18 +138,22 @@ def _checked(context: NormalContext, x: Any, batch: Batch) -> Calls:
 
 
 def dispatch(context: NormalContext, x: Any, batch: Batch, channels: int, *, go_on: bool) -> Dispatched:
-    """Send rows; ``go_on``: return when the sizes are known."""
+    """Send rows; ``go_on``: return when the sizes are known, on a GPU when all is launched.
+
+    Narrow indices are narrowed again at the end, so that such a call is over when it returns.
+    """
     natives, idx, weights = context.natives, batch.topk_idx, batch.topk_weights
     ep = natives.checked.get(batch.key(x)) or _checked(context, x, batch)
     experts, expert_rows = batch.num_tokens_per_expert.size(0), None
     if idx is None:
+        check_host("a dispatch without topk_idx", natives.device)
         idx, expert_rows = ranks_as_experts(batch.is_token_in_rank, experts), batch.num_tokens_per_expert
     elif idx.itemsize < 4:
         idx = indices.widened(idx)
     pending = None
     received: anyep.Received | Targets
     try:
-        if go_on and (batch.topk_idx is None or idx is batch.topk_idx):  # narrow ones are narrowed again at the end
+        if go_on and natives.device is None and (batch.topk_idx is None or idx is batch.topk_idx):
             natives.make_room()
             pending = ep.dispatch(x, idx, weights, expert_rows=expert_rows, wait="sizes")
             received = _landing(pending)
@@ -192,7 +197,7 @@ def dispatch_again(context: NormalContext, x: Any, handle: object, *, go_on: boo
     underway = None
     received: anyep.Received | Targets
     try:
-        if go_on:
+        if go_on and natives.device is None:
             natives.make_room()
             pending = ep.dispatch(x, handle=kept.handle, wait=False)
             received = _landing(pending)
@@ -223,8 +228,10 @@ def _checked_again(context: NormalContext, x: object, kept: Kept) -> Calls:
 
 
 def _check_counts(natives: Natives, native: Handle, given: torch.Tensor) -> None:
-    """RuntimeError where the caller's counts are not those of the rows that went out."""
-    plan = native.send
+    """RuntimeError where the caller's counts are not those of the rows that went out; a GPU's nobody waits for."""
+    if natives.device is not None:
+        return
+    plan, given = native.send, given if given.is_cpu else given.cpu()
     if not natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), 4 * given.size(0)):
         sent = plan.numbers("rank_rows").tolist()
         refuse(f"num_tokens_per_rank is {given.tolist()}, but the tokens sent are {sent}")

@@ -31,17 +31,17 @@ def check_bias(bias: object, num_tokens: int, hidden: int) -> list[torch.Tensor]
 
 
 def combine(context: NormalContext, x: Any, handle: object, topk_weights: Any, bias: object, *, go_on: bool) -> Summed:
-    """Sum rows at their origins; ``go_on``: return before that is over."""
+    """Sum rows at their origins; ``go_on``: return before that is over, on a GPU when all is launched."""
     natives = context.natives
     kept = find_handle(natives, handle)
     ep = natives.checked.get(_key_of_sum(kept, x, topk_weights)) or _checked_sum(natives, x, kept, topk_weights)
     biases = () if bias is None else check_bias(bias, kept.handle.num_tokens, x.shape[-1])
     try:
-        if not go_on:
+        if not go_on or natives.device is not None:
             summed = ep.combine(x, kept.handle, topk_weights=topk_weights, bias=biases, group=context.group)
             if topk_weights is None:
-                return summed, None, EventOverlap()
-            return summed.x, summed.topk_weights, EventOverlap()
+                return summed, None, event_of(None, asked=go_on)
+            return summed.x, summed.topk_weights, event_of(None, asked=go_on)
         natives.make_room()
         pending = ep.combine(x, kept.handle, topk_weights=topk_weights, bias=biases, group=context.group, wait=False)
     except (TypeError, ValueError):

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import check_dense, refuse
-from anyep.compat.deep_ep.native import Kept, Natives
-from anyep.exchange.calls import Calls
+from anyep.compat.deep_ep.checks import check_dense, check_host, refuse
+from anyep.compat.deep_ep.native import Kept, Natives, ask_everybody
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
 
@@ -31,6 +30,7 @@ _NOTHING = carrying_wire(torch.uint8, 1, 0, torch.float32)
 
 def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
     """Return what a dispatch kept whose handle had such members. RuntimeError for what are none."""
+    check_host("a handle that is not the one which dispatch returned", natives.device)
     key = members[KEY[len(members)]]
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int32:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
@@ -86,15 +86,11 @@ def _by_asking(natives: Natives, members: tuple[Any, ...]) -> Kept:
     experts = natives.first_num_experts(ranks)
     static = rows if rows > int(members[6][-1]) else None
     ep = natives.variant(experts, _NOTHING, ranks, static_rows=static)
-    return Kept(ep, experts, ranks, static, _ask(ep, ranks_as_experts(inside, experts), "compact"))
+    return Kept(ep, experts, ranks, static, ask_everybody(ep, ranks_as_experts(inside, experts), "compact"))
 
 
 def ask_for_blocks(natives: Natives, topk_idx: torch.Tensor, most_tokens: int, num_experts: int) -> Handle:
     """Return a low-latency dispatch's handle, from where tokens went: all ranks tell each other again."""
+    check_host("a handle that is not the one which low_latency_dispatch returned", natives.device)
     ep = natives.variant(num_experts, _NOTHING, topk_idx.size(1), max_tokens=most_tokens)
-    return _ask(ep, topk_idx, "padded")
-
-
-def _ask(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
-    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device="cpu")
-    return ep.dispatch(x, topk_idx, layout=layout).handle
+    return ask_everybody(ep, topk_idx, "padded")

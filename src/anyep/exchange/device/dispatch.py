@@ -191,7 +191,7 @@ class DeviceDispatch:
             if self._turned is not None:
                 arrive(end, self._plan, geometry, batch, self._turned)
             if end.order.is_concurrent or (not self._waits and self._out.cached is None):
-                end.faults.ask()
+                end.faults.ask(end.limits)
         visit.end([*batch.parts, self._turned])
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
         handle = self._handle(rows) if self._out.cached is None else self._known(self._out.cached)
@@ -206,7 +206,7 @@ class DeviceDispatch:
         while True:
             words = self._record.wait()
             summary = words[:SUMMARY_WORDS]
-            error = refusal(self._step, summary, self._end.faults.limits)
+            error = refusal(self._step, summary, self._end.limits)
             if isinstance(error, PeerTimeout):
                 raise error
             if error is not None:

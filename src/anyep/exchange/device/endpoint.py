@@ -8,7 +8,7 @@ import torch
 
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
-from anyep.exchange.device.faults import Faults
+from anyep.exchange.device.faults import Faults, Limits
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
 from anyep.exchange.device.slots import Slots
@@ -40,3 +40,14 @@ class DeviceEndpoint(Endpoint):
     @property
     def where(self) -> torch.device:
         return self.device.where
+
+    @property
+    def limits(self) -> Limits:
+        """What a batch must fit."""
+        return Limits(
+            num_topk=self.num_topk,
+            num_experts=self.placement.num_experts,
+            static_rows=-1 if self.static_rows is None else self.static_rows,
+            block_rows=self.num_ranks * self.max_tokens,
+            timeout_s=self.faults.limits.timeout_s,
+        )

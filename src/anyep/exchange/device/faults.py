@@ -42,8 +42,12 @@ class Faults:
         self.late_addr = self.addr + 8 * SUMMARY_WORDS
         """int64 [R]: ``epoch << 32 | the epoch that a silent rank has reached``"""
 
-    def ask(self) -> None:
-        """Begin to bring the words over, behind what was launched on this thread's stream. Not in a graph."""
+    def ask(self, limits: Limits | None = None) -> None:
+        """Begin to bring the words over, behind what was launched on this thread's stream. Not in a graph.
+
+        ``limits``: those of the batch that may have broken them; of several kinds of batches the last one's are told.
+        """
+        self.limits = self.limits if limits is None else limits
         if not self._device.capturing() and (self._coming is None or self._coming.done()):
             self._coming = self._device.fetch(self.words)
 

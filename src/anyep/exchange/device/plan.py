@@ -160,7 +160,30 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
         plan.entry_slot_addr,
         *plan.compact_entries(end),
     )
+    if end.wire.by_column and not geometry.by_expert:
+        _sort_by_column(plan, topk_idx, end.kept[0])
     return plan
+
+
+def _sort_by_column(plan: DevicePlan, topk_idx: torch.Tensor, owner_E: torch.Tensor) -> None:
+    """Let each token's entries stand in the order of the last column that each serves (exchange/ordering.py)."""
+    plan.by_column = True
+    numbers, shape = plan.device_memory.view(torch.int32), (plan.num_tokens, plan.width)
+    num_topk = plan.geometry.num_topk
+
+    def entries(addr: int) -> torch.Tensor:
+        first = (addr - plan.summary_addr) // 4
+        return numbers[first : first + plan.num_tokens * plan.width].view(shape)
+
+    ranks_TW, slots_TW = entries(plan.entry_rank_addr), entries(plan.entry_slot_addr)
+    idx = topk_idx.long()
+    owner_TK = torch.where(idx < 0, -1, owner_E[idx.clamp(0, owner_E.numel() - 1)])
+    serves_TWK = owner_TK[:, None, :] == ranks_TW[:, :, None]
+    columns = torch.arange(1, num_topk + 1, device=idx.device)
+    last_TW = torch.where(ranks_TW < 0, num_topk + 1, (serves_TWK * columns).amax(2))
+    order_TW = last_TW.argsort(dim=1, stable=True)
+    for part in (ranks_TW, slots_TW):
+        part.copy_(part.gather(1, order_TW))
 
 
 def address_of(tensor: torch.Tensor | None) -> int:

@@ -1,0 +1,205 @@
+"""V1 on a device: normal and low-latency calls, events and hooks, over a native buffer whose tensors lie there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import anyep
+from anyep.compat import deep_ep
+from anyep.compat.deep_ep import layout, native
+from anyep.compat.deep_ep.domains import Domain
+from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows_of, same_bits, send, summed
+
+BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
+
+
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch):
+    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
+    with pretended(PretendDevice()):
+        yield
+
+
+def outputs_of(given):
+    """Return what experts of each rank return, a row for each that was received."""
+    made = []
+    for rank in range(len(given)):
+        rows = len(arrival(given, rank).token)
+        made.append(torch.randn(rows, H, generator=torch.Generator().manual_seed(rank)).bfloat16())
+    return made
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("tokens", BATCHES)
+def test_normal_calls_have_the_bits_of_the_host(tokens, waits):
+    given = make_inputs(tokens)
+    outputs = outputs_of(given)
+
+    def rank_main(buffer):
+        mine, there = given[buffer.rank], arrival(given, buffer.rank)
+        x, idx, weights, counts, handle, event = send(buffer, mine, async_finish=not waits)
+        assert (event.event is None) == waits
+        if not waits:
+            event.current_stream_wait()
+        assert same_bits(x, rows_of(given, buffer.rank, lambda one: one.x))
+        assert same_bits(idx, there.topk_idx)
+        assert same_bits(weights, there.topk_weights)
+        assert counts == there.counts
+        bias = torch.ones_like(mine.x)
+        out, sent_weights, event = buffer.combine(
+            outputs[buffer.rank], handle, topk_weights=weights, bias=bias, async_finish=not waits
+        )
+        assert (event.event is None) == waits
+        there_again, *nothing, _ = buffer.dispatch(mine.x * 2, handle=handle, async_finish=not waits)
+        assert nothing == [None] * 4
+        assert same_bits(there_again, rows_of(given, buffer.rank, lambda one: one.x * 2))
+        served = torch.where(mine.topk_idx >= 0, mine.topk_weights, 0)
+        assert same_bits(sent_weights, served)
+        return out
+
+    for rank, out in enumerate(on_ranks(len(tokens), rank_main)):
+        assert same_bits(out, summed(given, outputs, rank, [torch.ones_like(given[rank].x)], 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_rows_of_one_byte_travel_with_their_scales(dtype):
+    given = make_inputs([6, 11])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        q, scales = mine.x.float().to(torch.float8_e4m3fn), torch.arange(len(mine.x) * 3).view(-1, 3).to(dtype)
+        (x, got), *_ = send(buffer, mine, (q, scales))
+        there = arrival(given, buffer.rank)
+        assert same_bits(x, rows_of(given, buffer.rank, lambda one: one.x.float().to(torch.float8_e4m3fn)))
+        every = [torch.arange(len(one.x) * 3).view(-1, 3).to(dtype) for one in given]
+        assert same_bits(got, torch.stack([every[s][t] for s, t in zip(there.source, there.token, strict=True)]))
+
+    on_ranks(2, rank_main)
+
+
+def test_a_fixed_number_of_rows_needs_no_count_and_has_a_defined_tail():
+    given = make_inputs([9, 31])
+
+    def rank_main(buffer):
+        x, idx, weights, counts, handle, _ = send(buffer, given[buffer.rank], num_worst_tokens=100)
+        there, rows = arrival(given, buffer.rank), len(arrival(given, buffer.rank).token)
+        assert [len(one) for one in (x, idx, weights)] == [100] * 3
+        assert counts == []
+        assert same_bits(idx[:rows], there.topk_idx)
+        assert (idx[rows:] == -1).all()
+        assert not x[rows:].any()
+        assert not weights[rows:].any()
+        y = torch.zeros(100, H, dtype=torch.bfloat16)
+        y[:rows] = outputs_of(given)[buffer.rank]
+        return buffer.combine(y, handle)[0]
+
+    for rank, out in enumerate(on_ranks(2, rank_main)):
+        assert same_bits(out, summed(given, outputs_of(given), rank, [], 8))
+
+
+def on_low_latency(num_ranks, rank_main):
+    def act(member):
+        buffer = deep_ep.Buffer(member, low_latency_mode=True, explicitly_destroy=True)
+        try:
+            return rank_main(buffer)
+        finally:
+            buffer.destroy()
+
+    return anyep.local_group(num_ranks).run(act)
+
+
+def end_of(event, hook):
+    """Wait for a call's second half, however that is done."""
+    if hook is not None:
+        hook()
+    if event.event is not None:
+        event.current_stream_wait()
+
+
+@pytest.mark.parametrize("how", ["at once", "hook", "event"])
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch):
+    given, most = make_inputs([7, 12], hidden=256), 12
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        asked = {"return_recv_hook": how == "hook", "async_finish": how == "event"}
+        stats = torch.zeros(E // 2, dtype=torch.int32)
+        recv_x, count, handle, *ends = buffer.low_latency_dispatch(
+            mine.x, mine.topk_idx, most, E, cumulative_local_expert_recv_stats=stats, use_fp8=use_fp8, **asked
+        )
+        end_of(*ends)
+        assert torch.equal(stats, count)
+        rows, scales = recv_x if use_fp8 else (recv_x, None)
+        src, ranges, *sizes = handle
+        assert sizes == [most, 256, E]
+        y = torch.zeros(rows.shape, dtype=torch.bfloat16)
+        filled = [(expert, slice(number)) for expert, number in enumerate(count.tolist())]
+        for expert, some in filled:
+            y[expert, some] = src[expert, some].unsqueeze(1) + 0.5
+        taken_apart = (src, ranges, *sizes)
+        out, *ends = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, taken_apart, **asked)
+        end_of(*ends)
+        bits = [part[place].clone() for place in filled for part in (rows, src) + (() if scales is None else (scales,))]
+        return [count, ranges.clone(), out, *bits]
+
+    on_device = on_low_latency(2, rank_main)
+    monkeypatch.setattr(native, "device_of", lambda rows: None)
+    for mine, host in zip(on_device, on_low_latency(2, rank_main), strict=True):
+        assert all(same_bits(one, other) for one, other in zip(mine, host, strict=True))
+
+
+def test_the_zero_copy_buffer_is_read_where_it_lies():
+    given = make_inputs([7, 12])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 12, E, use_fp8=False)
+        there = buffer.get_next_low_latency_combine_buffer(handle)
+        there[:] = recv_x
+        out, *_ = buffer.low_latency_combine(there, mine.topk_idx, mine.topk_weights, handle, zero_copy=True)
+        plain, *_ = buffer.low_latency_combine(recv_x, mine.topk_idx, mine.topk_weights, handle)
+        assert same_bits(out, plain)
+
+    on_low_latency(2, rank_main)
+
+
+def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
+    given = make_inputs([9, 31])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        handle = send(buffer, mine)[4]
+        with pytest.raises(anyep.Unavailable, match=r"members of a dispatch's handle.*cuda"):
+            handle[0]
+        per_rank, _, per_expert, inside, _ = buffer.get_dispatch_layout(mine.topk_idx, E)
+        with pytest.raises(anyep.Unavailable, match=r"without topk_idx"):
+            buffer.dispatch(
+                mine.x, num_tokens_per_rank=per_rank, is_token_in_rank=inside, num_tokens_per_expert=per_expert
+            )
+        copies = (torch.zeros(2, 2, dtype=torch.int32),) * 6
+        with pytest.raises(anyep.Unavailable, match="not the one which dispatch returned"):
+            buffer.combine(mine.x, copies)
+
+    on_ranks(2, rank_main)
+
+    def shrinking(member):
+        buffer = deep_ep.Buffer(member, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+        mine = given[buffer.rank]
+        with pytest.raises(anyep.Unavailable, match=r"enable_shrink.*CPU tensors"):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, 31, E)
+        buffer.destroy()
+
+    anyep.local_group(2).run(shrinking)
+
+
+@pytest.mark.parametrize(("ranks", "per_host"), [(1, 8), (3, 8), (4, 2), (6, 4)])
+def test_layouts_counted_on_a_device_are_those_of_the_host(ranks, per_host):
+    for given in make_inputs([23, 1, 0], experts=12, topk=K):
+        domain = Domain(num_ranks=ranks, per_host=per_host)
+        ours, theirs = layout.count_on_device(given.topk_idx, 12, domain), layout.count(given.topk_idx, 12, domain)
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or same_bits(one, other)

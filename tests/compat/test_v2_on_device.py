@@ -1,0 +1,140 @@
+"""V2 on a device: compact batches with scales and weights, cached calls, fixed sizes, and sums in column order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import anyep
+from anyep.compat import deep_ep
+from anyep.compat.deep_ep import native
+from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.v2_world import World, same_bits
+
+WORLDS = [World(), World(num_tokens=(6,), num_experts=5), World(num_tokens=(3, 9, 1), num_experts=6, num_topk=7)]
+
+
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch):
+    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
+    with pretended(PretendDevice()):
+        yield
+
+
+def both(world, rank_main, monkeypatch, **options):
+    """Return what ranks return on a device, and on the host."""
+    on_device = world.run(rank_main, **options)
+    monkeypatch.setattr(native, "device_of", lambda rows: None)
+    return zip(on_device, world.run(rank_main, **options), strict=True)
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or same_bits(one, other)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("world", WORLDS)
+def test_calls_have_the_bits_of_the_host(world, waits, monkeypatch):
+    def rank_main(buffer, given):
+        event = {"async_with_compute_stream": not waits}
+        x, idx, weights, handle, first = buffer.dispatch(
+            given.x, given.idx, given.weights, num_experts=world.num_experts, **event
+        )
+        assert (first.event is None) == waits
+        if not waits:
+            first.current_stream_wait()
+        more, again_idx, none, same, second = buffer.dispatch(given.x * 3, handle=handle, **event)
+        assert same is handle
+        assert none is None
+        y = (x.float() * (1 + buffer.rank_idx)).bfloat16()
+        out, sent, third = buffer.combine(y, handle, topk_weights=weights, bias=given.bias, **event)
+        plain, nothing, fourth = buffer.combine(y, handle, **event)
+        assert nothing is None
+        for event in (second, third, fourth):
+            if not waits:
+                event.current_stream_wait()
+        assert handle.num_recv_tokens == len(x)
+        fields = [handle.topk_idx, handle.psum_num_recv_tokens_per_expert, handle.num_unaligned_recv_tokens_per_expert]
+        lists = torch.tensor(handle.num_recv_tokens_per_expert_list)
+        return [t.clone() for t in (x, idx, weights, more, again_idx, out, sent, plain, *fields, lists)]
+
+    for ours, theirs in both(world, rank_main, monkeypatch):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_scales_travel_with_and_without_weights(dtype, tma, with_weights, monkeypatch):
+    world = WORLDS[0]
+
+    def rank_main(buffer, given):
+        q = given.x.to(torch.float8_e4m3fn)
+        scales = torch.arange(len(q) * 3).view(3, -1).t().to(dtype)
+        (x, got), _, weights, _, _ = buffer.dispatch(
+            (q, scales),
+            given.idx,
+            given.weights if with_weights else None,
+            num_experts=world.num_experts,
+            use_tma_aligned_col_major_sf=tma,
+        )
+        assert got.stride() == ((1, -(-len(x) // 4) * 4) if tma else (3, 1)) or got.numel() == 0
+        return [x.clone(), got.clone(), None if weights is None else weights.clone()]
+
+    for ours, theirs in both(world, rank_main, monkeypatch):
+        assert_same(ours, theirs)
+
+
+def test_a_batch_of_fixed_size_needs_no_count(monkeypatch):
+    world = WORLDS[0]
+
+    def rank_main(buffer, given):
+        x, idx, weights, handle, _ = buffer.dispatch(
+            given.x, given.idx, given.weights, num_experts=world.num_experts, do_cpu_sync=False
+        )
+        assert handle.num_recv_tokens_per_expert_list == []
+        out, _, _ = buffer.combine(x, handle)
+        return [t.clone() for t in (x, idx, weights, out, handle.num_unaligned_recv_tokens_per_expert)]
+
+    for ours, theirs in both(world, rank_main, monkeypatch):
+        assert_same(ours, theirs)
+
+
+def test_the_callers_own_indices_may_be_what_the_handle_has():
+    world = WORLDS[0]
+
+    def rank_main(buffer, given):
+        x, _, _, handle, _ = buffer.dispatch(given.x, given.idx, num_experts=8, do_handle_copy=False)
+        assert handle.topk_idx is given.idx
+        return buffer.combine(x, handle)[0]
+
+    world.run(rank_main)
+
+
+def test_what_a_device_cannot_do_yet_is_refused_with_the_reason(monkeypatch):
+    world = World(num_tokens=(4, 3))
+
+    def rank_main(buffer, given):
+        with pytest.raises(anyep.Unavailable, match=r"an expanded batch goes with CPU tensors.*cuda"):
+            buffer.dispatch(given.x, given.idx, num_experts=8, do_expand=True)
+        x, _, _, handle, _ = buffer.dispatch(given.x, given.idx, num_experts=8)
+        for name in ("recv_src_metadata", "dst_buffer_slot_idx", "psum_num_recv_tokens_per_scaleup_rank"):
+            with pytest.raises(anyep.Unavailable, match=name):
+                getattr(handle, name)
+        fields = {name: None for name in deep_ep.EPHandle.__init__.__annotations__ if name != "return"}
+        bare = deep_ep.EPHandle(**fields | {"topk_idx": given.idx, "num_experts": 8, "do_expand": False})
+        bare.num_recv_tokens, bare.num_recv_tokens_per_expert_list = len(x), [1]
+        bare.num_max_tokens_per_rank, bare.expert_alignment, bare.num_sms = 9, 1, handle.num_sms
+        with pytest.raises(anyep.Unavailable, match="not the one which dispatch returned"):
+            buffer.combine(x, bare)
+
+    world.run(rank_main)
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
+
+    def hosts(buffer, given):
+        with pytest.raises(anyep.Unavailable, match="several hosts"):
+            buffer.dispatch(given.x, given.idx, num_experts=8)
+
+    world.run(hosts)

@@ -1,0 +1,150 @@
+"""What goes wrong between hosts: other versions and arguments, no such interface, a death between two pieces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.util import Finalize
+
+import pytest
+import torch
+
+import anyep
+from anyep.errors import Unavailable
+from anyep.exchange import across, setup
+from anyep.exchange.courier import Inbox, Outbox
+from anyep.testing.processes import RankProcesses, run_processes
+from anyep.transport.nixl_agent import load_nixl
+
+NUM_RANKS, PER_HOST = 4, 2
+SIZES = {"hidden": 512, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 256}
+
+
+@pytest.fixture(params=["gloo", "nixl"])
+def engine(request):
+    if request.param == "nixl":
+        try:
+            load_nixl()
+        except Unavailable as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def open_differently(group, rank, what):
+    """Make a buffer that is another one on the second host; return the error."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = str(PER_HOST)
+    options = dict(SIZES)
+    if rank >= PER_HOST and what == "version":
+        setup.__version__ = "99.1"
+    elif rank >= PER_HOST:
+        options |= {"straight_bytes": 7} if what == "straight_bytes" else {what: 2 * options[what]}
+    try:
+        anyep.Buffer(group, transport="gloo", timeout_s=20.0, **options).close()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_a_host_with_another_version_is_told_which_and_what_to_do():
+    for rank, (kind, text) in enumerate(run_processes(NUM_RANKS, open_differently, "version")):
+        assert kind == "ValueError", text
+        mine, theirs = (anyep.__version__, "99.1") if rank < PER_HOST else ("99.1", anyep.__version__)
+        assert f"rank {rank} runs AnyEP {mine}" in text
+        assert f"rank {2 if rank < PER_HOST else 0} AnyEP {theirs}" in text
+        assert "install the same version on all hosts" in text
+
+
+@pytest.mark.parametrize("name", ["hidden", "num_experts", "max_tokens_per_rank", "straight_bytes"])
+def test_a_host_with_other_arguments_is_told_which(name):
+    for kind, text in run_processes(NUM_RANKS, open_differently, name):
+        assert kind == "ValueError", text
+        assert f"{name} differs between ranks" in text
+
+
+def open_on_interface(group, rank, engine):
+    os.environ["ANYEP_RANKS_PER_HOST"] = str(PER_HOST)
+    try:
+        anyep.Buffer(group, transport=engine, interface="nowhere0" if rank == 3 else "lo", timeout_s=20.0, **SIZES)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_an_interface_that_one_rank_does_not_have_is_named_on_all(engine):
+    for kind, text in run_processes(NUM_RANKS, open_on_interface, engine):
+        assert kind == "Unavailable", text
+        assert "nowhere0" in text
+        assert "lo" in text, "those that exist"
+
+
+def die_in_the_middle(group, rank, engine, victim, where, straight_bytes):
+    """Exchange once, then with a victim that is killed between two pieces; return the error, and how late it came."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = str(PER_HOST)
+    across.CHUNK_BYTES = 32 << 10
+    tokens = torch.arange(256)
+    x = torch.full((256, 512), rank + 1.0).bfloat16()
+    idx = torch.stack([tokens % 8, (tokens + 4) % 8], 1)
+    with anyep.Buffer(group, transport=engine, timeout_s=30.0, straight_bytes=straight_bytes, **SIZES) as ep:
+        received = ep.dispatch(x, idx)
+        assert torch.equal(ep.combine(received.x, received.handle), 2 * x)
+        if rank == victim:
+            operation, half = where.split()
+            if operation == "dispatch":
+                die_at_piece(4, half)
+        begin = time.monotonic()
+        try:
+            received = ep.dispatch(x, idx)
+            if rank == victim:
+                die_at_piece(4, half)
+            begin = time.monotonic()
+            ep.combine(received.x, received.handle)
+            begin = time.monotonic()
+            ep.dispatch(x, idx)  # what this rank needed was here already
+        except anyep.PeerError as error:
+            return type(error).__name__, error.ranks, time.monotonic() - begin, str(error)
+    return None
+
+
+def die_at_piece(number, half):
+    """Kill this process when it has sent, or taken, so many pieces."""
+    kind, name = (Outbox, "send") if half == "sends" else (Inbox, "take")
+    act, left = getattr(kind, name), [number]
+
+    def act_and_die(*args):
+        result = act(*args)
+        if result is not None or half == "sends":
+            left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(kind, name, act_and_die)
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("where", ["dispatch sends", "dispatch takes", "combine sends", "combine takes"])
+def test_a_rank_that_dies_between_two_pieces_is_named_on_all_hosts(engine, where, victim):
+    with RankProcesses(NUM_RANKS, die_in_the_middle, engine, victim, where, 0) as ranks:
+        outcomes = ranks.outcomes(timeout_s=60)
+    assert outcomes[victim].how == "died", outcomes[victim].tell()
+    for rank in set(range(NUM_RANKS)) - {victim}:
+        assert outcomes[rank].how == "returned", outcomes[rank].tell()
+        kind, culprits, elapsed, text = outcomes[rank].value
+        assert (kind, culprits) == ("PeerLost", (victim,)), text
+        assert elapsed < 10.0, "long before the 30 s for which a silent rank is waited for"
+
+
+def report_and_crash(group, rank):
+    """Return a result from a process that a library's destructor crashes afterwards."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = "1"
+    with anyep.Buffer(group, transport="gloo", **SIZES) as ep:
+        received = ep.dispatch(torch.ones(8, 512).bfloat16(), torch.arange(16).view(8, 2) % 8)
+        Finalize(None, os.kill, args=(os.getpid(), signal.SIGSEGV), exitpriority=0)
+        return received.handle.num_rows
+
+
+def test_results_are_out_before_a_process_that_crashes_at_its_exit():
+    with RankProcesses(2, report_and_crash) as ranks:
+        assert ranks.results(60) == [8, 8]
+        assert [process.exitcode for process in ranks._processes] == [-signal.SIGSEGV] * 2
