@@ -13,6 +13,7 @@ from anyep.errors import CapacityError
 from anyep.exchange.device.setup import device_account
 from anyep.exchange.device.slots import slot_rule
 from anyep.exchange.options import BufferOptions
+from anyep.exchange.wire import make_wire
 from anyep.testing.lazy_device import LazyDevice
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.rounds import check, open_buffer, play
@@ -160,11 +161,39 @@ def test_slots_are_in_the_account_and_are_made_where_they_are_small_or_asked_for
     assert account.committed_bytes == account.control_bytes + account.eager_bytes
     assert slot_rule(options_with(eager_bytes=pair - 1), 8).slot_bytes == 0
     assert slot_rule(options_with(eager_bytes=pair), 8).slot_bytes == pair
+    assert slot_rule(options_with(eager_bytes=2 * pair), 8).slot_bytes == 2 * pair, "variants may have larger rows"
     prefill = options_with(max_tokens_per_rank=4096)
     rule = slot_rule(prefill, 8)
     assert rule.slot_bytes == device_account(prefill, 8, 0).eager_bytes == 0
     assert rule.reason.endswith(f"at most 256; eager_bytes={32 * pair} makes them")
     assert slot_rule(options_with(max_tokens_per_rank=4096, eager_bytes=32 * pair), 8).slot_bytes == 32 * pair
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_rows_of_other_kinds_use_slots_that_are_large_enough_and_handles_serve_all_of_them(concurrent):
+    narrow, wide = make_wire("fp32", "fp32", 4), make_wire("fp32", "fp32", 40)
+
+    def rank_main(member):
+        with anyep.Buffer(member, **SIZES, device="cuda", concurrent=concurrent) as ep:
+            kinds = [
+                (calls, wire.hidden, has_slots)
+                for wire, has_slots in ((narrow, True), (wide, False))
+                for calls in [ep.variant(wire=wire, num_topk=2, max_tokens_per_rank=T)]
+            ]
+            kinds.append((ep, SIZES["hidden"], True))
+            idx, weights = torch.tensor(IDX), torch.ones(T, 2)
+            for first, hidden, _ in kinds:
+                got = first.dispatch(torch.ones(T, hidden), idx, weights, layout="padded")
+                for calls, width, has_slots in kinds:
+                    geometry = calls._end.geometry("padded", 8, has_weights=True)
+                    assert (calls._end.slots_of(geometry, T) is not None) == has_slots
+                    x = torch.arange(T * width).float().view(T, width) + 1000 * ep.rank
+                    again = calls.dispatch(x, None, weights, handle=got.handle)
+                    out = calls.combine(again.x, again.handle)
+                    assert torch.equal(out, (idx >= 0).sum(dim=1)[:, None] * x)
+
+    with pretended(LazyDevice(0)):
+        anyep.local_group(R).run(rank_main)
 
 
 def test_slots_that_do_not_fit_are_refused_with_the_account():

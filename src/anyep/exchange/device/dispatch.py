@@ -27,7 +27,7 @@ from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.device.second_half import SecondHalf
 from anyep.exchange.device.sending import send
-from anyep.exchange.device.slots import Slots
+from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
@@ -48,7 +48,7 @@ class DeviceDispatch:
         self._plan = out.plan
         self._geometry = out.geometry
         self._buffer = buffer
-        self._slots = end.padded_slots if out.geometry.padded else None
+        self._slots = end.slots_of(out.geometry, out.plan.max_tokens)
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
@@ -145,7 +145,7 @@ class DeviceDispatch:
             return self._slots.places
         return (-1, -1, -1, -1, -1) if self._landing is None else self._landing.places(self._end.reach)
 
-    def _send_ahead(self, slots: Slots) -> None:
+    def _send_ahead(self, slots: SlotKind) -> None:
         """Launch the rows, each token once a receiver, to this rank's slots: nobody's counts are needed for that."""
         plan = self._plan
         route = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)

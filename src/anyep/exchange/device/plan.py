@@ -71,6 +71,11 @@ class DevicePlan(SendPlan):
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
 
     @property
+    def max_tokens(self) -> int:
+        """How many tokens a rank may have had, in the padded layout; with a handle others may be allowed now."""
+        return self.geometry.shape.block_rows // self.num_ranks
+
+    @property
     def record(self) -> torch.Tensor:
         """int64: summary, verdict, tables, and the ledger as int32; a view."""
         return self.device_memory[: self.num_record_words]

@@ -25,8 +25,9 @@ class SecondHalf:
         self._board = (end.boards.board_addr(epoch), end.boards.message_bytes)
         self._base_addr = end.base_addr
         """what announced places are counted from: ranks' memory, or their slots here"""
-        if end.padded_slots is not None and out.geometry.padded:
-            self._base_addr = end.padded_slots.receiving_addr(epoch)
+        slots = end.slots_of(out.geometry, plan.max_tokens)
+        if slots is not None:
+            self._base_addr = slots.receiving_addr(epoch)
         self._ranks = (end.rank, end.num_ranks)
         self._shape = out.geometry.shape
         self._alignment = int(self._shape.dims[D_ALIGNMENT])

@@ -177,7 +177,8 @@ def _slots_on(ground: Ground, rendezvous: Rendezvous, options: BufferOptions, ac
     made: list[Slots] = []
 
     def act() -> int | None:
-        made.append(Slots(ground.device, reach, rendezvous.size, rule, options, account.__str__))
+        sizes = (rendezvous.size, options.ring, rule.slot_bytes)
+        made.append(Slots(ground.device, ground.stream, reach, *sizes, account.__str__))
         return reach.place(made[0].memory)
 
     places = together(rendezvous, act, what="make its buffer")
