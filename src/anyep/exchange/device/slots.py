@@ -82,6 +82,7 @@ class Slots:
             [[self._slot(first, index, source) for source in sources] for index in range(self.ring)]
         )
         """int64 [ring, R]: where each source's slot begins here"""
+        self.here_addr = self.here.data_ptr()
 
     def _slot(self, first: int, index: int, source: int) -> int:
         return first + (index * self._num_ranks + source) * self._slot_bytes
@@ -123,12 +124,13 @@ class SlotKind:
         self._slots = slots
         self.places = places
         self._there = there  # int64 [ring, NUM_PLACES, R]
+        self._first, self._step = there.data_ptr(), 8 * there.size(2)
 
     def table_addr(self, epoch: int) -> list[int]:
         """Return, for each part of a row, where the peer table of this rank's slots lies."""
-        table = self._there[epoch % self._slots.ring]
-        return [table.data_ptr() + 8 * part * table.size(1) for part in range(NUM_PLACES)]
+        first = self._first + epoch % self._slots.ring * NUM_PLACES * self._step
+        return [first + part * self._step for part in range(NUM_PLACES)]
 
     def receiving_addr(self, epoch: int) -> int:
         """Return where int64 [R] lies: where each source's slot begins here."""
-        return self._slots.here[epoch % self._slots.ring].data_ptr()
+        return self._slots.here_addr + epoch % self._slots.ring * self._step
