@@ -45,14 +45,12 @@ class Contest:
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
-        """Note an error in ``what`` and go on; raise it where the device itself does not answer any more."""
-        try:
+        """Note an error in ``what`` and go on. Raises what the device says where it does not answer any more."""
+        before = len(self.problems)
+        with self._noting(what):
             yield
+        if len(self.problems) == before:
             print(f"{what}: right", flush=True)
-        except Exception as error:
-            self.problems.append(f"{what}: {type(error).__name__}: {error}")
-            print(self.problems[-1], flush=True)
-            self.stopwatch.settle()
 
     def add(self, work: str, what: str, act: Act, num_bytes: int = 0) -> None:
         self._acts.append((work, what, lambda: self.stopwatch.us(act), num_bytes))
@@ -69,7 +67,7 @@ class Contest:
             for number in shuffler.sample(sorted(times), len(times)):
                 work, what, spent, _ = self._acts[number]
                 before = len(self.problems)
-                with self._timing(f"{work}, {what}, round {turn}"):
+                with self._noting(f"{work}, {what}, round {turn}"):
                     us = spent()
                 if len(self.problems) > before:
                     del times[number]
@@ -83,11 +81,12 @@ class Contest:
         return [self._row(self._acts[number], us, rates[0]) for number, us in times.items() if rates]
 
     @contextmanager
-    def _timing(self, what: str) -> Iterator[None]:
+    def _noting(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self.problems.append(f"{what}: {type(error).__name__}: {error}")
+            print(self.problems[-1], flush=True)
             self.stopwatch.settle()
 
     def _row(self, act: tuple[str, str, Callable[[], float], int], us: list[float], bytes_per_us: float) -> Row:

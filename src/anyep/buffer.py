@@ -47,7 +47,8 @@ class Buffer(Calls):
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
-    hosts, ``"nixl"`` or ``"gloo"``; of CUDA tensors ``"inprocess"`` (one GPU) or ``"cuda_symmetric"`` (one a process).
+    hosts, ``"nixl"`` or ``"gloo"``; of CUDA tensors ``"inprocess"`` (one GPU) or ``"cuda_symmetric"`` (one a process),
+    or an engine.
     ``interface``: the network interface it uses on this rank.
     ``device``: ``"cuda"`` or one of several, for CUDA tensors (docs/gpu.md); None: CPU tensors. ``num_sms``: on how
     many of its multiprocessors rows are moved at a time. ``concurrent``: ranks of a device have streams of their own.

@@ -52,13 +52,15 @@ def test_calls_have_the_bits_of_the_host(world, waits, monkeypatch):
         out, sent, third = buffer.combine(y, handle, topk_weights=weights, bias=given.bias, **event)
         plain, nothing, fourth = buffer.combine(y, handle, **event)
         assert nothing is None
-        for event in (second, third, fourth):
+        large = (2.0**30, 1.0, -(2.0**30), 3.0)[buffer.rank_idx % 4]  # a sum of them tells in which order it was made
+        ordered, _, fifth = buffer.combine(torch.full_like(x, large), handle, **event)
+        for event in (second, third, fourth, fifth):
             if not waits:
                 event.current_stream_wait()
         assert handle.num_recv_tokens == len(x)
         fields = [handle.topk_idx, handle.psum_num_recv_tokens_per_expert, handle.num_unaligned_recv_tokens_per_expert]
         lists = torch.tensor(handle.num_recv_tokens_per_expert_list)
-        return [t.clone() for t in (x, idx, weights, more, again_idx, out, sent, plain, *fields, lists)]
+        return [t.clone() for t in (x, idx, weights, more, again_idx, out, sent, plain, ordered, *fields, lists)]
 
     for ours, theirs in both(world, rank_main, monkeypatch):
         assert_same(ours, theirs)

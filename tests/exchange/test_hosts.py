@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import anyep
 from anyep.exchange import across, courier, setup, sums_in
 from anyep.exchange.courier import Outbox
+from anyep.exchange.straight import StraightIn
 from anyep.layout.hosts import group_ranks, map_hosts
 from anyep.transport import hierarchical, registry
 from tests.exchange.cases import LAYOUTS, Case, cases
@@ -155,6 +157,37 @@ def test_pieces_that_leave_right_after_a_look_are_followed_by_the_rest(played, m
             assert torch.equal(ep.combine(y, received.handle), x)
 
     anyep.local_group(2).run(rank_main)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_straight_rows_that_come_right_after_the_turn_of_their_sums_are_summed(played, monkeypatch, layout):
+    """They are not here when sums may begin, and are when it is asked what is still to come."""
+    played(1)
+    pending = StraightIn.pending
+    looks: Counter[StraightIn] = Counter()
+
+    def pending_a_moment_later(rows):
+        looks[rows] += 1
+        if looks[rows] == 1:
+            return list(rows._asked)
+        deadline = time.monotonic() + 5.0
+        while pending(rows) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return pending(rows)
+
+    monkeypatch.setattr(StraightIn, "pending", pending_a_moment_later)
+
+    def rank_main(member):
+        options = {"hidden": 64, "num_experts": 4, "num_topk": 2, "max_tokens_per_rank": 9, "timeout_s": 20.0}
+        with anyep.Buffer(member, straight_bytes=1 << 20, **options) as ep:
+            x = torch.arange(9.0)[:, None].expand(9, 64).bfloat16()
+            received = ep.dispatch(x, torch.tensor([[0, 3]]).repeat(9, 1), torch.ones(9, 2), layout=layout)
+            y = ep.empty_output(received.handle).copy_(received.x)
+            sums = ep.combine(y, received.handle, out=torch.full((9, 64), -1.0).bfloat16())
+            assert torch.equal(sums, 2 * x)
+
+    anyep.local_group(2).run(rank_main)
+    assert looks, "rows went straight"
 
 
 @pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])

@@ -135,7 +135,7 @@ def _addresses() -> Finding:
         return Finding(topic="addresses", text="the same in every process that is started from here")
     return Finding(
         topic="addresses",
-        text="random in each process, slow where ranks share cores: start them with setarch -R, as bench does",
+        text="random in each program that is started; where ranks share cores, setarch -R saves time (bench does it)",
     )
 
 

@@ -28,8 +28,7 @@ _RATE_BYTES, _LEAST_BYTES = 1 << 20, 64 << 10
 host at least."""
 _FORWARDING_S = 300e-6
 """What a forwarder does for a small batch of one source: route it, find its places, write it, say done. It is the same
-code whatever the link. Measured, hosts of 1, 2 and 4 ranks: 100 us for a token, 230 to 480 for 8 and 32, of its own
-time 215 to 270 (docs/log.md)."""
+code whatever the link. Measured, hosts of 1, 2 and 4 ranks: 100 us for a token, 230 to 480 for 8 and 32."""
 _BEFORE = -1
 """Stands for an operation in the tags of these messages."""
 NUM_EPOCHS = 2 * _ROUNDS * _TURNS + 1

@@ -39,18 +39,24 @@ def carry(parts: Sequence[Part], transport: HierarchicalTransport, epoch: int, s
 
 
 def _carry(parts: Sequence[Part], transport: HierarchicalTransport, epoch: int, step: str) -> None:
+    """All is done when a pass moves nothing in front of which everything had come.
+
+    What comes between a part's turn and the question what is pending is acted on in the next pass.
+    """
     began_ns = time.monotonic_ns()
+    all_came = False
     while True:
         moved = [part.advance() for part in parts]
         waiting = [transfer for part in parts for transfer in part.pending()]
         if any(moved):
             began_ns = time.monotonic_ns()
-        elif not waiting:
+        elif not waiting and all_came:
             return
         else:
             late = [transfer for transfer in waiting if not transport.is_done(transfer)]
             if late:  # others have come, and are not wanted before these
                 transport.await_transfers(late, epoch, step, began_ns)
+        all_came = not waiting
 
 
 def piece_memory(num_bytes: int) -> Bytes:

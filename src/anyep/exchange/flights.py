@@ -48,12 +48,13 @@ class Operation(Protocol[Out]):
 
 
 class Flight(Generic[Result]):
-    """An operation that was posted, and its outcome once it is finished."""
+    """An operation that was posted, and its outcome. Who takes that lets it ``land``, where an operation can."""
 
-    __slots__ = ("epoch", "error", "future", "label", "operation", "pending", "result", "turn")
+    __slots__ = ("epoch", "error", "future", "label", "land", "operation", "pending", "result", "turn")
 
     def __init__(self, operation: Operation[Result], epoch: int) -> None:
         self.operation: Operation[Result] | None = operation
+        self.land: Callable[[Result], Result] | None = getattr(operation, "land", None)
         self.label = operation.label
         self.epoch = epoch
         self.turn = threading.Lock()
@@ -96,7 +97,7 @@ class Flight(Generic[Result]):
                 raise error
             finally:
                 del error  # it holds this frame, and the frame holds it
-        return result  # type: ignore[return-value]
+        return result if self.land is None else self.land(result)  # type: ignore[return-value, arg-type]
 
 
 class Flights:

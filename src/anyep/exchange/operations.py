@@ -116,5 +116,8 @@ def operations_on(end: Endpoint) -> Operations:
     """Return the operations of an endpoint's kind."""
     from anyep.exchange.device.endpoint import DeviceEndpoint
     from anyep.exchange.device.operations import DeviceOperations
+    from anyep.exchange.device.staged import StagedEndpoint, StagedOperations
 
+    if isinstance(end, StagedEndpoint):
+        return StagedOperations(end)
     return DeviceOperations(end) if isinstance(end, DeviceEndpoint) else HostOperations(end)

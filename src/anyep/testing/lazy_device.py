@@ -152,6 +152,16 @@ class LazyDevice(PretendDevice):
         self._launch(_LazyLaunch(lambda: held.append(words.numpy().copy())))
         return _LazyFetch(self, self.mark(self.current_stream()), held)
 
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        def act() -> None:
+            with torch.inference_mode():  # whatever the mode of the thread that comes to it
+                target.copy_(source)
+
+        self._launch(_LazyLaunch(act))
+
+    def wait(self, event: Event) -> None:
+        self.run(event)
+
     def run(self, event: Event) -> None:
         """Run launches, of any streams, until all that comes before an event is done."""
         while not event.is_over():

@@ -81,6 +81,15 @@ class PretendDevice:
     def check_fp8(self) -> None:
         self.target.check_fp8()
 
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, event: Event) -> None:
+        """Nothing to do: what was launched is done."""
+
 
 class _OneByOne:
     """Kernels that one thread at a time launches: interpreters are not made for several."""

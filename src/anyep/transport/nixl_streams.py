@@ -24,7 +24,7 @@ PIECE_KIND = 16
 PIECE_BYTES = 256 << 10
 SLOTS = 16
 BEGUN = 2
-"""Pieces to a rank that are begun and not written. Dispatch and combine over 1 Gbit/s took 1512 ms with 2, 1526 with 3,
+"""Pieces to a rank that are begun and not written. Dispatch and combine over 1 Gbit/s took 1512 ms with 2, 1525 with 3,
 1520 with 4 and 1718 with 8; over a link as fast as the machine 2 carry as much as 16."""
 _PIECE = struct.Struct("<IIQQQI")
 """PIECE_KIND, tag, what the whole message has, what comes of it, where this piece begins in it, its slot."""

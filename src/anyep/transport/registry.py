@@ -18,7 +18,7 @@ from anyep.transport.inprocess import InProcessTransport, Member
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.shared import SharedTransport
 
-_NETWORKED = ("auto", "gloo", "nixl")
+NETWORKED = ("auto", "gloo", "nixl")
 """Transports that span hosts, with an engine between them."""
 NAMES = ("auto", "inprocess", "shm", "gloo", "nixl", "cuda_symmetric")
 """The last for CUDA tensors only (exchange/device/setup.py)."""
@@ -71,7 +71,7 @@ def open_transport(
             "between processes of one host 'shm' is possible"
         )
     asked = "" if transport == "auto" else "asked for; "
-    hosts, why = _find_hosts(rendezvous) if transport in _NETWORKED else (None, "")
+    hosts, why = find_hosts(rendezvous) if transport in NETWORKED else (None, "")
     if hosts is None or hosts.num_hosts == 1:
         local = _local(rendezvous, transport, None, options)
         threads = isinstance(local, InProcessTransport)
@@ -98,7 +98,7 @@ def _local(
     return ShmTransport(rendezvous, members=members, **options)
 
 
-def _find_hosts(rendezvous: Rendezvous) -> tuple[HostMap, str]:
+def find_hosts(rendezvous: Rendezvous) -> tuple[HostMap, str]:
     """Return which ranks share a host, and how that is known. Collective, for ranks that are processes."""
     played = config.ranks_per_host()
     if isinstance(rendezvous, Member):

@@ -24,7 +24,10 @@ from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
 
-_RANDOM_ADDRESSES = "random in each rank; where ranks share cores, setarch -R before the command saves them time"
+_RANDOM_ADDRESSES = (
+    "random in each program that is started, unless ranks are forks of one; where ranks share cores, setarch -R before "
+    "the command saves them time"
+)
 
 
 def check_one_host(identities: Mapping[int, Identity]) -> None:

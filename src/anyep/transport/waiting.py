@@ -80,7 +80,7 @@ class Waiter:
         """who posts here in the name of a rank of another host"""
 
     def look(self, slot: Slot, epoch: int, ranks: Ranks, began_ns: int) -> int:
-        """Spin, yield, and sleep up to one slice; return how many messages are missing, -1 if ``ranks`` are none."""
+        """Look, let others run, sleep up to one slice; return how many messages are missing, -1 if a rank is none."""
         return self._await(slot, epoch, ranks, SPINS, YIELDS, began_ns, began_ns)
 
     def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:

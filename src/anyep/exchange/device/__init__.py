@@ -25,6 +25,9 @@ host memory and interpreted kernels in its place.
 every tensor is within reach; where each has its own, what is cut from a heap that all have mapped
 (``transport/cuda_symmetric.py``). Places are counted from a base, so that kernels do not know the difference.
 
+*Between hosts* nobody reaches another's device. There none of the above is used: calls are those of CPU tensors between
+two copies through pinned memory (``staged``, ``staged_halves``, ``pinned``, ``quantised``).
+
 *Halves.* ``post`` launches what concerns this rank alone (route, announce, padded rows to slots) and tells the others
 so; ``finish`` waits on the host until all have posted. The **second half** of every rank (places, rows, or blocks of
 those that are here, and sums) is then launched by whoever comes first, for all ranks, in rank order

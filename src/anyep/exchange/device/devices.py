@@ -87,6 +87,18 @@ class Device(Protocol):
         """Raise Unavailable where kernels cannot convert to FP8."""
         ...
 
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        """Return uint8 [num_bytes] of host memory that copies reach by themselves; CapacityError without memory."""
+        ...
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Launch a copy between pinned memory and the device on this thread's stream."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Wait on the host, without the GIL, for all that an event stands for."""
+        ...
+
 
 class _PinnedFetch:
     def __init__(self, words: torch.Tensor, room: int) -> None:
@@ -177,6 +189,19 @@ class CudaDevice:
 
     def check_fp8(self) -> None:
         target_of(self.where).check_fp8()
+
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        try:
+            with torch.cuda.device(self.where):
+                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise CapacityError(f"the host cannot pin {num_bytes / 2**20:.1f} MiB: {error}; see ulimit -l") from error
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
 
 
 def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Device:

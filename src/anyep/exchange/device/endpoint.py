@@ -33,6 +33,8 @@ class DeviceEndpoint(Endpoint):
     """int64 [R] on the device: what places of a rank are counted from"""
     account: MemoryAccount
     faults: Faults
+    owner_E: torch.Tensor
+    """int32 [E] on the device: which rank has each expert"""
     abandoned: list[object] = field(default_factory=list)
     """operations that broke off, whose memory peers may still write to"""
     kept: tuple[torch.Tensor, ...]

@@ -166,7 +166,7 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
         *plan.compact_entries(end),
     )
     if end.wire.by_column and not geometry.by_expert:
-        _sort_by_column(plan, topk_idx, end.kept[0])
+        _sort_by_column(plan, topk_idx, end.owner_E)
     return plan
 
 

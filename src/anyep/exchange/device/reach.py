@@ -1,7 +1,7 @@
 """Which memory other ranks can address, and what it is called there.
 
 A *place* is what a rank tells the others of a tensor, -1 for an empty one: its distance from the rank's base. Whoever
-reads it adds the base, as seen from its own side.
+reads it adds the base, as seen from its own side. Devices of several hosts are within nobody's reach: ``staged``.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from anyep.exchange.device.meeting import (
     tell,
 )
 from anyep.exchange.device.slots import Slots, slot_rule
+from anyep.exchange.device.staged_setup import TRANSPORTS, open_staged_endpoint, spans_hosts
 from anyep.exchange.endpoint import Endpoint, ExpertTables
 from anyep.exchange.ledger import LedgerShape
 from anyep.exchange.options import PRIVATE, BufferOptions
@@ -56,6 +57,8 @@ def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host
         return told if shared else told | {"device": "one for each rank"}
 
     host.check_equal(rendezvous.rank, together(rendezvous, act, what="make its buffer"))
+    if spans_hosts(rendezvous, options):
+        return open_staged_endpoint(rendezvous, options, found)
     account = device_account(options, rendezvous.size, rendezvous.rank)
     if shares_device(rendezvous, options):
         assert isinstance(rendezvous, Member)
@@ -72,10 +75,10 @@ def _check_what_devices_do(options: BufferOptions) -> None:
         raise Unavailable(f"wire={options.wire!r} goes with CPU tensors; a device has bf16, fp16, fp32 and fp8")
     if options.record is not None:
         raise Unavailable("record goes with CPU tensors; a device's routing does not come to the host")
-    if options.transport not in ("auto", "inprocess", SYMMETRIC):
+    if options.transport not in TRANSPORTS:
         raise Unavailable(
             f"transport={options.transport!r} moves CPU tensors; with device=... use 'auto', 'inprocess' or "
-            f"{SYMMETRIC!r}"
+            f"{SYMMETRIC!r}, or between hosts 'gloo' or 'nixl'"
         )
 
 
@@ -161,6 +164,7 @@ def _on_device(
         base_addr=bases.data_ptr(),
         account=account,
         faults=faults,
+        owner_E=owner,
         kept=lasting,
     )
     device.expect_fetches(_most_words(base.placement, rendezvous.rank), 2 + options.max_in_flight)

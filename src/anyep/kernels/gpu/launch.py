@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
+import triton
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import Target
@@ -66,7 +66,7 @@ class OnStream:
                 compiled[(1, 1, 1)]  # finds out, too, whether the device has the registers and the memory for it
         except Exception as error:
             raise Unavailable(
-                f"Triton {version('triton')} could not bring kernel {kernel.__name__} onto {self._target.name}: "
+                f"Triton {triton.__version__} could not bring kernel {kernel.__name__} onto {self._target.name}: "
                 f"{type(error).__name__}: {error}. It needs a C compiler and Python's headers beside the GPU's driver"
             ) from error
         found = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
