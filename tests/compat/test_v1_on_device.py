@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -149,6 +151,30 @@ def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch)
     monkeypatch.setattr(native, "device_of", lambda rows: None)
     for mine, host in zip(on_device, on_low_latency(2, rank_main), strict=True):
         assert all(same_bits(one, other) for one, other in zip(mine, host, strict=True))
+
+
+@pytest.mark.parametrize(("use_fp8", "most"), [(False, 128), (True, 256)])
+def test_low_latency_rows_have_left_when_the_call_returns(use_fp8, most):
+    given, everybody = make_inputs([3, 2], hidden=7168), threading.Barrier(2)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        received = []
+        for overwritten in (False, True):
+            x = mine.x.clone()
+            rows, count, _, _, hook = buffer.low_latency_dispatch(
+                x, mine.topk_idx, most, E, use_fp8=use_fp8, return_recv_hook=True
+            )
+            everybody.wait()
+            if overwritten:
+                x.fill_(-1)
+            everybody.wait()
+            hook()
+            rows = rows[0] if use_fp8 else rows
+            received.append([rows[expert, :number].clone() for expert, number in enumerate(count.tolist())])
+        assert all(same_bits(one, other) for one, other in zip(*received, strict=True))
+
+    on_low_latency(2, rank_main)
 
 
 def test_the_zero_copy_buffer_is_read_where_it_lies():

@@ -49,6 +49,10 @@ def rank_main(member, device, told):
             _, told[f"{layout}, cached"] = device.of(lambda got=got: ep.dispatch(x, None, weights, handle=got.handle))
             y = torch.ones(got.x.shape, dtype=torch.bfloat16)
             _, told[f"{layout}, combine"] = device.of(lambda got=got, y=y: ep.combine(y, got.handle))
+    with anyep.Buffer(member, **SIZES, wire="fp8", eager_bytes=0, device="cuda") as ep:
+        got, told["padded, no slots"] = device.of(lambda: ep.dispatch(x, idx, weights, layout="padded"))
+        again = device.of(lambda: ep.dispatch(x, None, weights, handle=got.handle))
+        told["padded, no slots, cached"] = again[1]
     with anyep.Buffer(member, **SIZES, wire="bf16", device="cuda", concurrent=True) as ep:
         got, told["concurrent"] = device.of(lambda: ep.dispatch(x, idx, weights, layout="padded"))
         _, told["concurrent, combine"] = device.of(lambda: ep.combine(got.x, got.handle))

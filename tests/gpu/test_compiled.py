@@ -10,7 +10,7 @@ from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import SM_80, SM_90
 from tests.gpu.programs import needs_triton, run_program
 
-MOVING = {"scatter", "copy", "unpack", "pack", "expand_rows", "quantise_scatter", "send", "dequantise", "reduce"}
+MOVING = {"scatter", "copy", "unpack", "pack", "expand", "quantise_scatter", "send", "dequantise", "reduce"}
 """Kernels that read and write rows."""
 FILLING = {"fill_rows", "fill_gaps"}
 WRITING = {*FILLING, *MOVING, "gather"}
@@ -21,7 +21,6 @@ OTHERS = {
     "number_entries",
     "place",
     "scatter_routing",
-    "expand_routing",
     "transpose_scales",
     "check_numbers",
     "announce",

@@ -7,17 +7,20 @@ import pytest
 from tests.gpu.programs import needs_triton, run_program
 
 COUNTED = ["find_entries", "number_entries", "settle", "send"]
+CONCURRENT = ["find_entries", "number_entries", "send", "tick", "signal", "wait", "settle", "expand"]
 WANTED = {
     "compact": [*COUNTED, "fill_gaps", "fetch"],
     "expert": [*COUNTED, "fill_gaps", "fetch"],
-    "padded": [*COUNTED, "transpose_scales", "fetch"],
+    "padded": ["find_entries", "number_entries", "send", "settle", "expand", "transpose_scales", "fetch"],
     "compact, cached": ["announce", "connect", "send", "fill_gaps"],
     "expert, cached": ["announce", "connect", "send", "fill_gaps"],
-    "padded, cached": ["announce", "connect", "send", "transpose_scales"],
+    "padded, cached": ["announce", "send", "connect", "expand", "transpose_scales"],
+    "padded, no slots": [*COUNTED, "transpose_scales", "fetch"],
+    "padded, no slots, cached": ["announce", "connect", "send", "transpose_scales"],
     "compact, combine": ["announce", "connect", "reduce"],
     "expert, combine": ["announce", "connect", "reduce"],
     "padded, combine": ["announce", "connect", "reduce"],
-    "concurrent": ["find_entries", "number_entries", "tick", "signal", "wait", "settle", "send", "meet", "fetch"],
+    "concurrent": [*CONCURRENT, "meet", "fetch"],
     "concurrent, combine": ["announce", "tick", "signal", "wait", "connect", "reduce", "meet", "fetch"],
 }
 

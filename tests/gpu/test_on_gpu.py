@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,34 @@ def test_exchange_is_exact(seed, concurrent):
             return play(case, ep, torch.cuda.Stream() if seed % 2 else None)
 
     check(case, anyep.local_group(case.num_ranks, timeout_s=600).run(rank_main))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_padded_rows_have_left_when_the_first_half_is_over(concurrent, cached):
+    everybody = threading.Barrier(2)
+
+    def rank_main(member):
+        sizes = {"hidden": 1024, "num_experts": 4, "num_topk": 2, "max_tokens_per_rank": 40, "wire": "bf16"}
+        with (
+            torch.cuda.stream(torch.cuda.Stream()),
+            anyep.Buffer(member, **sizes, device="cuda", concurrent=concurrent) as ep,
+        ):
+            x = torch.randn(40, 1024, device="cuda").bfloat16()
+            idx = torch.tensor([[0, 3], [2, 1]] * 20, device="cuda")
+            first = ep.dispatch(x, idx, layout="padded")
+            how = {"handle": first.handle} if cached else {"layout": "padded"}
+            pending = ep.dispatch(x, None if cached else idx, **how, wait=False)
+            everybody.wait()
+            torch.cuda.synchronize()
+            everybody.wait()
+            x.fill_(-1)
+            second = pending.wait()
+            counts = list(first.counts)
+            assert list(second.counts) == counts == [40, 40]
+            assert all(torch.equal(one[:n], two[:n]) for one, two, n in zip(first.x, second.x, counts, strict=True))
+
+    anyep.local_group(2, timeout_s=600).run(rank_main)
 
 
 @pytest.mark.parametrize("layout", ["compact", "padded"])

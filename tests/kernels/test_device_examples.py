@@ -49,14 +49,14 @@ def test_begin_route_and_announce_counts(kernels):
         poisoned(*shape, dtype=torch.int32) for shape in ((2, 2), (2, 2), (2,), (4,))
     )
     entries = (entry_rank.data_ptr(), entry_slot.data_ptr())
-    kernels.begin_route(idx.data_ptr(), 8, 2, 2, 4, 2, expert_rank.data_ptr(), 0, 0, kept.data_ptr(), 0, *entries)
+    kernels.begin_route(idx.data_ptr(), 8, 2, 2, 4, 2, expert_rank.data_ptr(), 0, 0, kept.data_ptr(), 0, *entries, 0, 0)
     assert kept.tolist() == [[0, 3], [BAD, 0]]
     assert entry_rank.tolist() == [[0, 1], [0, -1]]
     assert entry_slot.tolist() == [[POISON, POISON], [POISON, -1]]
     verdict, message = torch.zeros(1, dtype=torch.int64), torch.zeros(HEAD_WORDS + 3, dtype=torch.int64)
     peers = torch.tensor([message.data_ptr(), 0])
     kernels.announce_counts(
-        *(kept.data_ptr(), 8, 2, 2, 4, 2, 0, *entries, rank_rows.data_ptr(), expert_rows.data_ptr()),
+        *(kept.data_ptr(), 8, 2, 2, 4, 2, 0, *entries, 0, 0, rank_rows.data_ptr(), expert_rows.data_ptr()),
         *(verdict.data_ptr(), peers.data_ptr(), 8, 64, -1, -1, -1, -1),
     )
     assert verdict.tolist() == [2]
@@ -65,6 +65,24 @@ def test_begin_route_and_announce_counts(kernels):
     assert expert_rows.tolist() == [2, 0, 0, 1]
     assert message[:HEAD_WORDS].tolist() == [8, 64, -1, -1, -1, -1, 2]
     assert message[HEAD_WORDS:].view(torch.int32).tolist() == [2, 1, 2, 0, 0, 1]
+
+
+def test_entries_of_both_layouts_at_once(kernels):
+    idx, expert_rank = torch.tensor([[0, 3], [1, 0]]), i32([0, 0, 1, 1])
+    kept, verdict = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    entries = [poisoned(2, 2, dtype=torch.int32) for _ in range(4)]
+    rank_rows, expert_rows = poisoned(2, dtype=torch.int32), poisoned(4, dtype=torch.int32)
+    addresses = [one.data_ptr() for one in entries]
+    kernels.begin_route(idx.data_ptr(), 8, 2, 2, 4, 2, expert_rank.data_ptr(), 1, 0, kept.data_ptr(), 0, *addresses)
+    kernels.announce_counts(
+        *(kept.data_ptr(), 8, 2, 2, 4, 2, 1, *addresses, rank_rows.data_ptr(), expert_rows.data_ptr()),
+        *(verdict.data_ptr(), 0, 8, -1, -1, -1, -1, -1),
+    )
+    by_expert, compact = [one.tolist() for one in entries[:2]], [one.tolist() for one in entries[2:]]
+    assert by_expert == [[[0, 1], [0, 0]], [[0, 0], [0, 1]]]
+    assert compact == [[[0, 1], [0, -1]], [[0, 0], [1, -1]]]
+    assert rank_rows.tolist() == [2, 1]
+    assert expert_rows.tolist() == [2, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -78,13 +96,14 @@ def test_settle(kernels, capacity, verdict, code):
     idx, ranks, slots = torch.tensor([[0], [1], [0]]), i32([0, 1, 0]), i32([0, 0, 1])
     names = {"send_start": 2, "dense_start": 2, "recv_rows": 2, "recv_start": 2, "counts": 1, "block_start": 1}
     names |= {"filled_rows": 2, "gap_begin": 2, "gap_end": 2}
+    source_rows = poisoned(2, dtype=torch.int32)
     found = {name: poisoned(size, dtype=torch.int32) for name, size in names.items()}
     rows = poisoned(3, dtype=torch.int32)
     tables, summary, fault = (torch.full(shape, 5) for shape in ((5, 2), (4,), (4,)))
     kernels.settle(
         *(told.data_ptr(), message_bytes(2, 2), 0, 2, 2, 1, owner.data_ptr(), local.data_ptr(), 1, 4, 0, -1, 1),
         *(one.data_ptr() for one in (base, tables, summary, fault, *found.values())),
-        *(0, 0, 3, 1, idx.data_ptr(), 8, ranks.data_ptr(), slots.data_ptr(), rows.data_ptr()),
+        *(0, 0, source_rows.data_ptr(), 3, 1, idx.data_ptr(), 8, ranks.data_ptr(), slots.data_ptr(), rows.data_ptr()),
     )
     good = code == SETTLED
     assert {name: one.tolist() for name, one in found.items()} == {
@@ -101,6 +120,7 @@ def test_settle(kernels, capacity, verdict, code):
     assert tables.tolist() == [[1064, 2000] if good else [0, 0], *[[0, 0]] * 4]
     assert summary.tolist() == [code, 4, 1 if verdict == 7 else 2, verdict]
     assert fault.tolist() == ([5] * 4 if good else summary.tolist())
+    assert source_rows.tolist() == ([2, 1] if good else [0, 0])
     assert rows.tolist() == [0, 0, 1]
     assert ranks.tolist() == ([0, 1, 0] if good else [-1] * 3)
 

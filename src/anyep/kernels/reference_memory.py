@@ -19,6 +19,11 @@ def read(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(ctypes.string_at(address, num_bytes)), dtype=dtype).view(shape)
 
 
+def put(address: int, numbers: list[int]) -> None:
+    """Copy int32 to an address."""
+    write(address, torch.tensor(numbers, dtype=torch.int32))
+
+
 def write(address: int, values: torch.Tensor) -> None:
     """Put the bytes of ``values``, row-major, at ``address``."""
     dense = values.contiguous()

@@ -26,12 +26,15 @@ class PlaceKernels(Protocol):
         kept_weights_addr: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
+        compact_rank_addr: int,
+        compact_slot_addr: int,
     ) -> None:
         """Copy what the caller may change, and do the first half of ``route``: entries without numbers.
 
         ``kept_idx`` [T, K] becomes ``topk_idx``, with :data:`BAD` for an index outside [-1, E), which is routed like
         -1; ``kept_weights`` fp32 [T, K] becomes ``topk_weights``, unless it is 0. Writes ``entry_rank`` and, beside
-        rank -1, slot -1.
+        rank -1, slot -1. ``by_expert`` may come with ``compact``, int32 [T, min(K, R)] each: the entries that the
+        compact layout would have, besides; else 0.
 
         >>> # E=4, R=2, expert_rank=[0, 0, 1, 1], topk_idx=[[0, 3], [4, 0]], compact
         >>> # kept_idx=[[0, 3], [-2, 0]] entry_rank=[[0, 1], [0, -1]] entry_slot=[[., .], [., -1]]
@@ -49,6 +52,8 @@ class PlaceKernels(Protocol):
         by_expert: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
+        compact_rank_addr: int,
+        compact_slot_addr: int,
         rank_rows_addr: int,
         expert_rows_addr: int,
         verdict_addr: int,
@@ -63,9 +68,11 @@ class PlaceKernels(Protocol):
         """The other half of ``route``, and ``announce`` what comes of it, unless ``peer_message`` is 0.
 
         Writes all other slots, ``rank_rows`` [R] and ``expert_rows`` [E]; int64 ``verdict`` becomes the flat index of
-        the first BAD, or NO_FAULT.
+        the first BAD, or NO_FAULT. With ``compact`` entries ``rank_rows`` counts those.
 
         >>> # the same: entry_slot=[[0, 0], [1, -1]] rank_rows=[2, 1] expert_rows=[2, 0, 0, 1] verdict=2
+        >>> # topk_idx=[[0, 3], [1, 0]], by_expert: entry_slot=[[0, 0], [0, 1]] rank_rows=[3, 1]; with compact
+        >>> # entries [[0, 1], [0, -1]]: compact_slot=[[0, 0], [1, -1]] rank_rows=[2, 1]
         """
         ...
 
@@ -123,6 +130,7 @@ class PlaceKernels(Protocol):
         gap_end_addr: int,
         source_begin_addr: int,
         source_count_addr: int,
+        source_rows_addr: int,
         num_tokens: int,
         width: int,
         topk_idx_addr: int,
@@ -144,15 +152,17 @@ class PlaceKernels(Protocol):
         - By expert only: ``block_start`` [L], where experts begin; ``gap_begin`` and ``gap_end`` [L + 1], the padding
           of each, empty where there is none and where ``block_rows`` is given; with ``block_rows`` ``dense_start`` [E],
           ``send_start`` if blocks lay one behind the other without padding; and unless ``source_begin`` is 0, that and
-          ``source_count`` [L, R]: where each source's rows begin in each block, and how many. Not touched otherwise.
+          ``source_count`` [L, R]: where each source's rows begin in each block, and how many; unless it is 0,
+          ``source_rows`` [R]: what each source says of this rank in ``rank_rows``. Not touched otherwise.
 
         ``tables`` and ``summary``: as ``connect`` says, and a batch is refused for more reasons. In this order: a
         rank's verdict (BAD_EXPERT); an expert with more than ``block_rows`` rows, unless that is 0 (BLOCK_TOO_SMALL); a
         batch of more than ``static_rows`` rows, unless that is -1 (STATIC_TOO_SMALL), or of more than its rank has room
         for (LANDING_TOO_SMALL). With ``static_rows`` every batch has so many rows, and the last gap takes what is not
         filled here; all of a refused batch. Where it is refused all other gaps are empty (0, 0): they may lie behind
-        the batch; and if it ``withdraws``, all of ``counts`` becomes 0 and all of ``entry_rank`` -1, for callers that
-        do not look at the summary: what follows then neither reads nor writes rows that nobody sent.
+        the batch; and if it ``withdraws``, all of ``counts`` and ``source_rows`` becomes 0 and all of ``entry_rank``
+        -1, for callers that do not look at the summary: what follows then neither reads nor writes rows that nobody
+        sent.
 
         >>> # R=2, E=2, L=1, rank=0, expert_rank=[0, 1], by_expert, alignment=4, block_rows=0, static_rows=-1
         >>> # counts of rank 0: [2, 1 | 2, 1], of rank 1: [1, 0 | 1, 0]; topk_idx=[[0], [1], [0]], entry_slot=[0, 0, 1]

@@ -32,6 +32,13 @@ class _Routing:
         self.owner = stretch.put("expert_rank", self.owner_E)
         self.sizes = (self.idx_TK.itemsize, self.T, self.K, self.E, self.R)
 
+    def cut_compact(self, case: Case) -> tuple[int, int]:
+        """Make room for compact entries beside those by expert, in half of the cases."""
+        if not self.by_expert or case.rng.random() < 0.5:
+            return 0, 0
+        size = 4 * self.T * min(self.K, self.R)
+        return case.stretch.cut("compact_rank", size, 4), case.stretch.cut("compact_slot", size, 4)
+
     def spoil(self, case: Case, *experts: int) -> None:
         """Let one pair name one of ``experts``, in half of the cases."""
         if self.T and case.rng.random() < 0.5:
@@ -50,6 +57,7 @@ def exam_begin_route(case: Case) -> None:
         *(idx, *routing.sizes, routing.owner, routing.by_expert, weights),
         *(stretch.cut("kept_idx", width * T * K, width), kept),
         *(stretch.cut(name, 4 * T * routing.W, 4) for name in ("entry_rank", "entry_slot")),
+        *routing.cut_compact(case),
     )
 
 
@@ -59,6 +67,7 @@ def exam_announce_counts(case: Case) -> None:
     T, R, E = routing.T, routing.R, routing.E
     kept = stretch.put("kept_idx", routing.idx_TK)
     entries = tuple(stretch.cut(name, 4 * T * routing.W, 4) for name in ("entry_rank", "entry_slot"))
+    entries += routing.cut_compact(case)
     own = routing.idx_TK.copy()
     ReferenceDeviceKernels().begin_route(
         own.ctypes.data, *routing.sizes, routing.owner, routing.by_expert, 0, own.ctypes.data, 0, *entries
@@ -133,12 +142,13 @@ def exam_settle(case: Case) -> None:
         "gap_end": world.L + 1,
         "source_begin": world.L * world.R,
         "source_count": world.L * world.R,
+        "source_rows": world.R,
     }
     answers = (stretch.cut("tables", 8 * NUM_PLACES * world.R, 8), stretch.cut("summary", 8 * SUMMARY_WORDS, 8))
     fault = stretch.cut("fault", 8 * SUMMARY_WORDS, 8) if rng.random() < 0.7 else 0
     outputs = [stretch.cut(name, 4 * count, 4) for name, count in sizes.items()]
     if rng.random() < 0.3:
-        outputs[-2:] = 0, 0
+        outputs[-3:] = 0, 0, 0
     T, W = int(rng.choice([0, 3, 40, 700], p=[0.2, 0.4, 0.3, 0.1])), int(rng.integers(1, 9))
     idx_TW = draw_experts(rng, T, W, world.E)
     rank_TW = np.where(idx_TW < 0, -1, world.owner_E[idx_TW]).astype(np.int32)

@@ -12,6 +12,7 @@ routing         kernels: route                                   begin_route, wh
 counts          travel with the announcement                     announce_counts, to the *board* of every rank
 places          compiled settle and connect                      kernels settle, or connect (``second_half``)
 rows            scatter, quantise_scatter, scatter_routing       send: the same at once, on tables in device memory
+eager rows      of small pairs, to slots, then expand            of every padded batch where slots fit (``slots``)
 sums            reduce, reduce_weights, reduce_logfmt            the same kernels
 order           messages, awaited by every rank                  of a stream, or words (``order``, ``concurrent``)
 =============== ================================================ ======================================================
@@ -27,12 +28,12 @@ every tensor is within reach; where each has its own, what is cut from a heap th
 *Between hosts* nobody reaches another's device. There none of the above is used: calls are those of CPU tensors between
 two copies through pinned memory (``staged``, ``staged_halves``, ``pinned``, ``quantised``).
 
-*Halves.* ``post`` launches what concerns this rank alone (route, announce) and tells the others so; ``finish`` waits on
-the host until all have posted. The **second half** of every rank (places, rows, sums) is then launched by whoever comes
-first, for all ranks, in rank order (:class:`~anyep.exchange.device.order.PhaseSplit`): on one stream nothing that is
-launched ever waits for anything, so that ranks may be threads, or calls of one thread with ``wait=False``. Ranks with
-streams of their own wait for words on the device instead (:class:`~anyep.exchange.device.concurrent.Concurrent`), a
-bounded number of times.
+*Halves.* ``post`` launches what concerns this rank alone (route, announce, padded rows to slots) and tells the others
+so; ``finish`` waits on the host until all have posted. The **second half** of every rank (places, rows, or blocks of
+those that are here, and sums) is then launched by whoever comes first, for all ranks, in rank order
+(:class:`~anyep.exchange.device.order.PhaseSplit`): on one stream nothing that is launched ever waits for anything, so
+that ranks may be threads, or calls of one thread with ``wait=False``. Ranks with streams of their own wait for words on
+the device instead (:class:`~anyep.exchange.device.concurrent.Concurrent`), a bounded number of times.
 
 *The host waits for the device* once in a dispatch whose number of rows is not known before: for the ledger, which comes
 along while rows are moved, without the GIL. With ``static_rows``, in the padded layout, for a cached dispatch and for a

@@ -3,7 +3,8 @@
 ::
 
     prepare       check; copy and route topk_idx                     alone, caller's stream: outgoing, plan
-    post          memory for the batch; counts and places to every rank's board      launched; then a header to all
+    post          memory for the batch; counts and places to every rank's board, and a padded batch's rows
+                  to slots at every rank (slots), if there are                       launched; then a header to all
     finish        all headers are here: the second half of every rank, launched once for all (order)
                   where the host has to know the number of rows: wait for the record; offer again if memory was short
                   the caller's stream follows
@@ -25,11 +26,14 @@ from anyep.exchange.device.landing import Landing, cut_landing, room_to_turn
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.device.second_half import SecondHalf
+from anyep.exchange.device.sending import send
+from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.opening import BODY, STATUS, Kind, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
+from anyep.exchange.scatter import Route
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
 
@@ -44,6 +48,7 @@ class DeviceDispatch:
         self._plan = out.plan
         self._geometry = out.geometry
         self._buffer = buffer
+        self._slots = end.slots_of(out.geometry, out.plan.max_tokens)
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
@@ -85,7 +90,7 @@ class DeviceDispatch:
         return Targets(x=x.view(*shape, self._end.hidden), scales=scales, source_token=token.view(shape))
 
     def post(self, epoch: int) -> None:
-        """Allocate the batch and launch the announcement; then tell the others."""
+        """Allocate the batch and launch the announcement, and rows that go with it; then tell the others."""
         end = self._end
         end.faults.check_silence()
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
@@ -95,6 +100,8 @@ class DeviceDispatch:
         self._visit = Visit.begin(end.device, end.stream)
         self._visit.borrow(self._plan.device_memory, self._plan.home)
         self._announce()
+        if self._slots is not None:
+            self._send_ahead(self._slots)
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         end.announce(epoch, words_RW)
 
@@ -113,7 +120,7 @@ class DeviceDispatch:
     def _announce(self) -> None:
         """Launch this rank's message to all boards, with its counts if they are not known."""
         end, plan, landing, kernels = self._end, self._plan, self._landing, self._end.device.kernels
-        places = (-1, -1, -1, -1, -1) if landing is None else landing.places(end.reach)
+        places = self._places()
         messages_addr, ranks, experts = end.boards.messages_addr(self._epoch), end.num_ranks, end.placement.num_experts
         capacity = -1 if landing is None else landing.capacity
         with end.device.on(end.stream):
@@ -122,10 +129,28 @@ class DeviceDispatch:
                 return
             kernels.announce_counts(
                 *(plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, experts, ranks),
-                *(int(self._geometry.by_expert), plan.entry_rank_addr, plan.entry_slot_addr),
+                *(
+                    int(self._geometry.by_expert),
+                    plan.entry_rank_addr,
+                    plan.entry_slot_addr,
+                    *plan.compact_entries(end),
+                ),
                 *(plan.field("rank_rows"), plan.field("expert_rows"), plan.verdict_addr),
                 *(messages_addr, capacity, *places),
             )
+
+    def _places(self) -> tuple[int, int, int, int, int]:
+        """Return what this rank announces: where the others write, or where parts of its rows stand in slots."""
+        if self._slots is not None:
+            return self._slots.places
+        return (-1, -1, -1, -1, -1) if self._landing is None else self._landing.places(self._end.reach)
+
+    def _send_ahead(self, slots: SlotKind) -> None:
+        """Launch the rows, each token once a receiver, to this rank's slots: nobody's counts are needed for that."""
+        plan = self._plan
+        route = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
+        with self._end.device.on(self._end.stream):
+            send(self._end, self._out, route, slots.table_addr(self._epoch), self._geometry.eager_row)
 
     def _second_half(self) -> None:
         """Launch places and rows; whoever comes first does so for every rank."""
@@ -139,7 +164,10 @@ class DeviceDispatch:
                     self._record = self._end.device.fetch(self._plan.record)
             else:
                 half.connect_cached(out.cached.num_rows)
-            half.send()
+            if self._slots is None:
+                half.send()
+            else:
+                half.expand()
             half.fill_gaps()
 
     def finish(self) -> Received:

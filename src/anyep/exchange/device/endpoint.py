@@ -11,7 +11,9 @@ from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults, Limits
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
+from anyep.exchange.device.slots import SlotKind, Slots
 from anyep.exchange.endpoint import Endpoint
+from anyep.exchange.geometry import Geometry
 from anyep.layout.regions import MemoryAccount
 
 
@@ -25,6 +27,8 @@ class DeviceEndpoint(Endpoint):
     order: Order
     boards: Boards
     reach: Reach
+    padded_slots: Slots | None
+    """where rows of padded batches arrive with their announcement; None: they go to their final place later"""
     base_addr: int
     """int64 [R] on the device: what places of a rank are counted from"""
     account: MemoryAccount
@@ -35,6 +39,12 @@ class DeviceEndpoint(Endpoint):
     """operations that broke off, whose memory peers may still write to"""
     kept: tuple[torch.Tensor, ...]
     """tables on the device, whose addresses are known elsewhere"""
+
+    def slots_of(self, geometry: Geometry, max_tokens: int) -> SlotKind | None:
+        """Return the slots in which up to so many rows arrive with their announcement; None where they do not."""
+        if self.padded_slots is None or not geometry.padded:
+            return None
+        return self.padded_slots.kind(geometry.eager_row, max_tokens)
 
     @property
     def where(self) -> torch.device:

@@ -6,7 +6,7 @@ from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.explain import Choice, Explanation
 
 
-def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
+def explain_device(end: DeviceEndpoint, transport_reason: str, slots_reason: str) -> Explanation:
     """Describe an endpoint that has just been opened."""
     counts = "static_rows was given" if end.static_rows is not None else "without static_rows; layout='padded' does not"
     waits = "never" if end.static_rows is not None else "once in a dispatch, for the number of rows"
@@ -14,6 +14,7 @@ def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
     choices = (
         Choice(topic="device", chosen=str(end.where), reason="tensors of another device are refused"),
         Choice(topic="mode", chosen="every row straight to its final place", reason=end.reach.why),
+        Choice(topic="padded rows", chosen=_when(end), reason=slots_reason),
         _order(end),
         Choice(topic="host waits", chosen=waits, reason=counts),
         Choice(topic="transport", chosen=end.transport.name, reason=f"for headers; {transport_reason}"),
@@ -25,6 +26,12 @@ def explain_device(end: DeviceEndpoint, transport_reason: str) -> Explanation:
         Choice(topic="kernels", chosen=end.device.kernels.name, reason="what device memory is worked on with"),
     )
     return Explanation(choices=choices, memory=end.account)
+
+
+def _when(end: DeviceEndpoint) -> str:
+    if end.padded_slots is None:
+        return "leave when the batch is awaited, straight to their final place"
+    return "leave with the announcement, to slots at each receiver, who makes its blocks of them"
 
 
 def _order(end: DeviceEndpoint) -> Choice:

@@ -71,6 +71,11 @@ class DevicePlan(SendPlan):
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
 
     @property
+    def max_tokens(self) -> int:
+        """How many tokens a rank may have had, in the padded layout; with a handle others may be allowed now."""
+        return self.geometry.shape.block_rows // self.num_ranks
+
+    @property
     def record(self) -> torch.Tensor:
         """int64: summary, verdict, tables, and the ledger as int32; a view."""
         return self.device_memory[: self.num_record_words]
@@ -85,6 +90,12 @@ class DevicePlan(SendPlan):
         """Where a padded batch's :meth:`sources` lie."""
         begin = self.summary_addr + 4 * self.first_behind
         return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
+
+    def compact_entries(self, end: DeviceEndpoint) -> tuple[int, int]:
+        """Return where ranks and slots of entries lie that name each rank once a token; 0 where nobody needs them."""
+        if end.padded_slots is None or not self.geometry.padded:
+            return 0, 0
+        return self.compact_rank_addr, self.compact_slot_addr
 
     def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
@@ -152,6 +163,7 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
         plan.weights_addr,
         plan.entry_rank_addr,
         plan.entry_slot_addr,
+        *plan.compact_entries(end),
     )
     if end.wire.by_column and not geometry.by_expert:
         _sort_by_column(plan, topk_idx, end.owner_E)

@@ -25,6 +25,7 @@ from anyep.exchange.device.meeting import (
     shares_device,
     tell,
 )
+from anyep.exchange.device.slots import Slots, slot_rule
 from anyep.exchange.device.staged_setup import TRANSPORTS, open_staged_endpoint, spans_hosts
 from anyep.exchange.endpoint import Endpoint, ExpertTables
 from anyep.exchange.ledger import LedgerShape
@@ -82,7 +83,7 @@ def _check_what_devices_do(options: BufferOptions) -> None:
 
 
 def device_account(options: BufferOptions, num_ranks: int, rank: int) -> MemoryAccount:
-    """Add up the memory of one rank: boards and tables at once, all else as steps need it.
+    """Add up the memory of one rank: boards, slots and tables at once, all else as steps need it.
 
     Where others must reach what is allocated, a heap stands for it: ``arena_bytes``, or two balanced steps.
     """
@@ -90,7 +91,14 @@ def device_account(options: BufferOptions, num_ranks: int, rank: int) -> MemoryA
     placement = options.place_experts(num_ranks)
     boards = Boards.bytes_of(num_ranks, placement.num_experts, options.ring)
     tensors = 2 * on_host.step.balanced_bytes if options.arena_bytes is None else options.arena_bytes
-    return replace(on_host, control_bytes=boards, committed_bytes=boards, heap_bytes=2 * boards + tensors + (1 << 20))
+    slots = options.ring * num_ranks * slot_rule(options, num_ranks).slot_bytes
+    return replace(
+        on_host,
+        control_bytes=boards,
+        eager_bytes=slots,
+        committed_bytes=boards + slots,
+        heap_bytes=2 * boards + slots + tensors + (1 << 20),
+    )
 
 
 def _check_room(device: Device, account: MemoryAccount) -> None:
@@ -118,7 +126,10 @@ def _open(rendezvous: Rendezvous, options: BufferOptions, ground: Ground, accoun
         opened.transport.leave(blame_for(error, rendezvous.rank))
         opened.transport.close()
         raise
-    return host.Opened(endpoint=endpoint, explanation=explain_device(endpoint, opened.reason))
+    return host.Opened(
+        endpoint=endpoint,
+        explanation=explain_device(endpoint, opened.reason, slot_rule(options, rendezvous.size).reason),
+    )
 
 
 def _on_device(
@@ -127,6 +138,7 @@ def _on_device(
     device, reach, ranks = ground.device, ground.reach, rendezvous.size
     boards = Boards(device, reach, ranks, base.placement.num_experts, options.ring)
     boards.meet(rendezvous.rank, addresses(rendezvous, reach, reach.place(boards.memory)))
+    slots = _slots_on(ground, rendezvous, options, account)
     faults = Faults(device, ground.stream, _limits(options, ranks), ranks)
     order = order_on(ground, rendezvous, boards, faults, options.timeout_s)
     owner, local = (
@@ -138,6 +150,7 @@ def _on_device(
     tables = ExpertTables(rank_addr=owner.data_ptr(), local_addr=local.data_ptr(), kept=base.tables.kept)
     workers = Workers(1)  # a device has no use for threads
     lasting = (*boards.tensors(), *order.tensors(), faults.words, owner, local, bases)
+    lasting += () if slots is None else slots.tensors()
     for tensor in lasting:
         device.lend(tensor, ground.stream)  # which may be at work when the buffer is closed, and these are freed
     endpoint = DeviceEndpoint(
@@ -147,6 +160,7 @@ def _on_device(
         order=order,
         boards=boards,
         reach=reach,
+        padded_slots=slots,
         base_addr=bases.data_ptr(),
         account=account,
         faults=faults,
@@ -157,6 +171,23 @@ def _on_device(
     device.fetch(boards.memory[:1]).wait()  # what others write to is zeroed, and tables are there, on whatever stream
     tell(rendezvous, 0)
     return endpoint
+
+
+def _slots_on(ground: Ground, rendezvous: Rendezvous, options: BufferOptions, account: MemoryAccount) -> Slots | None:
+    """Make slots, if there shall be any. Collective; CapacityError on every rank where one has no room."""
+    rule, reach = slot_rule(options, rendezvous.size), ground.reach
+    if not rule.slot_bytes:
+        return None
+    made: list[Slots] = []
+
+    def act() -> int | None:
+        sizes = (rendezvous.size, options.ring, rule.slot_bytes)
+        made.append(Slots(ground.device, ground.stream, reach, *sizes, account.__str__))
+        return reach.place(made[0].memory)
+
+    places = together(rendezvous, act, what="make its buffer")
+    made[0].meet(rendezvous.rank, [base + place for base, place in zip(reach.base_R, places, strict=True)])
+    return made[0]
 
 
 def _most_words(placement: Placement, rank: int) -> int:

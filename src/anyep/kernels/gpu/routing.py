@@ -39,12 +39,18 @@ def find_entries(
     kept_weights_addr: tl.int64,
     entry_rank_addr: tl.int64,
     entry_slot_addr: tl.int64,
+    compact_rank_addr: tl.int64,
+    compact_slot_addr: tl.int64,
     IDX_BYTES: tl.constexpr,
     BY_EXPERT: tl.constexpr,
+    COMPACT: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid (T / TOKENS): entry_rank, -1 in the slots beside -1, and copies of what the caller may change."""
+    """Grid (T / TOKENS): ranks, -1 in the slots beside -1, and copies of what the caller may change.
+
+    COMPACT entries are ``width`` a token.
+    """
     first = tl.program_id(0).to(tl.int64) * TOKENS
     last = tl.minimum(first + TOKENS, num_tokens)
     flat = first * num_topk + tl.arange(0, TOKENS * COLUMNS)
@@ -58,7 +64,7 @@ def find_entries(
         ranks = ranks_of(experts, num_experts, expert_rank_addr)
         tl.store(i32_at(entry_rank_addr) + flat, ranks, mask=inside)
         tl.store(i32_at(entry_slot_addr) + flat, ranks, mask=inside & (ranks < 0))
-    else:
+    if COMPACT:
         tokens, columns = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
         by_row = tokens[:, None, None] * num_topk + columns[None, :, None]
         by_column = tokens[:, None, None] * num_topk + columns[None, None, :]
@@ -78,12 +84,12 @@ def find_entries(
         place = tl.sum(tl.where(counts & (other < here), 1, 0), axis=2)
         rank = tl.max(here, axis=2)
         entry = tokens[:, None] * width
-        tl.store(i32_at(entry_rank_addr) + entry + place, rank, mask=(rank >= 0) & (repeats_row == 0))
+        tl.store(i32_at(compact_rank_addr) + entry + place, rank, mask=(rank >= 0) & (repeats_row == 0))
         num_named = tl.sum(tl.where((repeats_row == 0) & (rank >= 0), 1, 0), axis=1)
         empty = (columns[None, :] >= num_named[:, None]) & (columns[None, :] < width) & (tokens[:, None] < num_tokens)
         none = tl.full([TOKENS, COLUMNS], -1, tl.int32)
-        tl.store(i32_at(entry_rank_addr) + entry + columns[None, :], none, mask=empty)
-        tl.store(i32_at(entry_slot_addr) + entry + columns[None, :], none, mask=empty)
+        tl.store(i32_at(compact_rank_addr) + entry + columns[None, :], none, mask=empty)
+        tl.store(i32_at(compact_slot_addr) + entry + columns[None, :], none, mask=empty)
 
 
 @triton.jit
@@ -121,6 +127,7 @@ def number_entries(
     num_experts: tl.int64,
     num_ranks: tl.int64,
     entry_slot_addr: tl.int64,
+    compact_slot_addr: tl.int64,
     rank_rows_addr: tl.int64,
     expert_rows_addr: tl.int64,
     verdict_addr: tl.int64,
@@ -133,12 +140,14 @@ def number_entries(
     place4: tl.int64,
     IDX_BYTES: tl.constexpr,
     BY_EXPERT: tl.constexpr,
+    COMPACT: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (E + R + 1): the rows of every expert and of every rank, and the slots of those that are bins here.
 
-    Each is announced by the program that has counted it, the head of the message by one more.
+    Ranks are counted in ``entry_rank`` [num_entries], COMPACT ones where those are wanted. Each number is announced by
+    the program that has counted it, the head of the message by one more.
     """
     bin_ = tl.program_id(0).to(tl.int64)
     peers = tl.arange(0, RANKS)
@@ -152,7 +161,7 @@ def number_entries(
         tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
     elif bin_ < num_experts + num_ranks:
         rank = bin_ - num_experts
-        rows = number_bin(entry_rank_addr, 4, num_entries, rank, entry_slot_addr, not BY_EXPERT, BLOCK)
+        rows = number_bin(entry_rank_addr, 4, num_entries, rank, compact_slot_addr, COMPACT, BLOCK)
         tl.store(i32_at(rank_rows_addr) + rank, rows)
         there = i32_at(messages + (COUNTS_FROM + 4 * rank))
         tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)

@@ -32,16 +32,22 @@ class RoutingLaunches(Launches):
         kept_weights_addr: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
+        compact_rank_addr: int,
+        compact_slot_addr: int,
     ) -> None:
         columns = power_of_two(num_topk, 8)
-        tokens = max(1, _SQUARE // columns if by_expert else _CUBE // columns**2)
+        compact = not by_expert or compact_rank_addr != 0
+        tokens = max(1, _CUBE // columns**2 if compact else _SQUARE // columns)
+        entries = (entry_rank_addr, entry_slot_addr)
         self._launch(
             routing.find_entries,
             (divided_up(num_tokens, tokens),),
-            *(topk_idx_addr, num_tokens, num_topk, num_experts, _width(num_topk, num_ranks, by_expert)),
-            *(expert_rank_addr, topk_weights_addr, kept_idx_addr, kept_weights_addr, entry_rank_addr, entry_slot_addr),
+            *(topk_idx_addr, num_tokens, num_topk, num_experts, _width(num_topk, num_ranks, 0)),
+            *(expert_rank_addr, topk_weights_addr, kept_idx_addr, kept_weights_addr, *entries),
+            *((compact_rank_addr, compact_slot_addr) if by_expert else entries),
             IDX_BYTES=idx_bytes,
             BY_EXPERT=by_expert,
+            COMPACT=int(compact),
             COLUMNS=columns,
             TOKENS=tokens,
         )
@@ -57,6 +63,8 @@ class RoutingLaunches(Launches):
         by_expert: int,
         entry_rank_addr: int,
         entry_slot_addr: int,
+        compact_rank_addr: int,
+        compact_slot_addr: int,
         rank_rows_addr: int,
         expert_rows_addr: int,
         verdict_addr: int,
@@ -68,16 +76,19 @@ class RoutingLaunches(Launches):
         place3: int,
         place4: int,
     ) -> None:
-        num_entries = num_tokens * _width(num_topk, num_ranks, by_expert)
+        compact = not by_expert or compact_rank_addr != 0
+        num_entries = num_tokens * _width(num_topk, num_ranks, int(not compact))
+        ranks_addr = compact_rank_addr or entry_rank_addr
         self._launch(
             routing.number_entries,
             (num_experts + num_ranks + 1,),
-            *(kept_idx_addr, num_tokens * num_topk, entry_rank_addr, num_entries, num_experts, num_ranks),
-            *(entry_slot_addr, rank_rows_addr, expert_rows_addr, verdict_addr),
+            *(kept_idx_addr, num_tokens * num_topk, ranks_addr, num_entries, num_experts, num_ranks),
+            *(entry_slot_addr, compact_slot_addr or entry_slot_addr, rank_rows_addr, expert_rows_addr, verdict_addr),
             *(peer_message_addr, capacity, place0, place1, place2, place3, place4),
             threads=_ROUTE_THREADS,
             IDX_BYTES=idx_bytes,
             BY_EXPERT=by_expert,
+            COMPACT=int(compact),
             RANKS=power_of_two(num_ranks, 8),
             BLOCK=_ROUTE_BLOCK,
         )
@@ -103,9 +114,9 @@ class RoutingLaunches(Launches):
         verdict, kept_addr = torch.empty(1, dtype=torch.int64, device=self.device), kept.data_ptr()
         sizes = (idx_bytes, num_tokens, num_topk, num_experts, num_ranks)
         entries = (entry_rank_addr, entry_slot_addr)
-        self.begin_route(topk_idx_addr, *sizes, expert_rank_addr, by_expert, 0, kept_addr, 0, *entries)
+        self.begin_route(topk_idx_addr, *sizes, expert_rank_addr, by_expert, 0, kept_addr, 0, *entries, 0, 0)
         self.announce_counts(
-            *(kept_addr, *sizes, by_expert, *entries, rank_rows_addr, expert_rows_addr, verdict.data_ptr()),
+            *(kept_addr, *sizes, by_expert, *entries, 0, 0, rank_rows_addr, expert_rows_addr, verdict.data_ptr()),
             *(0, 0, -1, -1, -1, -1, -1),
         )
         first_bad = int(verdict.item())

@@ -9,7 +9,7 @@ from anyep.kernels.gpu.grids import NUMBER_BLOCK, PIECE, divided_up, power_of_tw
 from anyep.kernels.gpu.routing_launches import RoutingLaunches
 from anyep.kernels.spec_device import NO_FAULT
 
-_KEYS, _FEW_KEYS = 1024, 128
+_KEYS, _FEW_KEYS = 1024, 64
 _TILE = 32
 
 
@@ -85,31 +85,19 @@ class RowLaunches(RoutingLaunches):
         out_weights_addr: int,
         out_token_addr: int,
     ) -> None:
-        step = self._share(num_sources * num_local)
-        for row_bytes, table_addr, out_addr in (
-            (x_bytes, x_addr, out_x_addr),
-            (scale_bytes, scales_addr, out_scales_addr),
-        ):
-            if out_addr and row_bytes:
-                self._launch(
-                    expansion.expand_rows,
-                    (num_sources, num_local, step),
-                    *(row_bytes, num_topk, num_local, rows_addr, start_addr, x_addr, table_addr, idx_addr, out_addr),
-                    step,
-                    IDX_BYTES=idx_bytes,
-                    KEYS=_KEYS,
-                    PIECE=PIECE,
-                )
-        if out_idx_addr or out_weights_addr or out_token_addr:
-            self._launch(
-                expansion.expand_routing,
-                (num_sources, num_local),
-                *(num_topk, num_local, rows_addr, start_addr, x_addr, idx_addr, weights_addr, token_addr),
-                *(out_idx_addr, out_weights_addr, out_token_addr),
-                IDX_BYTES=idx_bytes,
-                COLUMNS=power_of_two(num_topk, 8),
-                KEYS=_FEW_KEYS,
-            )
+        step = self._share(num_sources * num_local) if out_x_addr or out_scales_addr else 0
+        self._launch(
+            expansion.expand,
+            (num_sources, num_local, step + 1),
+            *(x_bytes if out_x_addr else 0, scale_bytes if out_scales_addr else 0, num_topk, num_local),
+            *(rows_addr, start_addr, x_addr, scales_addr, idx_addr, weights_addr, token_addr),
+            *(out_x_addr, out_scales_addr, out_idx_addr, out_weights_addr, out_token_addr),
+            IDX_BYTES=idx_bytes,
+            COLUMNS=power_of_two(num_topk, 8),
+            KEYS=_KEYS,
+            FEW_KEYS=_FEW_KEYS,
+            PIECE=PIECE,
+        )
 
     def transpose_scales(
         self,

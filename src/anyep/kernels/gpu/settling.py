@@ -158,6 +158,7 @@ def settle(
     gap_end_addr: tl.int64,
     source_begin_addr: tl.int64,
     source_count_addr: tl.int64,
+    source_rows_addr: tl.int64,
     num_entries: tl.int64,
     topk_idx_addr: tl.int64,
     entry_rank_addr: tl.int64,
@@ -182,7 +183,10 @@ def settle(
     entries = (num_entries, taken_back, entry_rank_addr, entry_slot_addr, entry_row_addr)
     if number < num_ranks:
         tl.store(i32_at(filled_rows_addr) + number, tl.sum(tl.where(tl.arange(0, RANKS) == number, filled, 0)))
-        if not BY_EXPERT:
+        if BY_EXPERT:
+            told = count_at(board_addr, message_bytes, number, rank, number >= 0)
+            tl.store(i32_at(source_rows_addr) + number, tl.where(taken_back, 0, told), mask=source_rows_addr != 0)
+        else:
             start = settle_rank(
                 *(board_addr, message_bytes, rank, num_ranks),
                 *(send_start_addr, recv_rows_addr, recv_start_addr, number),

@@ -48,10 +48,11 @@ def _move(kernels: GpuKernels) -> None:
 def _route(kernels: GpuKernels) -> None:
     a = _SOMEWHERE
     for idx_bytes in (4, 8):
-        for by_expert in (0, 1):
-            kernels.begin_route(a, idx_bytes, _TOKENS, _TOPK, 256, 8, a, by_expert, a, a, a, a, a)
+        for by_expert, compact in ((0, 0), (1, 0), (1, a)):
+            kernels.begin_route(a, idx_bytes, _TOKENS, _TOPK, 256, 8, a, by_expert, a, a, a, a, a, compact, compact)
             kernels.announce_counts(
-                *(a, idx_bytes, _TOKENS, _TOPK, 256, 8, by_expert, a, a, a, a, a, a, 1, a, a, a, a, a)
+                *(a, idx_bytes, _TOKENS, _TOPK, 256, 8, by_expert, a, a, compact, compact),
+                *(a, a, a, a, 1, a, a, a, a, a),
             )
             kernels.place(a, a, _TOKENS, _TOPK, a, idx_bytes, by_expert, a, a)
             kernels.scatter_routing(a, idx_bytes, a, 0, _TOKENS, _TOPK, _TOPK, by_expert, a, a, a, a, a, a, a)
@@ -62,7 +63,7 @@ def _settle(kernels: GpuKernels) -> None:
     a = _SOMEWHERE
     kernels.announce(8, a, 1, a, a, a, a, a, a, a, 264)
     kernels.connect(a, 1120, 8, a, 1, a, a, a, a, 1024)
-    settled = (a, a, a, a, a, a, a, a, a, a, a, a, a, a, a)
+    settled = (a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a)
     for idx_bytes in (4, 8):
         for by_expert in (0, 1):
             kernels.settle(
