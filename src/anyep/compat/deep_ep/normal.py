@@ -232,10 +232,7 @@ def _check_counts(natives: Natives, native: Handle, given: torch.Tensor) -> None
     if natives.device is not None:
         return
     if not given.is_cpu:
-        where = given.device
-        refuse(
-            f"num_tokens_per_rank is on {where}, and this buffer exchanges CPU tensors: pass num_tokens_per_rank.cpu()"
-        )
+        refuse(f"num_tokens_per_rank is on {given.device}, and this buffer exchanges CPU tensors: pass its .cpu()")
     plan = native.send
     if not natives.loops.same_bytes(plan.field("rank_rows"), given.data_ptr(), 4 * given.size(0)):
         sent = plan.numbers("rank_rows").tolist()
