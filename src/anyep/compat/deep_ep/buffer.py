@@ -33,8 +33,8 @@ class Buffer(LowLatencyCalls):
     """One rank's side of expert-parallel communication, with the interface that DeepEP had until version 2.5.
 
     ``num_nvl_bytes`` and ``num_rdma_bytes`` are echoed: memory is taken as batches need it (with a GPU for each process
-    they are the memory that all map). One buffer serves the normal calls and, with ``low_latency_mode``, the low-latency
-    ones. See docs/compatibility.md for what differs.
+    they are the memory that all map). One buffer serves the normal calls and, with ``low_latency_mode``, the others
+    too. See docs/compatibility.md for what differs.
     """
 
     num_sms: int = 20
