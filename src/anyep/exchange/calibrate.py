@@ -3,7 +3,9 @@
 Rows that come along spare a second round of messages; they cost a copy from the slot to their final place. Both are
 measured with all ranks at work at once, as they share cores and memory: a round of messages, and how much longer it
 takes when every rank copies before it. A rank that receives B bytes gains by eager rows while B / rate < round, so each
-of its R pairs may bring ``round * rate / R`` bytes. All ranks take the median of what they measured.
+of its R pairs may bring ``round * rate / R`` bytes if a copy from slots is as fast as the one that is timed. It takes
+about twice as long: rows are few, of five parts, from R slots, and their tables are cold (docs/log.md). All ranks take
+the median of what they measured.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from anyep.transport.base import Block, Transport, Words
 _ROUNDS, _TURNS = 4, 3
 """Rounds that are timed together, as the last rank to come finds a single one short; and how often."""
 _COPY_BYTES = 1 << 19
+_SLOWER = 2
+"""How much longer rows take from slots than the copy that is timed."""
 _COPIES = 4
 """Pieces that a rank copies before a round: together they take longer than the round."""
 NUM_EPOCHS = 2 * _ROUNDS * _TURNS + 1
@@ -55,7 +59,7 @@ def measured_rule(transport: Transport, lanes: Lanes, kernels: KernelSet, area: 
         f"a round of messages takes {round_s * 1e6:.0f} us, a copy {rate / 1e9:.1f} GB/s a rank with all at it, "
         f"for {transport.size} ranks"
     )
-    return EagerRule(pair_bytes=int(round_s * rate / transport.size), reason=reason)
+    return EagerRule(pair_bytes=int(round_s * rate / (_SLOWER * transport.size)), reason=reason, one_way=True)
 
 
 def _copy_pieces(kernels: KernelSet, address: int, num_bytes: int, *, back: bool) -> None:

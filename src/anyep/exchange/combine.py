@@ -64,6 +64,7 @@ class Combine:
         self._limit_rows = 0
         self._moved_rows: NDArray[np.int32] | None = None
         self._weights_offset = 0
+        self._offsets = _NO_PLACES[:2]
         self._straight: StraightBack | None = None
         self._header = end.handle_header(
             back.handle.epoch,
@@ -101,28 +102,17 @@ class Combine:
 
     def post(self, epoch: int) -> None:
         """Say where the rows lie, and let those of small pairs come along."""
-        end, back, plan = self._end, self._back, self._back.handle.send
+        end, back = self._end, self._back
         desk = end.desk(epoch)
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         slots = end.return_slots(back.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
-        self._weights_offset = slots.weights_offset
+        self._weights_offset, self._offsets = slots.weights_offset, slots.offsets
         if back.wire == "none":
             self._limit_rows = slots.limit_rows
-        end.books.announce(
-            desk.places_RW,
-            self._header,
-            _NO_PLACES,
-            0,
-            0,
-            plan.field("source_entries"),
-            self._limit_rows,
-            desk.send_slots_R,
-            slots.offsets,
-            desk.back.values,
-            end.far_R,
-            desk.tally,
-        )
-        eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
+        eager_rows, direct_rows, far_rows = self._write_announcement(desk, self._limit_rows)
+        limit = end.rule.settled_limit(self._limit_rows, slots.slot_rows, eager_rows, direct_rows)
+        if limit != self._limit_rows:
+            eager_rows, direct_rows, far_rows = self._write_announcement(desk, limit)
         self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
         straight_rows = 0 if self._straight is None else self._straight.open(desk.back)
         if eager_rows + straight_rows:
@@ -133,6 +123,27 @@ class Combine:
         end.announce(epoch, desk.places_RW, claim=self._expels)
         if self._straight is not None:
             self._straight.send()
+
+    def _write_announcement(self, desk: Desk, limit_rows: int) -> tuple[int, int, int]:
+        """Say whether rows come along, those of pairs up to ``limit_rows``; return how many go which way."""
+        end, plan = self._end, self._back.handle.send
+        self._limit_rows = limit_rows
+        end.books.announce(
+            desk.places_RW,
+            self._header,
+            _NO_PLACES,
+            0,
+            0,
+            plan.field("source_entries"),
+            limit_rows,
+            desk.send_slots_R,
+            self._offsets,
+            desk.back.values,
+            end.far_R,
+            desk.tally,
+        )
+        eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
+        return eager_rows, direct_rows, far_rows
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""

@@ -87,7 +87,7 @@ class Dispatch:
         self._epoch = 0
         self._geometry = out.geometry
         self._landing: Landing | None = None
-        self._eager_rows = self._direct_rows = self._far_rows = 0
+        self._eager_rows = self._direct_rows = self._far_rows = self._limit_rows = 0
         self._far: DispatchAcross | None = None
         self._early = early and (out.geometry.padded or out.cached is not None)
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
@@ -152,21 +152,10 @@ class Dispatch:
         if self._early and landing is not None:
             self._ahead = look_ahead(end, geometry, landing, rows)
         words_RW = desk.words_RW if cached is None else desk.places_RW
-        end.books.announce(
-            words_RW,
-            self._header,
-            NO_PLACES if landing is None else landing.places,
-            plan.field("rank_rows"),
-            end.num_ranks + end.placement.num_experts + 1 if cached is None else 0,
-            plan.field("rank_rows"),
-            geometry.limit_rows,
-            desk.send_slots_R,
-            geometry.slot_offsets,
-            desk.eager.values,
-            end.far_R if plan.crossing is None else plan.crossing.far_tokens_R,
-            desk.tally,
-        )
-        self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
+        self._write_announcement(desk, words_RW, geometry.limit_rows)
+        limit = end.rule.settled_limit(geometry.limit_rows, geometry.slot_rows, self._eager_rows, self._direct_rows)
+        if limit != geometry.limit_rows:
+            self._write_announcement(desk, words_RW, limit)
         if end.across is not None:
             self._far = DispatchAcross(end, end.across, self._out, epoch)
         if (self._far is not None and self._far.open(desk.eager)) or self._eager_rows:
@@ -175,6 +164,26 @@ class Dispatch:
         end.announce(epoch, words_RW, claim=self._expels)
         if self._far is not None:
             self._far.begin()
+
+    def _write_announcement(self, desk: Desk, words_RW: Words, limit_rows: int) -> None:
+        """Say to each rank what concerns it, and whether its rows come along: those of pairs up to ``limit_rows``."""
+        end, plan, cached = self._end, self._out.plan, self._out.cached
+        self._limit_rows = limit_rows
+        end.books.announce(
+            words_RW,
+            self._header,
+            NO_PLACES if self._landing is None else self._landing.places,
+            plan.field("rank_rows"),
+            end.num_ranks + end.placement.num_experts + 1 if cached is None else 0,
+            plan.field("rank_rows"),
+            limit_rows,
+            desk.send_slots_R,
+            self._geometry.slot_offsets,
+            desk.eager.values,
+            end.far_R if plan.crossing is None else plan.crossing.far_tokens_R,
+            desk.tally,
+        )
+        self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
 
     def size_up(self) -> None:
         """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -198,7 +207,7 @@ class Dispatch:
         )
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
-        connect(end, self._out, desk, opened_RW, offered_RW, offer)
+        connect(end, self._out, desk, opened_RW, offered_RW, offer, limit_rows=self._limit_rows)
         came_rows, _, _, num_from, num_rows, _ = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
@@ -271,7 +280,7 @@ class Dispatch:
 
     def _cross(self, crossing: DispatchAcross, desk: Desk, sized: _Sized) -> None:
         """Exchange with other hosts, and write to this host's ranks meanwhile."""
-        connect(self._end, self._out, desk, sized.opened_RW, sized.offered_RW, sized.offer, forward=True)
+        connect(self._end, self._out, desk, sized.opened_RW, sized.offered_RW, sized.offer, limit_rows=-1)
         near = None
         if self._direct_rows:
             route = self._final_route()

@@ -54,6 +54,7 @@ class ReturnSlots(NamedTuple):
     """Rows and weights in eager slots on their way back."""
 
     limit_rows: int
+    slot_rows: int
     weights_offset: int
     offsets: Words
     """of rows and weights in a slot"""
@@ -199,6 +200,7 @@ class Endpoint:
             weights_offset = aligned(capacity * row_bytes)
             known = self.returns[row_bytes, weights_bytes] = ReturnSlots(
                 limit_rows=self.rule.limit_rows(row_bytes + weights_bytes, capacity),
+                slot_rows=capacity,
                 weights_offset=weights_offset,
                 offsets=np.array([0, weights_offset], np.int64),
             )

@@ -93,7 +93,8 @@ class Geometry:
         }
         """what all ranks must have alike, as a header says it"""
         self.header = make_header(kind=Kind.DISPATCH, **self.agreed)
-        self.limit_rows = rule.limit_rows(self.eager_row.sent, slots.capacity(self.eager_row.sent))
+        self.slot_rows = slots.capacity(self.eager_row.sent)
+        self.limit_rows = rule.limit_rows(self.eager_row.sent, self.slot_rows)
         self.sent_bytes = self.row.sent
         self.part_sizes = self.row.parts()
         self.part_bytes = np.array(self.part_sizes, np.int64)

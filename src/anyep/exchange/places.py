@@ -51,13 +51,13 @@ def _too_many_for_an_expert(geometry: Geometry) -> str:
 
 
 def connect(
-    end: Endpoint, out: Outgoing, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int, *, forward: bool = False
+    end: Endpoint, out: Outgoing, desk: Desk, opened_RW: Words, offered_RW: Words, offer: int, *, limit_rows: int
 ) -> None:
-    """Fill the peer tables: of rows that this rank sends, or (``forward``) of every place on this host.
+    """Fill the peer tables: of rows that this rank sends, or (``limit_rows`` -1) of every place on this host.
 
     ``offered`` [R, W]: where batches are put, from column ``offer`` on.
     """
-    plan, geometry = out.plan, out.geometry
+    plan, geometry, forward = out.plan, out.geometry, limit_rows < 0
     while True:
         unknown = end.books.connect(
             opened_RW,
@@ -67,7 +67,7 @@ def connect(
             end.bases.base_RS,
             geometry.part_bytes,
             end.rank,
-            -1 if forward else geometry.limit_rows,
+            limit_rows,
             plan.field("rank_rows"),
             plan.field("batch_rows"),
             desk.recv_slots_R,
