@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import anyep
+from anyep.exchange import setup
+from anyep.exchange.eager import EagerRule
 from anyep.numerics.logfmt import decode_logfmt, encode_logfmt
 from anyep.testing.oracle import PADDING
 from anyep.testing.oracle_sums import expected_sum
@@ -253,6 +255,36 @@ def test_a_burst_changes_the_way_in_the_same_call(layout):
             assert sum(second) == 0, "a block has room for every case"
         else:
             assert second[1] > 0, "no rank expects 40 tokens after one"
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+@pytest.mark.parametrize("layout", ["compact", "expert", "padded"])
+def test_a_ranks_rows_go_the_way_of_most_where_its_pairs_differ(layout, one_way, monkeypatch):
+    reduce = "rank" if layout == "compact" else "expert"
+    chosen = [replace(case, layout=layout, reduce=reduce) for case in bursts()]
+    rule = EagerRule(pair_bytes=3 * 600, reason="three rows a pair", one_way=one_way)
+    monkeypatch.setattr(setup, "given_rule", lambda _: rule)
+
+    def rank_main(ep, batch):
+        played, ways = [], []
+        for case in chosen:
+            played.append(play(case, ep))
+            own = case.batches[ep.rank]
+            begun = ep.stats()
+            received = ep.dispatch(own.x, own.topk_idx, own.topk_weights, layout=layout)
+            between = ep.stats()
+            ep.combine(received.x, received.handle)
+            for before, after in pairwise((begun, between, ep.stats())):
+                ways.append((after.eager_rows - before.eager_rows, after.direct_rows - before.direct_rows))
+        return played, ways
+
+    results = on_ranks(chosen[0], rank_main, eager_bytes=1 << 20)
+    for number, case in enumerate(chosen):
+        check(case, [played[number] for played, _ in results])
+    ways = [way for _, of_rank in results for way in of_rank]
+    assert any(eager for eager, _ in ways)
+    assert any(direct for _, direct in ways)
+    assert any(eager and direct for eager, direct in ways) != one_way
 
 
 def test_all_rows_are_one_way_or_the_other():

@@ -57,7 +57,7 @@ def measured_rule(transport: Transport, lanes: Lanes, kernels: KernelSet, area: 
     round_s, rate = float(np.median(told_R2[:, 0])) / 1e9, float(np.median(told_R2[:, 1]))
     reason = (
         f"a round of messages takes {round_s * 1e6:.0f} us, a copy {rate / 1e9:.1f} GB/s a rank with all at it, "
-        f"for {transport.size} ranks"
+        f"for {transport.size} ranks; all rows of a rank go the way of most"
     )
     return EagerRule(pair_bytes=int(round_s * rate / (_SLOWER * transport.size)), reason=reason, one_way=True)
 
