@@ -27,7 +27,7 @@ from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.handle import Handle, Received
-from anyep.exchange.opening import BODY, Kind, RefusedError, check_agreement, check_memory
+from anyep.exchange.opening import BODY, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.places import connect, settle
 from anyep.exchange.recall import announced_counts, number_of
@@ -44,6 +44,7 @@ from anyep.exchange.receive import (
     unpack,
     wrap,
 )
+from anyep.exchange.remembered import handle_again, header_of, weights_for_combine
 from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
 from anyep.layout.regions import row_region
@@ -93,14 +94,7 @@ class Dispatch:
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
         self._ahead: Ahead | None = None
         self._sized: _Sized | None = None
-        self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
-
-    def _cached_header(self, handle: Handle) -> Words:
-        return self._end.handle_header(
-            handle.epoch,
-            kind=Kind.CACHED_DISPATCH,
-            **self._geometry.agreed,
-        )
+        self._header = header_of(end, out)
 
     def wants_background(self) -> bool:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
@@ -216,7 +210,7 @@ class Dispatch:
             batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
         else:
             batch, turned = self._ahead
-        handle = self._handle(num_rows, opened_RW) if self._out.cached is None else self._known(self._out.cached)
+        handle = handle_again(self._out) or self._handle(num_rows, opened_RW)
         self._sized = _Sized(batch, turned, handle, num_rows, came_rows, num_from, opened_RW, offered_RW, offer)
 
     def finish(self) -> Received:
@@ -255,12 +249,6 @@ class Dispatch:
         if num_to := int(desk.tally[ledger.NUM_TO]):
             self._end.transport.post(self._end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
 
-    def _known(self, handle: Handle) -> Handle:
-        """Return the handle of a cached dispatch, with its own weights where combine will want them."""
-        if self._out.topk_weights is None or not self._geometry.padded:
-            return handle
-        return replace(handle, topk_weights=self._out.topk_weights.clone())
-
     def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
         end, plan, out = self._end, self._out.plan, self._out
         shape = self._geometry.shape
@@ -274,7 +262,7 @@ class Dispatch:
             num_rows=num_rows,
             shape=(shape.num_local, shape.block_rows) if padded else (num_rows,),
             counts=plan.numbers("counts").tolist(),
-            topk_weights=out.topk_weights.clone() if padded and out.topk_weights is not None else None,
+            topk_weights=weights_for_combine(out),
             announced=announced,
         )
 

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -31,8 +30,9 @@ from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
-from anyep.exchange.opening import BODY, STATUS, Kind, RefusedError, check_agreement, check_memory
+from anyep.exchange.opening import BODY, STATUS, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
+from anyep.exchange.remembered import handle_again, header_of
 from anyep.exchange.scatter import Route
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
@@ -58,10 +58,7 @@ class DeviceDispatch:
         self._visit: Visit | None = None
         self._record: Fetch | None = None
         self._waits = waits_for_counts(end, out)
-        self._header = self._geometry.header if out.cached is None else self._cached_header(out.cached)
-
-    def _cached_header(self, handle: Handle) -> Words:
-        return self._end.handle_header(handle.epoch, kind=Kind.CACHED_DISPATCH, **self._geometry.agreed)
+        self._header = header_of(end, out)
 
     def wants_background(self) -> bool:
         """Nothing is computed on the host."""
@@ -194,7 +191,7 @@ class DeviceDispatch:
                 end.faults.ask(end.limits)
         visit.end([*batch.parts, self._turned])
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
-        handle = self._handle(rows) if self._out.cached is None else self._known(self._out.cached)
+        handle = handle_again(self._out) or self._handle(rows)
         return wrap(end, batch, handle, self._plan, self._turned)
 
     def _rows_known(self) -> int:
@@ -243,12 +240,6 @@ class DeviceDispatch:
             check_memory(heard_RW[:, 0], self._step, self._no_memory)
         end.counters.add(second_offers=1)
         end.order.launch(turn)
-
-    def _known(self, handle: Handle) -> Handle:
-        """Return the handle of a cached dispatch, with its own weights where combine will want them."""
-        if self._out.topk_weights is None or not self._geometry.padded:
-            return handle
-        return replace(handle, topk_weights=self._out.topk_weights.clone())
 
     def _handle(self, num_rows: int) -> Handle:
         plan, out, shape = self._plan, self._out, self._geometry.shape
