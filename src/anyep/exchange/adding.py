@@ -43,19 +43,19 @@ def add_tokens(end: Endpoint, back: Returning, entries: Entries, tables: Sequenc
         out_addr=back.out.data_ptr(),
         weights_addr=0 if weights is None else weights.data_ptr(),
     )
-    if back.group and end.across is None:
+    if back.way.group and end.across is None:
         sum_by_groups(end, back, tables[0], entries.row_addr)
         _add_weights(end, begin, last, sums)
     elif end.workers.num_threads == 1:
         _add_part(end, back, begin, last, sums)
     else:
-        token_bytes = back.row_bytes * plan.width
+        token_bytes = back.way.row_bytes * plan.width
         end.workers.over(last - begin, token_bytes, lambda a, b: _add_part(end, back, begin + a, begin + b, sums))
 
 
 def _add_part(end: Endpoint, back: Returning, first: int, last: int, sums: _Sums) -> None:
     rest = (sums.rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
-    if back.wire == "none":
+    if back.way.wire == "none":
         end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *sums.entries, *rest)
     else:
         end.kernels.reduce_logfmt(end.hidden, first, last, *sums.entries, *rest)

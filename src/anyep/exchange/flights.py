@@ -50,7 +50,10 @@ class Operation(Protocol[Out]):
 class Flight(Generic[Result]):
     """An operation that was posted, and its outcome. Who takes that lets it ``land``, where an operation can."""
 
-    __slots__ = ("epoch", "error", "future", "label", "land", "operation", "pending", "result", "turn")
+    future: Future[None] | None = None
+    result: Result | None = None
+    error: BaseException | None = None
+    pending: weakref.ref[Pending[Result]] | None = None
 
     def __init__(self, operation: Operation[Result], epoch: int) -> None:
         self.operation: Operation[Result] | None = operation
@@ -58,10 +61,6 @@ class Flight(Generic[Result]):
         self.label = operation.label
         self.epoch = epoch
         self.turn = threading.Lock()
-        self.future: Future[None] | None = None
-        self.result: Result | None = None
-        self.error: BaseException | None = None
-        self.pending: weakref.ref[Pending[Result]] | None = None
 
     @property
     def held(self) -> bool:

@@ -16,6 +16,7 @@ from anyep.layout.placement import Placement
 from anyep.layout.regions import RowBytes, hit_probability
 
 if TYPE_CHECKING:
+    from anyep.exchange.frame import Frame
     from anyep.exchange.receive import Landing
 
 PADDED = "padded"
@@ -51,6 +52,10 @@ class Geometry:
     ) -> None:
         self.key = key
         self.num_topk = num_topk
+        self.dtype = wire.dtype
+        self.hidden = wire.hidden
+        self.scale_columns = wire.scale_columns
+        self.scale_dtype = wire.scale_dtype
         self.idx_dtype = torch.int64 if key.idx_bytes == 8 else torch.int32
         self.by_expert = key.layout in BY_EXPERT
         self.padded = key.layout == PADDED
@@ -81,7 +86,7 @@ class Geometry:
             block_rows=placement.num_ranks * max_tokens if self.padded else 0,
             static_rows=-1 if static_rows is None or self.padded else static_rows,
         )
-        self.agreed = {
+        agreed = {
             "layout": LAYOUT_CODES[key.layout],
             "idx_bytes": key.idx_bytes,
             "has_weights": int(key.has_weights),
@@ -91,8 +96,8 @@ class Geometry:
             "block_rows": self.shape.block_rows,
             "static_rows": self.shape.static_rows,
         }
-        """what all ranks must have alike, as a header says it"""
-        self.header = make_header(kind=Kind.DISPATCH, **self.agreed)
+        self.header = make_header(kind=Kind.DISPATCH, **agreed)
+        self.cached_header = make_header(kind=Kind.CACHED_DISPATCH, **agreed)
         self.slot_rows = slots.capacity(self.eager_row.sent)
         self.limit_rows = rule.limit_rows(self.eager_row.sent, self.slot_rows)
         self.sent_bytes = self.row.sent
@@ -101,6 +106,8 @@ class Geometry:
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
         self._placement = placement
         self._last_rows: int | None = None
+        self.frames: dict[tuple[int, ...], Frame] = {}
+        """of each desk, with a handle and without; of combines also of their slots"""
         self.spare_landings: list[Landing] = []
         """offered before, and not needed then: nobody has written there"""
 

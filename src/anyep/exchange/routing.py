@@ -21,9 +21,8 @@ def plan_of(end: Endpoint, geometry: Geometry, idx_addr: int, num_tokens: int) -
     idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
     entries = 2 * compact_width + (3 * num_topk if geometry.by_expert else compact_width)
     memory = np.empty(ledger + idx_words + num_tokens * entries, np.int32)
-    first_addr = end.books.keep(memory, ledger, idx_addr, 4 * idx_words)
+    first_addr = end.books.keep(memory, ledger, idx_addr, 4 * idx_words, geometry.shape.tokens_word, num_tokens)
     plan = SendPlan(geometry, memory, first_addr, num_tokens, compact_width)
-    plan.numbers("num_tokens")[0] = num_tokens
     if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
         _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
     _route(end, plan, 0, plan.compact_rank_addr, plan.compact_slot_addr)

@@ -100,7 +100,9 @@ class Counters:
             self.message_rounds += rounds
             self.straight_rows += straight_rows
 
-    def dispatched(self, eager_rows: int, direct_rows: int, far_rows: int, received: int, out: Outgoing) -> None:
+    def dispatched(
+        self, out: Outgoing, eager_rows: int, direct_rows: int, far_rows: int, received: int, rounds: int
+    ) -> None:
         """Count one dispatch; rows of all three ways count each token once a rank."""
         plan = out.plan
         rows = eager_rows + direct_rows + far_rows
@@ -117,6 +119,7 @@ class Counters:
             self.far_rows += far_rows
             self.rows_sent += sent
             self.rows_received += received
+            self.message_rounds += rounds
             self.bytes_sent += sent * out.geometry.sent_bytes
 
     def dispatched_on_device(self, *, cached: bool, rows: int) -> None:
@@ -125,19 +128,19 @@ class Counters:
             self.cached_dispatches += cached
             self.dispatches += not cached
             self.rows_received += rows
+            self.message_rounds += 1
 
-    def sent_back(self, eager_rows: int, direct_rows: int, far_rows: int) -> None:
-        """Count the first half of a combine."""
-        with self._adding:
-            self.far_rows += far_rows
-            self.eager_rows += eager_rows
-            self.direct_rows += direct_rows
-
-    def combined(self, num_rows: int, row_bytes: int) -> None:
-        """Count the rows of a finished combine."""
+    def combined(
+        self, bytes_read: int, eager_rows: int = 0, direct_rows: int = 0, far_rows: int = 0, rounds: int = 1
+    ) -> None:
+        """Count one combine: bytes that this rank read back, rows that it let others have."""
         with self._adding:
             self.combines += 1
-            self.bytes_combined += row_bytes * num_rows
+            self.bytes_combined += bytes_read
+            self.eager_rows += eager_rows
+            self.direct_rows += direct_rows
+            self.far_rows += far_rows
+            self.message_rounds += rounds
 
     def snapshot(self, waited_ns_R: Words, network_bytes: int = 0) -> Stats:
         """Return a copy of all counters."""
