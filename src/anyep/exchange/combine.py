@@ -39,7 +39,7 @@ from anyep.exchange.opening import (
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
 from anyep.exchange.straight_back import StraightBack
-from anyep.transport.base import Words
+from anyep.transport.base import Place, Words
 
 _NO_PLACES: Words = np.array([0, -1, 0, -1, 0], np.int64)
 """Dense or not; segment and offset of the rows; segment and offset of the weights."""
@@ -60,6 +60,7 @@ class Combine:
         self._expels = end.crowd.expels and back.handle.send.geometry.padded
         self._limit_rows = 0
         self._moved_rows: NDArray[np.int32] | None = None
+        self._desk: Desk | None = None
         self._frame = 0
         self._sent = 0, 0, 0
         self._straight: StraightBack | None = None
@@ -89,30 +90,40 @@ class Combine:
 
     def post(self, epoch: int) -> None:
         """Say where the rows lie, and let those of small pairs come along."""
-        end, back = self._end, self._back
-        desk = end.desk(epoch)
+        end, back, way = self._end, self._back, self._back.way
+        plan = back.handle.send
+        desk = self._desk = end.desk(epoch)
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
-        geometry = back.handle.send.geometry
-        slots = end.return_slots(back.way.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
-        self._frame = frame_of_combine(end, geometry, desk, slots)
-        limit_rows = slots.limit_rows if back.way.wire == "none" else 0
-        end.books.begin(self._frame, self._header, _NO_PLACES, back.handle.send.first_addr, limit_rows, end.far_R)
+        slots = end.return_slots(way.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
+        frame = self._frame = frame_of_combine(end, plan.geometry, desk, slots)
+        limit_rows = slots.limit_rows if way.wire == "none" else 0
+        there = self._place()
+        places = _NO_PLACES if there is None else np.array([0, there.segment, there.offset, -1, 0], np.int64)
+        end.books.begin(frame, self._header, places, plan.first_addr, limit_rows, end.far_R)
         eager_rows, direct_rows, _, _, _, far_rows, self._limit_rows, _ = desk.tally.tolist()
         self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
         straight_rows = 0 if self._straight is None else self._straight.open(desk.back)
         if eager_rows + straight_rows:
             self._send_back(desk)
-        if direct_rows + far_rows - straight_rows:
+        if there is None and direct_rows + far_rows - straight_rows:
             self._lend(desk)
         self._sent = eager_rows, direct_rows, far_rows
         end.announce(epoch, desk.places_RW, claim=self._expels)
         if self._straight is not None:
             self._straight.send()
 
+    def _place(self) -> Place | None:
+        """Return where all that is lent lies already, if it does."""
+        back = self._back
+        if back.way.wire != "none" or back.topk_weights is not None:
+            return None
+        return self._end.transport.locate(back.y.data_ptr(), back.y.nbytes)
+
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
-        end, back, desk = self._end, self._back, self._end.desk(self._epoch)
-        opened_RW = self._hear()
+        end, back, desk = self._end, self._back, self._desk
+        assert desk is not None, "it was posted"
+        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
         self._find_rows(desk, opened_RW)
         moved, _, num_to, num_from, num_rows, *_ = desk.tally.tolist()
         if end.across is None:
@@ -132,13 +143,11 @@ class Combine:
         if num_to:  # a lender that gave up on somebody may have written over what was just read
             end.transport.check(self._epoch, self._step)
         self._loans = []  # kept until here: peers were reading them
-        end.counters.combined(num_rows * back.way.row_bytes, *self._sent, rounds=2 if num_from else 1)
+        end.counters.combined(num_rows * back.way.row_bytes, self._sent, 2 if num_from else 1)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
-    def _hear(self) -> Words:
+    def _hear_or_expel(self) -> Words:
         end = self._end
-        if not self._expels:
-            return end.hear(self._epoch, self._step, self._header)
         opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
         if gone:
             forget_rows_from(self._back.handle.send, gone)

@@ -53,7 +53,6 @@ class Desk:
 
     def __init__(self, index: int, slots: EagerSlots, lanes: Lanes, num_experts: int) -> None:
         ranks = slots.num_ranks
-        self.index = index
         self.send_slots_R = slots.sending(index)
         self.recv_slots_R = slots.receiving(index)
         self.words_RW: Words = np.zeros((ranks, lanes.open.words), np.int64)

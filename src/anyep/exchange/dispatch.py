@@ -92,6 +92,7 @@ class Dispatch:
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = self._limit_rows = 0
         self._far: DispatchAcross | None = None
+        self._desk: Desk | None = None
         self._frame = 0
         self._early = early and (out.geometry.padded or out.cached is not None)
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
@@ -143,6 +144,7 @@ class Dispatch:
         """Announce, and let the rows of small pairs come along."""
         end, plan, cached = self._end, self._out.plan, self._out.cached
         geometry, desk = self._geometry, end.desk(epoch)
+        self._desk = desk
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
@@ -177,8 +179,9 @@ class Dispatch:
             raise
 
     def _size_up(self) -> None:
-        end, out, desk = self._end, self._out, self._end.desk(self._epoch)
-        opened_RW = self._hear()
+        end, out, desk = self._end, self._out, self._desk
+        assert desk is not None, "it was posted"
+        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
         offered_RW, offer = opened_RW, BODY
         if not size_up(end, out, desk, self._frame, opened_RW, self._header, self._limit_rows, self._step):
             offered_RW, offer = self._offer_again(desk), 0
@@ -198,10 +201,8 @@ class Dispatch:
             batch, turned, handle, num_rows, came_rows, num_to, num_from, num_gaps, opened_RW, offered_RW, offer
         )
 
-    def _hear(self) -> Words:
+    def _hear_or_expel(self) -> Words:
         end = self._end
-        if not self._expels:
-            return end.hear(self._epoch, self._step, self._header)
         opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
         if gone:
             forget_rows_to(end, self._out.plan, gone, opened_RW)
@@ -211,9 +212,11 @@ class Dispatch:
         """Size up if nobody has, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
         if self._sized is None:
             self.size_up()
-        sized, self._sized = self._sized, None
+        sized, desk = self._sized, self._desk
+        self._sized = None
         assert sized is not None
-        end, out, plan, desk = self._end, self._out, self._out.plan, self._end.desk(self._epoch)
+        assert desk is not None
+        end, out, plan = self._end, self._out, self._out.plan
         handle = sized.handle
         if self._far is not None:
             self._cross(self._far, desk, sized)
@@ -232,7 +235,8 @@ class Dispatch:
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
         rounds = 2 if sized.num_from else 1
-        end.counters.dispatched(out, self._eager_rows, self._direct_rows, self._far_rows, sized.num_rows, rounds)
+        sent_rows = self._eager_rows, self._direct_rows, self._far_rows
+        end.counters.dispatched(out, sent_rows, sized.num_rows, rounds)
         return wrap(end, sized.batch, handle, self._geometry, sized.turned)
 
     def _final_route(self) -> Route:

@@ -267,7 +267,8 @@ class Flights:
             if operation is None:
                 return
             try:
-                self._check_peers()
+                if self.broken is not None or self.closed:
+                    self._check_peers()
                 flight.result = operation.finish()
             except RefusedError as refusal:
                 self._on_refusal()
@@ -277,7 +278,9 @@ class Flights:
                 self._break(error)
             if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C, once
                 interruption, flight.error = flight.error, self._closed_error()
-        if not flight.held:  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
+        if (
+            flight.pending is None or not flight.held
+        ):  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
             self._forget(flight)
         if interruption is not None:
             raise interruption

@@ -56,29 +56,29 @@ combine: room for starts, where weights begin in a slot. Ranks of other hosts.""
 
 
 class Frame:
-    """The array, and what keeps alive what it points to. The desk and the endpoint outlive it."""
+    """The array. What it points to lives as long as whoever uses it: the desk, the geometry, the endpoint."""
 
-    __slots__ = ("_kept", "addr")
+    __slots__ = ("_words", "addr")
 
-    def __init__(self, words: dict[int, int], *kept: object) -> None:
+    def __init__(self, words: dict[int, int]) -> None:
         values: Words = np.zeros(NUM_FRAME_WORDS, np.int64)
         for word, value in words.items():
             values[word] = value
         self.addr = address_of(values)
-        self._kept = (values, *kept)
+        self._words = values
 
 
 def frame_of_dispatch(end: Endpoint, geometry: Geometry, desk: Desk, *, cached: bool) -> int:
     """Return where the frame of dispatches of one kind lies. With a handle no counts are told, and none are settled."""
-    known = geometry.frames.get((desk.index, cached))
+    known = geometry.frames.get((desk, cached))
     if known is None:
-        known = geometry.frames[desk.index, cached] = _dispatch_frame(end, geometry, desk, cached=cached)
+        known = geometry.frames[desk, cached] = _dispatch_frame(end, geometry, desk, cached=cached)
     return known.addr
 
 
 def frame_of_combine(end: Endpoint, geometry: Geometry, desk: Desk, slots: ReturnSlots) -> int:
     """Return where the frame of combines lies whose rows go back in ``slots``."""
-    key = (desk.index, slots.slot_rows, slots.weights_offset)
+    key = (desk, slots.slot_rows, slots.weights_offset)
     known = geometry.frames.get(key)
     if known is None:
         known = geometry.frames[key] = _combine_frame(end, geometry, desk, slots)
@@ -104,8 +104,7 @@ def _dispatch_frame(end: Endpoint, geometry: Geometry, desk: Desk, *, cached: bo
             A_ROWS_BY_SOURCE: address_of(counters.rows_by_source),
             A_ROWS_BY_EXPERT: address_of(counters.rows_by_expert),
             A_PART_BYTES: address_of(geometry.part_bytes),
-        },
-        geometry,
+        }
     )
 
 
@@ -123,9 +122,7 @@ def _combine_frame(end: Endpoint, geometry: Geometry, desk: Desk, slots: ReturnS
             A_EXPERT_RANK: end.tables.rank_addr,
             A_STARTS: desk.starts_addr,
             A_WEIGHTS_OFFSET: slots.weights_offset,
-        },
-        geometry,
-        slots,
+        }
     )
 
 

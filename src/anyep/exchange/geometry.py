@@ -16,6 +16,7 @@ from anyep.layout.placement import Placement
 from anyep.layout.regions import RowBytes, hit_probability
 
 if TYPE_CHECKING:
+    from anyep.exchange.desk import Desk
     from anyep.exchange.frame import Frame
     from anyep.exchange.receive import Landing
 
@@ -106,8 +107,8 @@ class Geometry:
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
         self._placement = placement
         self._last_rows: int | None = None
-        self.frames: dict[tuple[int, ...], Frame] = {}
-        """of each desk, with a handle and without; of combines also of their slots"""
+        self.frames: dict[tuple[Desk, object] | tuple[Desk, int, int], Frame] = {}
+        """of each desk (those of a buffer that has adopted a handle, too); of combines for slots of each kind"""
         self.spare_landings: list[Landing] = []
         """offered before, and not needed then: nobody has written there"""
 

@@ -119,6 +119,8 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def lend_rows(end: Endpoint, back: Returning) -> Loan:
     """Lend y where it lies, or a copy of it; CapacityError without memory for the copy."""
+    if back.way.wire == "none" and (place := end.transport.locate(back.y.data_ptr(), back.y.nbytes)) is not None:
+        return Loan(place, None)
     plan, rows = back.handle.send, sum(back.handle.counts)
     blocks = (plan.geometry.shape.num_local, plan.field("counts"), plan.field("block_start"))
     if back.way.wire == "logfmt10":
@@ -126,8 +128,7 @@ def lend_rows(end: Endpoint, back: Returning) -> Loan:
         end.kernels.logfmt_encode(back.y.data_ptr(), end.hidden, *blocks, block.address)
         end.kernels.fence()
         return Loan(place=block.place, block=block, dense=True)
-    place = end.transport.locate(back.y.data_ptr(), back.y.nbytes)
-    if place is not None or not plan.geometry.padded:
+    if not plan.geometry.padded:
         return lend(end, back.y)
     block = end.transport.allocate(rows * back.way.row_bytes)
     packed = torch.tensor([block.address], dtype=torch.int64, device="cpu")
