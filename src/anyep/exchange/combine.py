@@ -49,21 +49,19 @@ class Combine:
     """One combine of one rank: :meth:`post` lends or sends the outputs, :meth:`finish` sums and waits for readers."""
 
     label = "combine"
+    _loans: tuple[Loan, ...] = ()
+    _no_memory: CapacityError | None = None
+    _moved_rows: NDArray[np.int32] | None = None
+    _desk: Desk | None = None
+    _straight: StraightBack | None = None
+    _epoch = _frame = _limit_rows = 0
+    _sent = 0, 0, 0
 
     def __init__(self, end: Endpoint, back: Returning) -> None:
         self._end = end
         self._back = back
-        self._epoch = 0
         self._step = self.label
-        self._loans: list[Loan] = []
-        self._no_memory: CapacityError | None = None
         self._expels = end.crowd.expels and back.handle.send.geometry.padded
-        self._limit_rows = 0
-        self._moved_rows: NDArray[np.int32] | None = None
-        self._desk: Desk | None = None
-        self._frame = 0
-        self._sent = 0, 0, 0
-        self._straight: StraightBack | None = None
         self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def wants_background(self) -> bool:
@@ -142,7 +140,7 @@ class Combine:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if num_to:  # a lender that gave up on somebody may have written over what was just read
             end.transport.check(self._epoch, self._step)
-        self._loans = []  # kept until here: peers were reading them
+        self._loans = ()  # kept until here: peers were reading them
         end.counters.combined(num_rows * back.way.row_bytes, self._sent, 2 if num_from else 1)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
@@ -184,7 +182,7 @@ class Combine:
             self._no_memory = error
             desk.places_RW[:, STATUS] = back.y.nbytes
             return
-        self._loans = [rows, weights]
+        self._loans = rows, weights
         first = BODY + ledger.CAPACITY
         desk.places_RW[:, first : first + len(_NO_PLACES)] = [
             int(rows.dense),

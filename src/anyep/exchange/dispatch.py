@@ -71,6 +71,13 @@ class _Sized(NamedTuple):
 class Dispatch:
     """One dispatch of one rank: :meth:`post` sends what needs no answer, :meth:`finish` does the rest."""
 
+    _landing: Landing | None = None
+    _ahead: Ahead | None = None
+    _far: DispatchAcross | None = None
+    _desk: Desk | None = None
+    _sized: _Sized | None = None
+    _epoch = _frame = _eager_rows = _direct_rows = _far_rows = _limit_rows = 0
+
     def __init__(
         self,
         end: Endpoint,
@@ -87,17 +94,9 @@ class Dispatch:
         self._buffer = buffer
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
-        self._epoch = 0
         self._geometry = out.geometry
-        self._landing: Landing | None = None
-        self._eager_rows = self._direct_rows = self._far_rows = self._limit_rows = 0
-        self._far: DispatchAcross | None = None
-        self._desk: Desk | None = None
-        self._frame = 0
         self._early = early and (out.geometry.padded or out.cached is not None)
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
-        self._ahead: Ahead | None = None
-        self._sized: _Sized | None = None
         self._header = header_of(out)
 
     def wants_background(self) -> bool:

@@ -58,9 +58,10 @@ def row_region(row: RowBytes, num_rows: int) -> RowRegion:
     >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, token=0, y=200), 3)
     RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, token_offset=256, routing_bytes=256)
     """
-    scales_offset = aligned(row.x * num_rows)
-    weights_offset = aligned(row.topk_idx * num_rows)
-    token_offset = aligned(weights_offset + row.topk_weights * num_rows)
+    up, mask = _BELOW_ALIGNMENT, -ALIGNMENT_BYTES  # aligned(), without a call: every dispatch comes here twice
+    scales_offset = (row.x * num_rows + up) & mask
+    weights_offset = (row.topk_idx * num_rows + up) & mask
+    token_offset = (weights_offset + row.topk_weights * num_rows + up) & mask
     data_bytes, routing_bytes = scales_offset + row.scales * num_rows, token_offset + row.token * num_rows
     return RowRegion(scales_offset, data_bytes, weights_offset, token_offset, routing_bytes)
 
