@@ -18,6 +18,7 @@ from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from anyep.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
+from anyep.compat.deep_ep.normal_batch import NormalContext, new_batch
 from anyep.compat.deep_ep.sizes import low_latency_size_hint
 from anyep.config import nvshmem_qp_depth
 from anyep.errors import Unavailable
@@ -154,8 +155,10 @@ class Buffer(LowLatencyCalls):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
         """Count tokens: int32 [R], int32 [hosts] or None, int32 [E], and bool [T, R] of who goes where."""
         _begin(previous_event, async_finish, allocate_on_comm_stream)
-        domain = (self._context or self._no_context()).domain
-        counted = (layout.count_on_device if _is_on_gpu(topk_idx) else layout.count)(topk_idx, num_experts, domain)
+        context = self._context or self._no_context()
+        count = layout.count_on_device if _is_on_gpu(topk_idx) else layout.count
+        counted = count(topk_idx, num_experts, context.domain)
+        context.natives.note_layout(topk_idx, counted)
         return (*counted, EventOverlap(EventHandle() if async_finish else None))
 
     def dispatch(
@@ -185,19 +188,14 @@ class Buffer(LowLatencyCalls):
         if handle is not None:
             assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
             return normal.dispatch_again(context, x, handle, go_on=async_finish)
-        batch = normal.Batch(
-            topk_idx,
-            topk_weights,
-            num_tokens_per_rank,
-            num_tokens_per_expert,
-            is_token_in_rank,
-            num_worst_tokens,
-            expert_alignment,
-        )
-        if config is not None and not isinstance(config, Config):
-            raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
-        channels = max(1, (self.num_sms if config is None else config._num_sms) // 2)
-        return normal.dispatch(context, x, batch, channels, go_on=async_finish)
+        num_sms = self.num_sms
+        if config is not None:
+            if not isinstance(config, Config):
+                raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
+            num_sms = config._num_sms
+        layout = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
+        batch = new_batch((topk_idx, topk_weights, *layout, num_worst_tokens, expert_alignment))
+        return normal.dispatch(context, x, batch, num_sms, go_on=async_finish)
 
     def combine(
         self,
@@ -222,7 +220,7 @@ class Buffer(LowLatencyCalls):
     def _where(self) -> str:
         return "cpu" if self.runtime is None or self.runtime.device is None else self.runtime.device
 
-    _context: normal.NormalContext | None = None
+    _context: NormalContext | None = None
 
     def _no_context(self) -> NoReturn:
         refuse("this Buffer was destroyed, or its __init__ was replaced and not called")

@@ -6,34 +6,44 @@ token goes straight to each of its ranks. Members that describe queues say what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from anyep.compat.deep_ep.checks import check_not_on_device, refuse
-from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.layout import loops, made, tensor_on
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple
-from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.native import Kept, Natives, Served
+from anyep.compat.deep_ep.normal_batch import NormalContext
 from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, KEY, recalled
 from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.handle import Handle
 
 
-@dataclass(eq=False, slots=True)
-class NormalKept(Kept):
-    """What a handle's members are made from besides: the dispatch's own records; only ``inside`` is the caller's."""
+class NormalKept(NamedTuple):
+    """What a handle's members are made from: the dispatch's own records; only ``inside`` is the caller's."""
 
-    natives: Natives
+    served: Served
+    handle: Handle
+    context: NormalContext
     token: torch.Tensor | None
     """source token of each row [N]"""
     inside: torch.Tensor
     """the caller's is_token_in_rank [T, R], handed on as a member"""
-    domain: Domain
-    channels: int
-    underway: Underway | None = None
+    num_sms: int
+    """twice the channels that members describe"""
+    underway: Underway | None
     """what brings the source tokens, where the dispatch is not over"""
+
+    @property
+    def channels(self) -> int:
+        return max(1, self.num_sms // 2)
+
+
+new_kept = partial(tuple.__new__, NormalKept)
+"""Makes one of a tuple of all fields; the class's own constructor is a Python function, slow from cold caches."""
 
 
 class NormalHandle(LazyTuple):
@@ -42,7 +52,7 @@ class NormalHandle(LazyTuple):
     origin: NormalKept
 
     def _make(self) -> tuple[Any, ...]:
-        check_not_on_device("looking at the members of a dispatch's handle", self.origin.natives.device)
+        check_not_on_device("looking at the members of a dispatch's handle", self.origin.context.natives.device)
         if self.origin.underway is not None:
             self.origin.underway.wait()
         return (_intranode if len(self) == INTRANODE else _internode)(self.origin)
@@ -50,11 +60,12 @@ class NormalHandle(LazyTuple):
 
 def find_handle(natives: Natives, handle: object) -> Kept:
     """Return what a handle stands for, or a tuple of its members, or of copies of them. RuntimeError for others."""
-    if type(handle) is NormalHandle and handle.origin.natives is natives:
+    if type(handle) is NormalHandle and handle.origin.context.natives is natives:
         return handle.origin
     if not isinstance(handle, (tuple, list)) or len(handle) not in KEY:
         refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
-    return natives.find(handle[KEY[len(handle)]]) or recalled(natives, tuple(handle))
+    kept = natives.find(handle[KEY[len(handle)]])
+    return kept if isinstance(kept, NormalKept) else recalled(natives, tuple(handle))
 
 
 def _sent(kept: Kept, ranks: int) -> torch.Tensor:
@@ -84,13 +95,13 @@ def _starts(kept: Kept, token: torch.Tensor, rank: int, channels: int) -> Any:
 
 
 def _intranode(kept: NormalKept) -> tuple[Any, ...]:
-    token, domain, channels = kept.token, kept.domain, kept.channels
+    token, domain, channels = kept.token, kept.context.domain, kept.channels
     assert token is not None, "the variants of normal calls bring source tokens"
     prefix, head = _numbered(_sent(kept, domain.num_ranks), 1, channels)
     return (
-        kept.natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
+        kept.context.natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
         prefix,
-        tensor_on(_starts(kept, token, kept.ep.rank, channels)),
+        tensor_on(_starts(kept, token, kept.served.ep.rank, channels)),
         token,
         kept.inside,
         head,
@@ -98,9 +109,9 @@ def _intranode(kept: NormalKept) -> tuple[Any, ...]:
 
 
 def _internode(kept: NormalKept) -> tuple[Any, ...]:
-    token, domain, channels = kept.token, kept.domain, kept.channels
+    token, domain, channels = kept.token, kept.context.domain, kept.channels
     assert token is not None, "the variants of normal calls bring source tokens"
-    rank, per_host, hosts = kept.ep.rank, domain.per_host, domain.num_hosts
+    rank, per_host, hosts = kept.served.ep.rank, domain.per_host, domain.num_hosts
     sent = _sent(kept, domain.num_ranks)
     host_prefix, host_head = _numbered(sent, per_host, channels)
     prefix, _ = _numbered(sent, 1, channels)
@@ -124,7 +135,7 @@ def _internode(kept: NormalKept) -> tuple[Any, ...]:
         torch.from_numpy(host_ends_HC),
         torch.from_numpy(np.cumsum(host_ends_HC[:, -1], dtype=np.int32)),
         torch.from_numpy(starts_RC + (ends_R - rows_R)[:, None].astype(np.int32)),
-        kept.natives.keep(ends_R, kept),
+        kept.context.natives.keep(ends_R, kept),
         tensor_on(meta.view(np.uint8)),
         host_head,
         tensor_on(nvl_head),

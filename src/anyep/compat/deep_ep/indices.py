@@ -8,6 +8,8 @@ from anyep.compat.deep_ep.checks import check_dense
 from anyep.config import topk_idx_bits
 
 topk_idx_t: torch.dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[topk_idx_bits()]
+WIDE = (torch.int64, torch.int32)
+"""What the exchange takes as it is."""
 
 
 def check_topk_idx(topk_idx: object, num_tokens: int | None = None) -> torch.Tensor:
@@ -17,4 +19,4 @@ def check_topk_idx(topk_idx: object, num_tokens: int | None = None) -> torch.Ten
 
 def widened(topk_idx: torch.Tensor) -> torch.Tensor:
     """Return indices as the exchange takes them: narrow ones become int32."""
-    return topk_idx if topk_idx.itemsize >= 4 else topk_idx.int()
+    return topk_idx if topk_idx.dtype in WIDE else topk_idx.int()

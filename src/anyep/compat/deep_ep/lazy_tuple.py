@@ -23,11 +23,6 @@ class LazyTuple(tuple[Any, ...]):
     origin: Any
     """what the members are made from"""
 
-    def __new__(cls: type[_Kind], length: int, origin: object) -> _Kind:
-        self = tuple.__new__(cls, _NOTHING[length])
-        self.origin = origin
-        return self
-
     @abstractmethod
     def _make(self) -> tuple[Any, ...]:
         """Return the members."""
@@ -85,6 +80,13 @@ class LazyTuple(tuple[Any, ...]):
 
     def index(self, value: object, *limits: SupportsIndex) -> int:
         return self.members().index(value, *limits)
+
+
+def lazy(kind: type[_Kind], length: int, origin: object) -> _Kind:
+    """Return a tuple of ``length`` members; a class's own ``__new__`` runs twice as long from cold caches."""
+    made = tuple.__new__(kind, _NOTHING[length])
+    made.origin = origin
+    return made
 
 
 def _plain(other: Any) -> Any:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 import anyep
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_count, check_dense, host_assert, refuse
-from anyep.compat.deep_ep.events import EventOverlap
-from anyep.compat.deep_ep.lazy_tuple import LazyTuple
+from anyep.compat.deep_ep.events import EventOverlap, no_event
+from anyep.compat.deep_ep.lazy_tuple import LazyTuple, lazy
 from anyep.compat.deep_ep.masks import Masks
-from anyep.compat.deep_ep.native import Kept, Natives
+from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.underway import Underway, ends_of
 from anyep.exchange.calls import Calls
 from anyep.exchange.device.plan import DeviceCounts
@@ -32,10 +32,13 @@ _LAYOUT_RANGE = 1
 """The member by which a handle is known."""
 
 
-@dataclass(eq=False, slots=True)
-class LowLatencyKept(Kept):
+@dataclass(eq=False, slots=True, kw_only=True)
+class LowLatencyKept:
     """What a low-latency handle's members are made from; its dispatch may still be under way."""
 
+    ep: Calls
+    num_experts: int
+    num_topk: int
     natives: Natives
     token: torch.Tensor | None
     """int32 [L, P]: source token of each row; None of handles that were made again from copies"""
@@ -43,6 +46,8 @@ class LowLatencyKept(Kept):
     """Tmax"""
     hidden: int
     """H of the dispatch"""
+    landed: Handle | None = None
+    """None until the dispatch is over"""
     sources: tuple[torch.Tensor, torch.Tensor] | None = None
     """int32 [L, R]: where each source's rows begin in each block, and how many; None until the dispatch is over"""
     underway: Underway | None = None
@@ -181,14 +186,21 @@ def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, stati
     assert begin is not None
     assert sent is not None
     kept = LowLatencyKept(
-        *(ep, request.num_experts, idx.shape[1], None, native, natives),
-        *(received.source_token, request.most_tokens, request.x.shape[1], (begin, sent)),
+        ep=ep,
+        num_experts=request.num_experts,
+        num_topk=idx.shape[1],
+        natives=natives,
+        token=received.source_token,
+        most_tokens=request.most_tokens,
+        hidden=request.x.shape[1],
+        landed=native,
+        sources=(begin, sent),
     )
     count = _counts_of(received)
     if statistics is not None and clock is not None:
         _add(statistics, count, clock)
     rows = received.x if received.scales is None else (received.x, received.scales)
-    return rows, count, LowLatencyHandle(_MEMBERS, kept), EventOverlap(), None
+    return rows, count, lazy(LowLatencyHandle, _MEMBERS, kept), no_event(), None
 
 
 def _start(
@@ -210,8 +222,13 @@ def _start(
     local = request.num_experts // ep.num_ranks
     count = torch.empty(local, dtype=torch.int32, device=request.x.device)
     kept = LowLatencyKept(
-        *(ep, request.num_experts, idx.shape[1], None, None, natives),
-        *(targets.source_token, request.most_tokens, request.x.shape[1]),
+        ep=ep,
+        num_experts=request.num_experts,
+        num_topk=idx.shape[1],
+        natives=natives,
+        token=targets.source_token,
+        most_tokens=request.most_tokens,
+        hidden=request.x.shape[1],
     )
 
     def fill(received: anyep.Received) -> None:
@@ -225,7 +242,7 @@ def _start(
 
     kept.underway = natives.start(pending, fill)
     rows = targets.x if targets.scales is None else (targets.x, targets.scales)
-    return rows, count, LowLatencyHandle(_MEMBERS, kept), *ends_of(kept.underway, wants_hook=wants_hook)
+    return rows, count, lazy(LowLatencyHandle, _MEMBERS, kept), *ends_of(kept.underway, wants_hook=wants_hook)
 
 
 def _counts_of(received: anyep.Received) -> torch.Tensor:

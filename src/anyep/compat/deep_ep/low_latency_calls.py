@@ -13,7 +13,7 @@ from anyep.compat.deep_ep.checks import check_torch_deterministic, refuse
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
-from anyep.compat.deep_ep.normal import NormalContext
+from anyep.compat.deep_ep.normal_batch import NormalContext
 from anyep.compat.deep_ep.underway import ends_of
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -28,7 +28,16 @@ def _recalled(natives: Natives, masks: Masks, members: Any, topk_idx: object) ->
     idx = masks.without(indices.widened(indices.check_topk_idx(topk_idx)), experts // masks.num_ranks)
     native = ask_for_blocks(natives, idx, most_tokens, experts)
     ep = natives.variant(experts, make_wire("bf16", "fp32", hidden), idx.size(1), max_tokens=most_tokens)
-    return LowLatencyKept(ep, experts, idx.size(1), None, native, natives, None, most_tokens, hidden)
+    return LowLatencyKept(
+        ep=ep,
+        num_experts=experts,
+        num_topk=idx.size(1),
+        natives=natives,
+        token=None,
+        most_tokens=most_tokens,
+        hidden=hidden,
+        landed=native,
+    )
 
 
 def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
 from anyep.compat.deep_ep.checks import check_device, check_not_on_device
-from anyep.compat.deep_ep.layout import loops
+from anyep.compat.deep_ep.layout import Layout, loops
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
 from anyep.exchange.event import Pending
@@ -34,27 +34,44 @@ _SLOT_HIDDEN, _SLOT_TOKENS = 1024, 128
 """A pair's small batches take up to so many bytes: 256 KiB, of which R^2 times 8 are committed on a host."""
 _DEVICE_SLOT_BYTES = 2 << 20
 """On a GPU low-latency rows leave at once where a rank's fit: 128 tokens of 7168 channels in BF16, 256 in FP8."""
+_MOST_LAYOUTS = 4
 _MOST_VARIANTS = 64
 _MOST_KEYS = 4096
-Served = TypeVar("Served")
+_Value = TypeVar("_Value")
 
 
-@dataclass(eq=False, slots=True)
-class Kept:
-    """What a handle tuple, or a tuple of its tensors, stands for."""
+class Served(NamedTuple):
+    """What serves the normal calls of a kind."""
 
     ep: Calls
     num_experts: int
     num_topk: int
     static_rows: int | None
-    landed: Handle | None
-    """None until the dispatch is over"""
+
+
+class Kept(Protocol):
+    """What a handle tuple, or a tuple of its tensors, stands for."""
+
+    @property
+    def served(self) -> Served:
+        """How its dispatch was served."""
 
     @property
     def handle(self) -> Handle:
-        """The dispatch."""
-        assert self.landed is not None, "a dispatch that ended without an error has a handle"
-        return self.landed
+        """What the dispatch left."""
+
+
+class KnownLayout(NamedTuple):
+    """What was counted here: a dispatch to which the same tensors come need not look at them again."""
+
+    topk_idx: torch.Tensor
+    is_token_in_rank: torch.Tensor
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+    counts: NDArray[np.int32] | None
+    """the memory of num_tokens_per_rank, which takes a third of torch's time to read; None on a GPU"""
+    sizes: tuple[Any, ...]
+    """(T, K, E, dtype of topk_idx)"""
 
 
 def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
@@ -86,7 +103,9 @@ class Natives:
         self._underway: deque[Underway] = deque()
         self.checked: dict[Hashable, Any] = {}
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
-        self._kept: dict[int, Kept] = {}
+        self.layouts: tuple[KnownLayout, ...] = ()
+        """those that were counted last: most dispatches bring one of them"""
+        self._kept: dict[int, object] = {}
         self._arrays: dict[int, weakref.ref[Any]] = {}
         self.recalled: Any = WeakTensorKeyDictionary()
         """from copies of a handle's member to the versions of all of them, and what they stand for"""
@@ -160,13 +179,26 @@ class Natives:
             check_device("x", rows)
             self.device, self._settled = device_of(rows), True
 
-    def remember(self, key: Hashable, ep: Served) -> Served:
+    def remember(self, key: Hashable, ep: _Value) -> _Value:
         """Note which buffer serves calls that passed their checks, by what these look at; None: by nothing."""
         if len(self.checked) >= _MOST_KEYS:
             self.checked.clear()
         if key is not None:
             self.checked[key] = ep
         return ep
+
+    def note_layout(self, topk_idx: torch.Tensor, layout: Layout) -> None:
+        """Know again what ``topk_idx`` was counted to."""
+        per_rank, _, per_expert, inside = layout
+        known = KnownLayout(
+            topk_idx=topk_idx,
+            is_token_in_rank=inside,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_expert=per_expert,
+            counts=per_rank.numpy() if per_rank.is_cpu else None,
+            sizes=(*topk_idx.shape, per_expert.size(0), topk_idx.dtype),
+        )
+        self.layouts = (known, *self.layouts[: _MOST_LAYOUTS - 1])
 
     def make_room(self) -> None:
         """Finish the oldest call under way where no more fit: DeepEP's callers may hold as many events as they like."""
@@ -197,7 +229,7 @@ class Natives:
         self._underway.append(underway)
         return underway
 
-    def keep(self, memory: NDArray[Any], kept: Kept) -> torch.Tensor:
+    def keep(self, memory: NDArray[Any], kept: object) -> torch.Tensor:
         """Return a tensor on ``memory`` by whose storage a handle tuple is known, as long as that lives."""
         tensor = torch.from_numpy(memory)
         address = tensor.data_ptr()
@@ -205,7 +237,7 @@ class Natives:
         self._arrays[address] = weakref.ref(memory, lambda _: self._forget(address))
         return tensor
 
-    def keep_tensor(self, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def keep_tensor(self, tensor: torch.Tensor, kept: object) -> torch.Tensor:
         """Return a tensor by whose storage a handle tuple is known, as long as this object lives."""
         address = tensor.data_ptr()
         self._kept[address] = kept
@@ -216,7 +248,7 @@ class Natives:
         self._kept.pop(address, None)
         self._arrays.pop(address, None)
 
-    def find(self, tensor: object) -> Kept | None:
+    def find(self, tensor: object) -> object:
         """Return what belongs to the handle that ``tensor`` is a member of; None for others."""
         return self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
 

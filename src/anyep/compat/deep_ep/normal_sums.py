@@ -10,7 +10,7 @@ from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.handles import find_handle
 from anyep.compat.deep_ep.native import Kept, Natives
-from anyep.compat.deep_ep.normal import NormalContext
+from anyep.compat.deep_ep.normal_batch import NormalContext
 from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.calls import Calls
 from anyep.exchange.wire import carrying_wire
@@ -56,7 +56,7 @@ def _key_of_sum(kept: Kept, x: Any, topk_weights: Any) -> tuple[Any, ...] | None
     """Return what a combine's buffer depends on; the native combine checks the rest."""
     try:
         columns = None if topk_weights is None else topk_weights.shape[-1]
-        return kept.num_experts, kept.num_topk, kept.static_rows, x.shape[-1], x.dtype, columns
+        return kept.served, x.shape[-1], x.dtype, columns
     except (AttributeError, IndexError):
         return None
 
@@ -66,9 +66,9 @@ def _checked_sum(natives: Natives, x: object, kept: Kept, topk_weights: object) 
     y = check_dense("x", x, None, [kept.handle.num_rows, None], "[N, H]")
     if y.dtype != torch.bfloat16:
         refuse(f"Unsupported type: combine takes bfloat16 rows, got {y.dtype}")
-    topk = kept.num_topk
+    _, experts, topk, static = kept.served
     if topk_weights is not None:
         topk = check_dense("topk_weights", topk_weights, torch.float32, [y.size(0), None], "[N, K]").size(1)
     wire = carrying_wire(y.dtype, y.size(1), 0, torch.float32)
-    ep = natives.variant(kept.num_experts, wire, topk, static_rows=kept.static_rows)
+    ep = natives.variant(experts, wire, topk, static_rows=static)
     return natives.remember(_key_of_sum(kept, x, topk_weights), ep)

@@ -9,13 +9,13 @@ Legend: T tokens, E experts, R ranks, N received rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from anyep.compat.deep_ep.checks import check_dense, check_not_on_device, refuse
-from anyep.compat.deep_ep.native import Kept, Natives, ask_everybody
+from anyep.compat.deep_ep.native import Kept, Natives, Served, ask_everybody
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
 
@@ -26,6 +26,13 @@ KEY = {INTRANODE: 0, INTERNODE: 6}
 _PREFIX, _TOKENS, _INSIDE = 0, 3, 4
 """Of six: rank_prefix_matrix, recv_src_idx, is_token_in_rank."""
 _NOTHING = carrying_wire(torch.uint8, 1, 0, torch.float32)
+
+
+class Recalled(NamedTuple):
+    """What copies of a handle's members stand for."""
+
+    served: Served
+    handle: Handle
 
 
 def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
@@ -76,7 +83,7 @@ def _from_counts(natives: Natives, members: tuple[Any, ...]) -> Kept:
         native = ep.handles.recall(ranks_as_experts(inside, experts), torch.from_numpy(announced))
     except ValueError as error:
         raise RuntimeError(f"Assertion exception: handle's members do not belong together: {error}") from error
-    return Kept(ep, experts, ranks, static, native)
+    return Recalled(Served(ep, experts, ranks, static), native)
 
 
 def _by_asking(natives: Natives, members: tuple[Any, ...]) -> Kept:
@@ -86,7 +93,8 @@ def _by_asking(natives: Natives, members: tuple[Any, ...]) -> Kept:
     experts = natives.first_num_experts(ranks)
     static = rows if rows > int(members[6][-1]) else None
     ep = natives.variant(experts, _NOTHING, ranks, static_rows=static)
-    return Kept(ep, experts, ranks, static, ask_everybody(ep, ranks_as_experts(inside, experts), "compact"))
+    native = ask_everybody(ep, ranks_as_experts(inside, experts), "compact")
+    return Recalled(Served(ep, experts, ranks, static), native)
 
 
 def ask_for_blocks(natives: Natives, topk_idx: torch.Tensor, most_tokens: int, num_experts: int) -> Handle:
