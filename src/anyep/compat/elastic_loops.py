@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from anyep.machine.compiler import compiled, inlined
-from anyep.machine.intrinsics import allocate, copy_bytes, fill_bytes, load_i32, load_i64, release, store_i32
+from anyep.machine.intrinsics import allocate, fill_bytes, load_i32, load_i64, release, store_i32
 
 _MINUS_ONE = 0xFF
 
@@ -20,10 +20,20 @@ def _index(base: int, index_bytes: int, index: int) -> int:
     return value
 
 
-@compiled("void(int64, uint8[::1])")
-def keep_bytes(address: int, copy: Any) -> None:
-    """Fill ``copy`` from there; torch's and numpy's own copies run three times as long from cold caches."""
-    copy_bytes(copy.ctypes.data, address, copy.size)
+@compiled("void(int64, int64, int64, uint8[:, ::1])")
+def note_columns(idx_addr: int, idx_bytes: int, num_topk: int, bits: Any) -> None:
+    """Note of rows whose local experts are ``idx`` [N, K] which columns have one: K bits a row, from the lowest on.
+
+    >>> # idx=[[-1, 3, 0], [2, -1, -1]]: bits=[[6], [1]]
+    """
+    rows, width = bits.shape
+    for row in range(rows):
+        for byte in range(width):
+            noted = 0
+            for k in range(8 * byte, min(num_topk, 8 * byte + 8)):
+                if _index(idx_addr, idx_bytes, row * num_topk + k) >= 0:
+                    noted |= 1 << (k - 8 * byte)
+            bits[row, byte] = noted
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")

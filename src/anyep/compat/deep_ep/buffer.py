@@ -11,7 +11,13 @@ from typing import Any, NoReturn
 import torch
 
 from anyep.compat.deep_ep import layout, normal, normal_sums
-from anyep.compat.deep_ep.checks import check_streams, check_torch_deterministic, host_assert, refuse
+from anyep.compat.deep_ep.checks import (
+    check_streams,
+    check_torch_deterministic,
+    host_assert,
+    is_deterministic,
+    refuse,
+)
 from anyep.compat.deep_ep.config import Config, recommended_config
 from anyep.compat.deep_ep.domains import domain_of
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
@@ -25,7 +31,6 @@ from anyep.errors import Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
 _SIZE_UNIT = 128
-_deterministic = torch.are_deterministic_algorithms_enabled
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -182,7 +187,7 @@ class Buffer(LowLatencyCalls):
 
         Rows come in the order (source rank, source token). With a ``handle``: (recv_x, None, None, None, None, event).
         """
-        if previous_event is not None or allocate_on_comm_stream or _deterministic():
+        if previous_event is not None or allocate_on_comm_stream or is_deterministic():
             _begin(previous_event, async_finish, allocate_on_comm_stream)
         context = self._context or self._no_context()
         if handle is not None:
@@ -209,7 +214,7 @@ class Buffer(LowLatencyCalls):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
         """Sum each token's rows, unweighted: (combined_x [T, H], combined_topk_weights [T, K] or None, event)."""
-        if previous_event is not None or allocate_on_comm_stream or _deterministic():
+        if previous_event is not None or allocate_on_comm_stream or is_deterministic():
             _begin(previous_event, async_finish, allocate_on_comm_stream)
         context = self._context or self._no_context()
         return normal_sums.combine(context, x, handle, topk_weights, bias, go_on=async_finish)

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from anyep.compat.deep_ep import elastic_device, elastic_sizes
-from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert
+from anyep.compat.deep_ep.checks import check_torch_deterministic, host_assert, is_deterministic
 from anyep.compat.deep_ep.elastic_arguments import Asked, agreed_terms, check_event, check_stats
 from anyep.compat.deep_ep.elastic_checked import (
     are_plain,
@@ -22,7 +22,7 @@ from anyep.compat.deep_ep.elastic_combine import Outputs, combine
 from anyep.compat.deep_ep.elastic_context import ElasticContext, elastic_loops, kernels
 from anyep.compat.deep_ep.elastic_dispatch import Dispatched, begin_again, begin_first, dispatch_again, dispatch_first
 from anyep.compat.deep_ep.elastic_facts import ElasticFacts
-from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
+from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens, new_tokens
 from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
 from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
@@ -32,7 +32,6 @@ from anyep.errors import ClosedError, Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class ElasticBuffer(ElasticFacts, ElasticCollectives):
@@ -163,7 +162,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         [N, K] as they were given, also in columns of other ranks, or [rows] of an expanded batch. Padding, and the
         tail of a batch that did not wait for the CPU, is 0, and -1 in topk_idx.
         """
-        if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
+        if previous_event is not None or previous_event_before_epilogue is not None or is_deterministic():
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
         context = self._context or self._no_context()
         options = (
@@ -178,13 +177,17 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             context.natives.remember(key, plan)
         else:
             rows, scales = x if isinstance(x, tuple) else (x, None)
-            tokens = Tokens(rows, scales, topk_idx, topk_weights)
+            tokens = new_tokens((rows, scales, topk_idx, topk_weights))
         try:
-            batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
+            if handle is None and not async_with_compute_stream and context.natives.device is None:
+                batch = dispatch_first(context, plan, tokens)
+            else:
+                batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
-            if are_plain(*tokens):
-                raise
+            given = tokens
             plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
+            if are_plain(*given):
+                raise
             batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         if stats is not None:
             stats += batch[3].num_unaligned_recv_tokens_per_expert
@@ -208,7 +211,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
         ``x`` bfloat16 [rows, H], a row for each that was received; ``topk_weights`` fp32 [rows, K], or [rows] of an
         expanded batch; ``bias``: one or two bfloat16 [T, H]. Returns (bfloat16 [T, H], fp32 [T, K] or None, event).
         """
-        if previous_event is not None or previous_event_before_epilogue is not None or _deterministic():
+        if previous_event is not None or previous_event_before_epilogue is not None or is_deterministic():
             _begin(previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
         context = self._context or self._no_context()
         host_assert(isinstance(handle, EPHandle), f"handle must be an EPHandle, got {type(handle).__name__}")

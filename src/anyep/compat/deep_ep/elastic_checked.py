@@ -25,21 +25,22 @@ from anyep.exchange.wire import carrying_wire
 def key_of_dispatch(
     x: Any, topk_idx: Any, topk_weights: Any, stats: Any, handle: EPHandle | None, options: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    """Return the kind of a dispatch; None for what are no tensors."""
-    rows, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+    """Return the kind of a dispatch; None for what are no tensors. Weights alone the native call refuses itself."""
     try:
-        return (
-            options,
-            None if handle is None else handle.kind,
-            rows.shape,
-            rows.dtype,
-            None if scales is None else (scales.shape, scales.dtype),
-            None if topk_idx is None else (topk_idx.shape, topk_idx.dtype),
-            None if topk_weights is None else (topk_weights.shape, topk_weights.dtype),
-            None if stats is None else (stats.shape, stats.dtype),
-        )
-    except AttributeError:
+        rows = x
+        beside: tuple[Any, ...] = (topk_weights is None,)
+        if type(x) is tuple:
+            rows, scales = x
+            beside = (scales.shape, scales.dtype, *_kind_of(topk_weights))
+        routing = (topk_idx.shape, topk_idx.dtype) if handle is None else (handle.kind, topk_idx is None)
+        counters = _kind_of(stats) if stats is not None else None
+        return rows.shape, rows.dtype, beside, routing, counters, options
+    except (AttributeError, TypeError, ValueError):
         return None
+
+
+def _kind_of(tensor: Any) -> tuple[Any, ...]:
+    return () if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def key_of_combine(

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
-from anyep.compat.deep_ep.elastic_fields import Late, Origin, describe_rows, expanded_rows
+from anyep.compat.deep_ep.elastic_fields import Late, Origin, describe_rows, expanded_rows, new_origin
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Rows, Tokens, checked_metadata, fill_room, room_for
 from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
 from anyep.compat.deep_ep.elastic_rows import places_from_handle, places_of
 from anyep.compat.deep_ep.ep_handle import EPHandle
-from anyep.compat.deep_ep.events import EventOverlap
+from anyep.compat.deep_ep.events import EventOverlap, no_event
 from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.handle import Handle, Received
 
@@ -24,26 +24,35 @@ Dispatched = tuple[Rows, torch.Tensor | None, torch.Tensor | None, EPHandle, Eve
 
 def dispatch_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens) -> Dispatched:
     """Send tokens to their experts' ranks and return the batch with a new handle."""
-    idx = tokens.topk_idx
+    x, scales, idx, weights = tokens
     assert idx is not None
-    return _first_batch(context, plan, tokens, plan.native.dispatch(_wired(context, plan, tokens), idx))
+    rows = _wired(context, plan, tokens) if scales is not None else x if weights is None else (x, weights)
+    received = plan.native.dispatch(rows, idx)
+    return (_landed_batch if plan.lands else _first_batch)(context, plan, tokens, received)
+
+
+def _landed_batch(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, received: Received) -> Dispatched:
+    """Return a batch that is what landed."""
+    native, arrived, idx = received.handle, received.topk_idx, tokens.topk_idx
+    assert arrived is not None
+    assert idx is not None
+    num_topk = plan.kind.num_topk
+    columns = np.empty((native.num_rows, (num_topk + 7) // 8), np.uint8)
+    context.loops.note_columns(arrived.data_ptr(), native.send.idx_bytes, num_topk, columns)
+    origin = new_origin((context, plan.terms, native, columns, received.source_token, None))
+    handle = EPHandle.made(plan.kind, origin, native.num_rows)
+    if not plan.terms.keep_copy:
+        _keep_indices(handle, native, idx)
+    return _landed(plan, received, handle)
 
 
 def _first_batch(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, received: Received) -> Dispatched:
     native, arrived, idx = received.handle, received.topk_idx, tokens.topk_idx
     assert arrived is not None
     assert idx is not None
-    if plan.lands:
-        indices = np.empty(arrived.nbytes, np.uint8)
-        context.loops.keep_bytes(arrived.data_ptr(), indices)
-        origin = Origin(context, plan.terms, native, indices, received.source_token)
-        handle = EPHandle.made(plan.kind, origin, native.num_rows)
-        if not plan.terms.keep_copy:
-            _keep_indices(handle, native, idx)
-        return _landed(plan, received, handle)
     places = None if context.keeps_order else places_of(native.pair_rows[:, context.number], context.num_scaleup)
-    origin = Origin(context, plan.terms, native, None, received.source_token)
-    metadata = describe_rows(origin, arrived.data_ptr(), places)
+    origin = Origin(context, plan.terms, native, None, received.source_token, None)
+    metadata = describe_rows(origin, arrived, places)
     handle = EPHandle.made(plan.kind, origin, metadata.shape[0])
     handle.fields["recv_src_metadata"] = metadata
     if not plan.terms.keep_copy:
@@ -59,8 +68,8 @@ def _landed(plan: DispatchPlan, received: Received, handle: EPHandle) -> Dispatc
     scales = received.scales
     if plan.num_packs:
         assert scales is not None
-        return (received.x, scales), received.topk_idx, None, handle, EventOverlap()
-    return received.x, received.topk_idx, scales, handle, EventOverlap()
+        return (received.x, scales), received.topk_idx, None, handle, no_event()
+    return received.x, received.topk_idx, scales, handle, no_event()
 
 
 def dispatch_again(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, handle: EPHandle) -> Dispatched:
@@ -97,7 +106,7 @@ def begin_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens) -> 
 
     def fill(received: Received) -> None:
         assert received.topk_idx is not None
-        late.metadata = describe_rows(origin, received.topk_idx.data_ptr(), places)
+        late.metadata = describe_rows(origin, received.topk_idx, places)
         fill_room(context, plan, room, received, late.metadata if plan.terms.do_expand else None)
 
     late.underway = context.natives.start(pending, fill)

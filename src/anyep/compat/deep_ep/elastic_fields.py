@@ -6,6 +6,7 @@ Legend: T tokens, K top-k, E experts, L local experts, R ranks, S scale-up ranks
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +46,11 @@ class Origin(NamedTuple):
     context: ElasticContext
     terms: Terms
     native: Handle
-    indices: NDArray[np.uint8] | None
-    """bytes of the local experts of each row [N, K], as the caller got them; None: the metadata is made already"""
+    columns: NDArray[np.uint8] | None
+    """the columns of each row that name a local expert, bits [N, ceil(K / 8)]; None: the metadata is made already"""
     token: torch.Tensor | None
     """int32 [N]: each row's token at its source"""
-    late: Late | None = None
+    late: Late | None
     """where the dispatch goes on when the handle is made"""
 
     def make(self, handle: EPHandle, name: str) -> Any:
@@ -63,12 +64,21 @@ class Origin(NamedTuple):
         """Return ``recv_src_metadata``."""
         if self.late is not None:
             return self.late.wait()
-        assert self.indices is not None
-        return describe_rows(self, self.indices.ctypes.data, None)
+        assert self.columns is not None
+        num_topk = self.native.send.geometry.num_topk
+        bits_NK = np.unpackbits(self.columns, axis=1, count=num_topk, bitorder="little")
+        return describe_rows(self, bits_NK.astype(np.int32) - 1, None)
 
 
-def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) -> torch.Tensor:
-    """Return ``recv_src_metadata``, from what the dispatch knows of the rows; ``idx`` [N, K]: their local experts."""
+new_origin = partial(tuple.__new__, Origin)
+"""Makes one of a tuple of all fields; the class's own constructor is a Python function, slow from cold caches."""
+
+
+def describe_rows(origin: Origin, idx: torch.Tensor | NDArray[np.int32], places: torch.Tensor | None) -> torch.Tensor:
+    """Return ``recv_src_metadata``, from what the dispatch knows of the rows; ``idx`` [N, K]: their local experts.
+
+    Int32 or int64, dense; of a compact batch only whether there is one matters.
+    """
     context, terms, plan = origin.context, origin.terms, origin.native.send
     assert origin.token is not None, "the variants of these calls bring source tokens"
     num_topk = plan.geometry.num_topk
@@ -76,8 +86,8 @@ def describe_rows(origin: Origin, idx_addr: int, places: torch.Tensor | None) ->
     metadata = torch.empty((rows, num_topk + 2), dtype=torch.int32, device="cpu")
     cursors = slab_starts(terms, origin.native) if terms.do_expand else None
     context.loops.describe_rows(
-        idx_addr,
-        plan.idx_bytes,
+        idx.data_ptr() if isinstance(idx, torch.Tensor) else idx.ctypes.data,
+        idx.itemsize,
         rows,
         num_topk,
         origin.token.data_ptr(),

@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, K top-k, N rows of the exchange, L local experts, G 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class Tokens(NamedTuple):
     """[T, K]; None where a handle has it"""
     topk_weights: torch.Tensor | None
     """fp32 [T, K]"""
+
+
+new_tokens = partial(tuple.__new__, Tokens)
+"""Makes one of a tuple of all fields; the class's own constructor is a Python function, slow from cold caches."""
 
 
 class Room(NamedTuple):

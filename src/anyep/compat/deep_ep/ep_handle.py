@@ -8,7 +8,7 @@ import torch
 
 from anyep.compat.deep_ep.checks import refuse
 
-_set = object.__setattr__
+_new, _set = object.__new__, object.__setattr__
 FIELDS = (
     "do_expand",
     "num_experts",
@@ -112,11 +112,11 @@ class EPHandle:
     @classmethod
     def made(cls, kind: HandleKind, source: Source, num_recv_tokens: int) -> EPHandle:
         """Return a handle whose other fields come from ``source``."""
-        handle = cls.__new__(cls)
-        _set(handle, "fields", {"num_recv_tokens": num_recv_tokens})
-        _set(handle, "_kind", kind)
-        _set(handle, "source", source)
-        _set(handle, "route", None)
+        handle = _new(cls)
+        _set_fields(handle, {"num_recv_tokens": num_recv_tokens})
+        _set_kind(handle, kind)
+        _set_source(handle, source)
+        _set_route(handle, None)
         return handle
 
     def __getattr__(self, name: str) -> Any:
@@ -190,3 +190,9 @@ class EPHandle:
     def num_valid_tokens(self) -> int:
         """N without the defined but empty rows of a dispatch that did not wait for the CPU."""
         return int(self.psum_num_recv_tokens_per_scaleup_rank[-1])
+
+
+_set_fields, _set_kind, _set_source, _set_route = (
+    vars(EPHandle)[name].__set__ for name in ("fields", "_kind", "source", "route")
+)
+"""Write a handle's own slots without a look for their names, which costs as much again."""

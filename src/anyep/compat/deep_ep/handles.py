@@ -14,7 +14,7 @@ import torch
 
 from anyep.compat.deep_ep.checks import check_not_on_device, refuse
 from anyep.compat.deep_ep.layout import loops, made, tensor_on
-from anyep.compat.deep_ep.lazy_tuple import LazyTuple
+from anyep.compat.deep_ep.lazy_tuple import LazyTuple, item
 from anyep.compat.deep_ep.native import Kept, Natives, Served
 from anyep.compat.deep_ep.normal_batch import NormalContext
 from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, KEY, recalled
@@ -49,19 +49,20 @@ new_kept = partial(tuple.__new__, NormalKept)
 class NormalHandle(LazyTuple):
     """A dispatch's handle."""
 
-    origin: NormalKept
-
     def _make(self) -> tuple[Any, ...]:
-        check_not_on_device("looking at the members of a dispatch's handle", self.origin.context.natives.device)
-        if self.origin.underway is not None:
-            self.origin.underway.wait()
-        return (_intranode if len(self) == INTRANODE else _internode)(self.origin)
+        kept: NormalKept = self.origin
+        check_not_on_device("looking at the members of a dispatch's handle", kept.context.natives.device)
+        if kept.underway is not None:
+            kept.underway.wait()
+        return (_intranode if len(self) == INTRANODE else _internode)(kept)
 
 
 def find_handle(natives: Natives, handle: object) -> Kept:
     """Return what a handle stands for, or a tuple of its members, or of copies of them. RuntimeError for others."""
-    if type(handle) is NormalHandle and handle.origin.context.natives is natives:
-        return handle.origin
+    if type(handle) is NormalHandle:
+        made: NormalKept = item(handle, 0)
+        if made.context.natives is natives:
+            return made
     if not isinstance(handle, (tuple, list)) or len(handle) not in KEY:
         refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
     kept = natives.find(handle[KEY[len(handle)]])

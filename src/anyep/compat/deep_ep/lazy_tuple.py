@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any, SupportsIndex, TypeVar
 
 _Kind = TypeVar("_Kind", bound="LazyTuple")
-_NOTHING = [(None,) * length for length in range(11)]
+_BEHIND = [(None,) * (length - 1) for length in range(11)]
+item = tuple.__getitem__
+"""Reads what a tuple holds itself: ``item(handle, 0)`` is its origin."""
 _MAKING = threading.RLock()
 """Two threads that look at once must see the same members; making them waits for nothing."""
 
@@ -17,11 +19,13 @@ class LazyTuple(tuple[Any, ...]):
     """A tuple of known length: indexing, slicing, unpacking, iterating and comparing make the members, once.
 
     What Python code does with a tuple works; pickles and copies are plain tuples. Only extensions in C that read a
-    tuple's memory past these methods would see None.
+    tuple's memory past these methods would see its origin and None.
     """
 
-    origin: Any
-    """what the members are made from"""
+    @property
+    def origin(self) -> Any:
+        """What the members are made from: the one thing that the tuple itself holds."""
+        return item(self, 0)
 
     @abstractmethod
     def _make(self) -> tuple[Any, ...]:
@@ -84,9 +88,7 @@ class LazyTuple(tuple[Any, ...]):
 
 def lazy(kind: type[_Kind], length: int, origin: object) -> _Kind:
     """Return a tuple of ``length`` members; a class's own ``__new__`` runs twice as long from cold caches."""
-    made = tuple.__new__(kind, _NOTHING[length])
-    made.origin = origin
-    return made
+    return tuple.__new__(kind, (origin, *_BEHIND[length]))
 
 
 def _plain(other: Any) -> Any:

@@ -18,7 +18,7 @@ import anyep
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_count, check_dense, host_assert, refuse
 from anyep.compat.deep_ep.events import EventOverlap, no_event
-from anyep.compat.deep_ep.lazy_tuple import LazyTuple, lazy
+from anyep.compat.deep_ep.lazy_tuple import LazyTuple, item, lazy
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.underway import Underway, ends_of
@@ -69,10 +69,8 @@ class LowLatencyKept:
 class LowLatencyHandle(LazyTuple):
     """(src_info int32 [L, P], layout_range int64 [L, R], Tmax, H, E); a range is (first row << 32) | rows."""
 
-    origin: LowLatencyKept
-
     def _make(self) -> tuple[Any, ...]:
-        kept = self.origin
+        kept: LowLatencyKept = self.origin
         ranks = kept.ep.num_ranks
         shape = (kept.num_experts // ranks, ranks)
         assert kept.token is not None, "only handles of dispatches make their members"
@@ -260,8 +258,10 @@ def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:
 
 def find_handle(natives: Natives, handle: object) -> LowLatencyKept | None:
     """Return what a handle, or a tuple of its members, stands for; None for copies. RuntimeError for others."""
-    if type(handle) is LowLatencyHandle and handle.origin.natives is natives:
-        return handle.origin
+    if type(handle) is LowLatencyHandle:
+        made: LowLatencyKept = item(handle, 0)
+        if made.natives is natives:
+            return made
     if not isinstance(handle, (tuple, list)) or len(handle) != _MEMBERS:
         refuse(f"handle must be the tuple of {_MEMBERS} that low_latency_dispatch returned")
     kept = natives.find(handle[_LAYOUT_RANGE])

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from anyep.compat.deep_ep import low_latency, low_latency_sums
-from anyep.compat.deep_ep.checks import check_torch_deterministic, refuse
+from anyep.compat.deep_ep.checks import check_torch_deterministic, is_deterministic, refuse
 from anyep.compat.deep_ep.events import EventOverlap
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
@@ -18,7 +18,6 @@ from anyep.compat.deep_ep.underway import ends_of
 
 Tensors = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Hook = Callable[[], None]
-_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 class LowLatencyCalls:
@@ -129,7 +128,7 @@ class LowLatencyCalls:
         return (self._context or self._no_context()).natives
 
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
-        if _deterministic():
+        if is_deterministic():
             check_torch_deterministic()
         if not self.low_latency_mode:
             refuse("make the Buffer with low_latency_mode=True for low-latency calls")
