@@ -115,16 +115,103 @@ def test_the_callers_own_indices_may_be_what_the_handle_has():
     world.run(rank_main)
 
 
+def everything(world, rank_main, monkeypatch, **options):
+    """Assert that ranks bring the bits of the host, None where the host does."""
+    for ours, theirs in both(world, rank_main, monkeypatch, **options):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("alignment", [1, 4])
+@pytest.mark.parametrize("world", WORLDS)
+def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(world, alignment, sync, several, monkeypatch):
+    def rank_main(buffer, given):
+        asked = {"do_expand": True, "expert_alignment": alignment}
+        x, idx, weights, handle, _ = buffer.dispatch(
+            given.x, given.idx, given.weights, num_experts=world.num_experts, do_cpu_sync=sync, **asked
+        )
+        assert idx is None
+        more, none, _, same, event = buffer.dispatch(
+            given.x * 3, handle=handle, async_with_compute_stream=True, **asked
+        )
+        event.current_stream_wait()
+        assert none is None
+        assert same is handle
+        y = (torch.arange(x.numel()).view(x.shape) % 251 - 100).bfloat16() * (1 + buffer.rank_idx)
+        out, none, _ = buffer.combine(y, handle, bias=given.bias)
+        assert none is None
+        again, _, event = buffer.combine(-y, handle, async_with_compute_stream=True)
+        event.current_stream_wait()
+        sent = buffer.combine(y, handle, topk_weights=weights)[1] if several else None
+        fields = [handle.psum_num_recv_tokens_per_expert, handle.num_unaligned_recv_tokens_per_expert]
+        lists = torch.tensor([handle.num_expanded_tokens, *handle.num_recv_tokens_per_expert_list])
+        return [t if t is None else t.clone() for t in (x, weights, more, out, again, sent, *fields, lists)]
+
+    everything(world, rank_main, monkeypatch, allow_multiple_reduction=several)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_expanded_rows_have_their_scales(tma, with_weights, monkeypatch):
+    world = WORLDS[2]
+
+    def rank_main(buffer, given):
+        q = given.x.to(torch.float8_e4m3fn)
+        scales = torch.arange(len(q) * 3, dtype=torch.float32).view(3, -1).t()
+        (x, got), _, weights, _, _ = buffer.dispatch(
+            (q, scales),
+            given.idx,
+            given.weights if with_weights else None,
+            num_experts=world.num_experts,
+            do_expand=True,
+            do_zero_padding=True,
+            expert_alignment=3,
+            use_tma_aligned_col_major_sf=tma,
+        )
+        assert got.stride() == ((1, -(-len(x) // 4) * 4) if tma else (3, 1)) or got.numel() == 0
+        return [x.clone(), got.clone(), None if weights is None else weights.clone()]
+
+    everything(world, rank_main, monkeypatch)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("world", WORLDS)
+def test_fields_of_a_handle_are_those_of_the_host(world, sync, expand, monkeypatch):
+    def rank_main(buffer, given):
+        handle = buffer.dispatch(
+            given.x, given.idx, num_experts=world.num_experts, do_expand=expand, do_cpu_sync=sync, expert_alignment=4
+        )[3]
+        names = ("recv_src_metadata", "dst_buffer_slot_idx", "psum_num_recv_tokens_per_scaleup_rank", "topk_idx")
+        return [getattr(handle, name).clone() for name in names]
+
+    for ours, theirs in both(world, rank_main, monkeypatch):
+        rows = len(ours[0]) if sync else int(ours[2][-1])
+        assert_same([ours[0][:rows], *ours[1:]], [theirs[0][:rows], *theirs[1:]])
+        assert (ours[0][rows:] == -1).all()
+
+
+def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypatch):
+    world = World(num_tokens=(2, 1), num_experts=4, num_topk=3)
+
+    def rank_main(buffer, given):
+        idx = torch.tensor([[1, 1, 0], [3, -1, -1]])[: len(given.x)]
+        x, _, _, handle, _ = buffer.dispatch(given.x, idx, num_experts=4, do_expand=True)
+        out = buffer.combine(torch.full_like(x, -0.0), handle)[0]
+        assert out.view(torch.int16).ne(0).all()
+        return [x.clone(), out.clone(), handle.recv_src_metadata.clone()]
+
+    everything(world, rank_main, monkeypatch)
+
+
 def test_what_a_device_cannot_do_yet_is_refused_with_the_reason(monkeypatch):
     world = World(num_tokens=(4, 3))
 
     def rank_main(buffer, given):
-        with pytest.raises(anyep.Unavailable, match=r"an expanded batch goes with CPU tensors.*cuda"):
-            buffer.dispatch(given.x, given.idx, num_experts=8, do_expand=True)
         x, _, _, handle, _ = buffer.dispatch(given.x, given.idx, num_experts=8)
-        for name in ("recv_src_metadata", "dst_buffer_slot_idx", "psum_num_recv_tokens_per_scaleup_rank"):
-            with pytest.raises(anyep.Unavailable, match=name):
-                getattr(handle, name)
+        with pytest.raises(anyep.Unavailable, match=r"announced_counts of a handle goes with CPU tensors.*cuda"):
+            _ = handle.announced_counts
         fields = {name: None for name in deep_ep.EPHandle.__init__.__annotations__ if name != "return"}
         bare = deep_ep.EPHandle(**fields | {"topk_idx": given.idx, "num_experts": 8, "do_expand": False})
         bare.num_recv_tokens, bare.num_recv_tokens_per_expert_list = len(x), [1]

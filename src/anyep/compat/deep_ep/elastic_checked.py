@@ -79,7 +79,7 @@ def check_dispatch(
     )
     context.natives.settle_on(x)  # for good: behind all checks
     if context.natives.device is not None:
-        check_on_device(context, expands=terms.do_expand)
+        check_on_device(context)
     packs = 0 if scales is None else scales.shape[1]
     columns, dtype = _beside(scales, weights)
     wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)

@@ -1,7 +1,7 @@
-"""V2's dispatch and combine of CUDA tensors: compact batches of one host, laid out by torch's operations on the device.
+"""V2's dispatch and combine of CUDA tensors on one host, laid out by torch's operations on the device.
 
 The host's way (elastic_dispatch.py, elastic_combine.py) works on memory that the CPU reads. What needs that is refused
-here with the reason: expanded batches, several hosts, and the fields that name rows and ranks.
+here with the reason: several hosts, copies of handles, and what other ranks announced.
 
 Legend: T tokens, K top-k, N received rows, L local experts, G packs of scales.
 """
@@ -16,27 +16,54 @@ import torch
 from anyep.compat.deep_ep.checks import check_not_on_device
 from anyep.compat.deep_ep.elastic_combine import Outputs, Sums
 from anyep.compat.deep_ep.elastic_context import ElasticContext
+from anyep.compat.deep_ep.elastic_device_rows import (
+    aligned_counts,
+    describe_rows,
+    gather_weights,
+    number_slots,
+    slab_begins,
+    slab_rows,
+    spread,
+    spread_weights,
+    sum_rows,
+)
 from anyep.compat.deep_ep.elastic_dispatch import Dispatched
+from anyep.compat.deep_ep.elastic_fields import most_expanded_rows
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Rows, Tokens
-from anyep.compat.deep_ep.elastic_routes import native_handle, route_of
-from anyep.compat.deep_ep.elastic_rows import empty_scales
+from anyep.compat.deep_ep.elastic_routes import ask, native_handle, route_of
+from anyep.compat.deep_ep.elastic_rows import empty_scales, rows_without_gaps
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.calls import Calls
-from anyep.exchange.device.plan import DeviceCounts
+from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.handle import Handle, Received
 
 
 class OriginOnDevice:
     """What a dispatch left on the device, from which a handle's fields are made when they are looked at."""
 
-    def __init__(self, context: ElasticContext, plan: DispatchPlan, native: Handle, served: torch.Tensor) -> None:
+    def __init__(self, context: ElasticContext, plan: DispatchPlan, received: Received) -> None:
+        idx, native = received.topk_idx, received.handle
+        assert idx is not None
         self.context = context
         self.native = native
-        self.served = served
-        """bool [N, K]: the columns that this rank serves"""
         self.terms = plan.terms
+        self.served = idx >= 0
+        """bool [N, K]: the columns that this rank serves"""
+        self.token = received.source_token
+        """int32 [N]: each row's token at its source"""
+        self.by_expert: Handle | None = None
+        """the same dispatch with a row for each (token, column), once a combine has asked for it"""
+        self.num_rows = native.num_rows
+        if self.terms.do_expand:
+            exact = self.terms.exact
+            self.num_rows = sum(self.aligned_list()) if exact else most_expanded_rows(context, self.terms, native)
+            self.places = slab_rows(idx, self.counts(), self.terms.alignment, self.num_rows)
+        else:
+            rows = torch.arange(len(idx), device=idx.device, dtype=torch.int64)
+            self.places = rows.unsqueeze(1).expand(idx.shape)
+        """int64 [N, K]: the row of the batch that serves each column; of an expanded batch ``num_rows`` where none"""
 
     def make(self, handle: EPHandle, name: str) -> Any:
         """Return a field. Unavailable for those that only the host's memory has."""
@@ -53,12 +80,31 @@ class OriginOnDevice:
             return counts.tensor.clone()
         return torch.tensor(list(counts), dtype=torch.int32, device=self.served.device)
 
-    def aligned(self) -> torch.Tensor:
-        alignment = self.terms.alignment
-        return (self.counts() + alignment - 1) // alignment * alignment
-
     def aligned_list(self) -> list[int]:
         return [align(count, self.terms.alignment) for count in self.native.counts] if self.terms.exact else []
+
+    def ends(self) -> torch.Tensor:
+        counts, alignment = self.counts(), self.terms.alignment
+        if self.terms.do_expand:
+            return slab_begins(counts, alignment).int() + counts
+        return aligned_counts(counts, alignment).cumsum(0, dtype=torch.int32)
+
+    def recv_rows(self) -> torch.Tensor:
+        """Return int32 [R]: rows of each source, without waiting for them; a view."""
+        plan = self.native.send
+        assert isinstance(plan, DevicePlan), "a device's handle has a device's plan"
+        first = (plan.field("recv_rows") - plan.summary_addr) // 4
+        return plan.device_memory.view(torch.int32)[first : first + self.context.num_ranks]
+
+    def metadata(self) -> torch.Tensor:
+        assert self.token is not None, "the variants of these calls bring source tokens"
+        most = max(1, self.terms.num_max_tokens)
+        return describe_rows(self.places, self.served, self.token, self.recv_rows(), most)
+
+    def slots(self) -> torch.Tensor:
+        context, terms = self.context, self.terms
+        first_id = context.number * terms.num_max_tokens
+        return number_slots(self.native.topk_idx(), terms.num_experts // context.num_ranks, context.num_ranks, first_id)
 
 
 _MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
@@ -68,19 +114,21 @@ _MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
     "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
     "num_sms": lambda origin: origin.terms.num_sms,
     "topk_idx": lambda origin: origin.native.topk_idx().clone(),
+    "num_expanded_tokens": lambda origin: origin.num_rows if origin.terms.do_expand else 0,
     "num_recv_tokens_per_expert_list": OriginOnDevice.aligned_list,
-    "psum_num_recv_tokens_per_expert": lambda origin: origin.aligned().cumsum(0, dtype=torch.int32),
+    "psum_num_recv_tokens_per_scaleup_rank": lambda origin: origin.recv_rows().cumsum(0, dtype=torch.int32),
+    "psum_num_recv_tokens_per_expert": OriginOnDevice.ends,
     "num_unaligned_recv_tokens_per_expert": OriginOnDevice.counts,
+    "recv_src_metadata": OriginOnDevice.metadata,
+    "dst_buffer_slot_idx": OriginOnDevice.slots,
     "token_metadata_at_forward": lambda _: None,
     "channel_linked_list": lambda _: None,
     "cached_recv_src_metadata_before_sort": lambda _: None,
 }
 
 
-def check_on_device(context: ElasticContext, *, expands: bool) -> None:
-    """Raise Unavailable for batches that are not laid out on a device yet."""
-    if expands:
-        check_not_on_device("an expanded batch", context.natives.device)
+def check_on_device(context: ElasticContext) -> None:
+    """Raise Unavailable for what is not laid out on a device yet."""
     if context.num_scaleup < context.num_ranks:
         check_not_on_device("a buffer whose ranks are several hosts", context.natives.device)
 
@@ -90,13 +138,12 @@ def dispatch_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, 
     idx = tokens.topk_idx
     assert idx is not None
     received = plan.native.dispatch(_wired(tokens), idx)
-    native, arrived = received.handle, received.topk_idx
-    assert arrived is not None
-    handle = EPHandle.made(plan.kind, OriginOnDevice(context, plan, native, arrived >= 0), native.num_rows)
+    origin = OriginOnDevice(context, plan, received)
+    handle = EPHandle.made(plan.kind, origin, received.handle.num_rows)
     if not plan.terms.keep_copy:
         handle.fields["topk_idx"] = idx
-        route_of(handle, native).note("topk_idx", idx)
-    return _batch(plan, tokens, received, handle, go_on=go_on)
+        route_of(handle, received.handle).note("topk_idx", idx)
+    return _batch(plan, tokens, received, handle, origin, go_on=go_on)
 
 
 def dispatch_again(
@@ -104,7 +151,16 @@ def dispatch_again(
 ) -> Dispatched:
     """Send other tokens where an earlier dispatch sent its own."""
     received = plan.native.dispatch(_wired(tokens), handle=native_handle(context, handle, plan.native))
-    return _batch(plan, tokens, received, handle, go_on=go_on)
+    return _batch(plan, tokens, received, handle, _origin_of(context, handle), go_on=go_on)
+
+
+def _origin_of(context: ElasticContext, handle: EPHandle) -> OriginOnDevice:
+    """Return what a handle was made from. Unavailable for copies."""
+    origin = handle.source
+    if not isinstance(origin, OriginOnDevice):
+        check_not_on_device("a handle that is not the one which dispatch returned", context.natives.device)
+    assert isinstance(origin, OriginOnDevice)
+    return origin
 
 
 def _wired(tokens: Tokens) -> Rows:
@@ -117,30 +173,53 @@ def _wired(tokens: Tokens) -> Rows:
     return x, torch.cat([scales.contiguous().view(torch.int32), weights.contiguous().view(torch.int32)], dim=1)
 
 
-def _batch(plan: DispatchPlan, tokens: Tokens, received: Received, handle: EPHandle, *, go_on: bool) -> Dispatched:
-    """Take apart what travelled beside the rows."""
-    beside, event = received.scales, event_of(None, asked=go_on)
-    if tokens.scales is None:
-        return received.x, received.topk_idx, beside, handle, event
-    assert beside is not None
-    weights = beside[:, plan.num_packs :].contiguous().view(torch.float32) if plan.has_weights else None
-    scales = beside[:, : plan.num_packs].contiguous().view(tokens.scales.dtype)
+def _batch(
+    plan: DispatchPlan, tokens: Tokens, received: Received, handle: EPHandle, origin: OriginOnDevice, *, go_on: bool
+) -> Dispatched:
+    """Take apart what travelled beside the rows, and give each column a row of its own in an expanded batch."""
+    x, beside, idx, event = received.x, received.scales, received.topk_idx, event_of(None, asked=go_on)
+    scales, weights = None, beside
+    if tokens.scales is not None:
+        assert beside is not None
+        scales = beside[:, : plan.num_packs].contiguous().view(tokens.scales.dtype)
+        weights = beside[:, plan.num_packs :].contiguous().view(torch.float32) if plan.has_weights else None
+    if plan.terms.do_expand:
+        places, num_rows = origin.places, origin.num_rows
+        x, idx = spread(x, places, num_rows), None
+        scales = None if scales is None else spread(scales, places, num_rows)
+        weights = None if weights is None else spread_weights(weights, places, num_rows)
+    if scales is None:
+        return x, idx, weights, handle, event
     if plan.terms.tma_scales:
         columns = empty_scales(scales.size(0), scales.size(1), scales.dtype, tma=True, device=scales.device)
         scales = columns.copy_(scales)
-    return (received.x, scales), received.topk_idx, weights, handle, event
+    return (x, scales), idx, weights, handle, event
 
 
 def combine(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHandle, *, go_on: bool) -> Sums:
-    """Bring the experts' outputs back and sum them by their columns."""
-    origin = handle.source
-    if not isinstance(origin, OriginOnDevice):
-        check_not_on_device("a handle that is not the one which dispatch returned", context.natives.device)
-    assert isinstance(origin, OriginOnDevice)
-    native, weights = native_handle(context, handle, ep), outputs.topk_weights
-    y = outputs.x
+    """Bring the experts' outputs back and sum them by their columns, or each row of an expanded batch by itself."""
+    origin = _origin_of(context, handle)
+    y, weights, expanded = outputs.x, outputs.topk_weights, origin.terms.do_expand
+    if expanded and not context.several_sums:
+        return _sum_columns(context, ep, outputs, origin), None, event_of(None, asked=go_on)
+    native = native_handle(context, handle, ep)
+    if expanded:
+        y = sum_rows(y, origin.places)
     if weights is None:
         return ep.combine(y, native, bias=outputs.bias, reduce="column"), None, event_of(None, asked=go_on)
-    owned = torch.where(origin.served, weights, 0)
+    owned = gather_weights(weights, origin.places) if expanded else torch.where(origin.served, weights, 0)
     combined = ep.combine(y, native, bias=outputs.bias, topk_weights=owned, reduce="column")
     return combined.x, combined.topk_weights, event_of(None, asked=go_on)
+
+
+def _sum_columns(context: ElasticContext, ep: Calls, outputs: Outputs, origin: OriginOnDevice) -> torch.Tensor:
+    """Return one sum only of an expanded batch: every row travels, and they are added in column order.
+
+    Where rows go back then, ranks ask each other the first time.
+    """
+    known = origin.by_expert
+    if known is None:
+        idx = origin.native.topk_idx()
+        known = origin.by_expert = ask(context, origin.terms.num_experts, idx, None, layout="expert")
+    rows = rows_without_gaps(list(known.counts), origin.terms.alignment).to(outputs.x.device)
+    return ep.combine(outputs.x[rows], known, bias=outputs.bias, reduce="expert")

@@ -121,10 +121,15 @@ def _aligned_list(origin: Origin) -> list[int]:
 
 def expanded_rows(context: ElasticContext, terms: Terms, native: Handle) -> int:
     """Return the rows of an expanded batch: what arrived, or the most that can arrive."""
-    num_local = native.send.geometry.shape.num_local
     if terms.exact:
         counts_L, alignment = native.send.numbers("counts"), terms.alignment
         return int((-(-counts_L // alignment) * alignment).sum())
+    return most_expanded_rows(context, terms, native)
+
+
+def most_expanded_rows(context: ElasticContext, terms: Terms, native: Handle) -> int:
+    """Return the rows of an expanded batch that is as large as it can be."""
+    num_local = native.send.geometry.shape.num_local
     most, padding = context.num_ranks * terms.num_max_tokens, (terms.alignment - 1) * num_local
     return align(most * min(native.send.geometry.num_topk, num_local) + padding, terms.alignment)
 

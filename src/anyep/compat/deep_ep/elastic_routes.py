@@ -59,7 +59,8 @@ def route_of(handle: EPHandle, native: Handle) -> Route:
 
 def static_rows_of(context: ElasticContext, kind: HandleKind) -> int | None:
     """Return the rows of a batch of fixed size, which the exchange keeps; None where it knows those that arrived."""
-    return kind.static_rows if kind.static_rows >= 0 and context.keeps_order and not kind.do_expand else None
+    compact = not kind.do_expand or context.natives.device is not None  # a device's slabs are made from such a batch
+    return kind.static_rows if kind.static_rows >= 0 and context.keeps_order and compact else None
 
 
 def native_handle(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle:
@@ -99,12 +100,12 @@ def rows_by_expert(context: ElasticContext, handle: EPHandle, ep: Calls) -> Hand
         counts = handle.announced_counts
         assert counts is not None, "asked for just now"
         return ep.handles.recall(handle.topk_idx, counts, layout="expert", expert_alignment=handle.expert_alignment)
-    return _ask(context, handle.num_experts, handle.topk_idx, None, layout="expert")
+    return ask(context, handle.num_experts, handle.topk_idx, None, layout="expert")
 
 
 def _asked_again(context: ElasticContext, handle: EPHandle) -> Handle:
     rows = static_rows_of(context, handle.kind)
-    native = _ask(context, handle.num_experts, handle.topk_idx, rows)
+    native = ask(context, handle.num_experts, handle.topk_idx, rows)
     assert native.announced is not None, "wires with sums by column keep what was announced"
     handle.announced_counts = torch.from_numpy(native.announced.copy())
     handle.route = route = Route(native)
@@ -113,15 +114,16 @@ def _asked_again(context: ElasticContext, handle: EPHandle) -> Handle:
     return native
 
 
-def _ask(
+def ask(
     context: ElasticContext, num_experts: int, topk_idx: torch.Tensor, static_rows: int | None, layout: str = "compact"
 ) -> Handle:
+    """Return the handle that all ranks agree on by a dispatch whose rows nobody reads."""
     nothing = carrying_wire(torch.uint8, 1, 0, torch.float32, by_column=True)
     ep = context.natives.variant(num_experts, nothing, topk_idx.shape[1], static_rows=static_rows)
     return ask_everybody(ep, topk_idx, layout)
 
 
 def _ask_for_counts(context: ElasticContext, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
-    announced = _ask(context, num_experts, topk_idx, None).announced
+    announced = ask(context, num_experts, topk_idx, None).announced
     assert announced is not None, "wires with sums by column keep what was announced"
     return torch.from_numpy(announced)

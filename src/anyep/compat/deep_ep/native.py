@@ -79,7 +79,7 @@ def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
 
     ``ep`` sends rows of one uint8.
     """
-    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device="cpu")
+    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device=topk_idx.device)
     return ep.dispatch(x, topk_idx, layout=layout).handle
 
 
