@@ -192,6 +192,50 @@ def test_the_zero_copy_buffer_is_read_where_it_lies():
     on_low_latency(2, rank_main)
 
 
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("tokens", BATCHES)
+def test_without_topk_ranks_are_those_of_is_token_in_rank_and_counts_the_callers(tokens, alignment, monkeypatch):
+    given = make_inputs(tokens)
+    outputs = outputs_of(given)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        per_rank, _, per_expert, inside, _ = buffer.get_dispatch_layout(mine.topk_idx, E)
+        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": inside, "num_tokens_per_expert": per_expert}
+        x, idx, weights, counts, handle, event = buffer.dispatch(
+            mine.x, **layout, expert_alignment=alignment, async_finish=True
+        )
+        event.current_stream_wait()
+        assert idx is None
+        assert weights is None
+        again = buffer.dispatch(mine.x + 1, handle=handle)[0]
+        return [t.clone() for t in (x, again, torch.tensor(counts), buffer.combine(outputs[buffer.rank], handle)[0])]
+
+    on_device = on_ranks(len(tokens), rank_main)
+    monkeypatch.setattr(native, "device_of", lambda rows: None)
+    for ours, theirs in zip(on_device, on_ranks(len(tokens), rank_main), strict=True):
+        assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("use_logfmt", [False, True])
+def test_copies_of_a_low_latency_handle_serve(use_logfmt):
+    given = make_inputs([7, 12], hidden=256)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, count, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 12, E, use_fp8=False)
+        y = torch.zeros(x.shape, dtype=torch.bfloat16)
+        for expert, rows in enumerate(count.tolist()):
+            y[expert, :rows] = x[expert, :rows] * (1 + expert + buffer.rank)
+        copies = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in handle)
+        first = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, use_logfmt)[0].clone()
+        for _ in range(2):
+            again, *_ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, copies, use_logfmt)
+            assert same_bits(again, first)
+
+    on_low_latency(2, rank_main)
+
+
 def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
     given = make_inputs([9, 31])
 
@@ -200,11 +244,6 @@ def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
         handle = send(buffer, mine)[4]
         with pytest.raises(anyep.Unavailable, match=r"members of a dispatch's handle.*cuda"):
             handle[0]
-        per_rank, _, per_expert, inside, _ = buffer.get_dispatch_layout(mine.topk_idx, E)
-        with pytest.raises(anyep.Unavailable, match=r"without topk_idx"):
-            buffer.dispatch(
-                mine.x, num_tokens_per_rank=per_rank, is_token_in_rank=inside, num_tokens_per_expert=per_expert
-            )
         copies = (torch.zeros(2, 2, dtype=torch.int32),) * 6
         with pytest.raises(anyep.Unavailable, match="not the one which dispatch returned"):
             buffer.combine(mine.x, copies)

@@ -8,7 +8,7 @@ import torch
 
 import anyep
 from anyep.compat.deep_ep import indices
-from anyep.compat.deep_ep.checks import check_not_on_device, refuse
+from anyep.compat.deep_ep.checks import refuse
 from anyep.compat.deep_ep.domains import Domain
 from anyep.compat.deep_ep.events import EventOverlap, no_event
 from anyep.compat.deep_ep.handles import NormalHandle, find_handle, new_kept
@@ -24,7 +24,7 @@ from anyep.compat.deep_ep.normal_batch import (
     key_of_rows,
     known_layout,
 )
-from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, ranks_as_experts
+from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, ranks_as_experts, sum_for_owners
 from anyep.compat.deep_ep.underway import event_of
 from anyep.exchange.event import Pending, Targets
 
@@ -51,8 +51,8 @@ def dispatch(context: NormalContext, x: Any, batch: Batch, num_sms: int, *, go_o
     served: Served = natives.checked.get(key) or checked_batch(context, x, batch, key)
     ep, expert_rows = served.ep, None
     if idx is None:
-        check_not_on_device("a dispatch without topk_idx", natives.device)
-        idx, expert_rows = ranks_as_experts(inside, served.num_experts), per_expert
+        idx = ranks_as_experts(inside, served.num_experts)
+        expert_rows = per_expert if natives.device is None else None  # a device counts topk_idx
     elif indices.topk_idx_t not in indices.WIDE:
         idx = indices.widened(idx)
     pending = None
@@ -78,6 +78,8 @@ def dispatch(context: NormalContext, x: Any, batch: Batch, num_sms: int, *, go_o
         recv_idx = None if batch[0] is None else recv_idx.to(batch[0].dtype)
     if not worst_tokens:
         counts = list(native.counts)
+        if batch[0] is None and natives.device is not None:
+            counts = sum_for_owners(natives, per_expert, context.domain.num_ranks)
         if alignment != 1:
             counts = [-(-count // alignment) * alignment for count in counts]
     kept = new_kept((served, native, context, received.source_token, inside, num_sms, underway))

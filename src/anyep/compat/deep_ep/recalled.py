@@ -61,7 +61,7 @@ def _version(member: Any) -> int:
 def ranks_as_experts(inside: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return int32 [T, R]: each rank's first expert where the token goes there, else -1."""
     ranks = inside.size(1)
-    first = torch.arange(0, num_experts, num_experts // ranks, dtype=torch.int32, device="cpu")
+    first = torch.arange(0, num_experts, num_experts // ranks, dtype=torch.int32, device=inside.device)
     return first.masked_fill(~inside, -1) if inside.size(0) else inside.int()
 
 
@@ -97,8 +97,17 @@ def _by_asking(natives: Natives, members: tuple[Any, ...]) -> Kept:
     return Recalled(Served(ep, experts, ranks, static), native)
 
 
+def sum_for_owners(natives: Natives, per_expert: torch.Tensor, num_ranks: int) -> list[int]:
+    """Return what all ranks' ``per_expert`` int32 [E] add up to for this rank's experts: all tell each other."""
+    rows = per_expert.view(num_ranks, -1)
+    wire = carrying_wire(torch.int32, rows.size(1), 0, torch.float32)
+    ep = natives.variant(per_expert.numel(), wire, 1, static_rows=num_ranks)
+    owner = torch.arange(0, per_expert.numel(), rows.size(1), dtype=torch.int32, device=rows.device)
+    told: list[int] = ep.dispatch(rows, owner.unsqueeze(1)).x.sum(0).tolist()
+    return told
+
+
 def ask_for_blocks(natives: Natives, topk_idx: torch.Tensor, most_tokens: int, num_experts: int) -> Handle:
     """Return a low-latency dispatch's handle, from where tokens went: all ranks tell each other again."""
-    check_not_on_device("a handle that is not the one which low_latency_dispatch returned", natives.device)
     ep = natives.variant(num_experts, _NOTHING, topk_idx.size(1), max_tokens=most_tokens)
     return ask_everybody(ep, topk_idx, "padded")
