@@ -32,7 +32,7 @@ def same_bytes(left_addr: int, right_addr: int, num_bytes: int) -> bool:
     for word in range(words):
         if load_i64(left_addr, word) != load_i64(right_addr, word):
             return False
-    for byte in range(8 * words, num_bytes):  # noqa: SIM110  # compiled: all() would be a generator
+    for byte in range(8 * words, num_bytes):  # noqa: SIM110  # Numba compiles no generator in all()
         if load_i8(left_addr, byte) != load_i8(right_addr, byte):
             return False
     return True

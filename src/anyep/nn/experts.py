@@ -150,7 +150,7 @@ class GroupedMLP(torch.nn.Module):
         ends = torch.tensor(sizes, device=rows.device).cumsum(0).to(torch.int32)
         product = functional.grouped_mm(rows.contiguous(), weights.to(rows.dtype), offs=ends)
         if product.requires_grad:  # its backward refuses strides of 0, such as those of an expanded gradient
-            product.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
+            product.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]  # torch gives it no types
         return product
 
     def extra_repr(self) -> str:

@@ -108,7 +108,8 @@ def dispatch(link: Link, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, l
 
 def combine(link: Link, y: Tensor, arrived: Arrived, *, num_tokens: int) -> Tensor:
     """Sum the experts' outputs ``y`` [N, H] by rank, to [T, H] of ``num_tokens`` T, as :meth:`anyep.Buffer.combine`."""
-    return _combine(y, arrived.ticket, link.number, num_tokens)  # type: ignore[no-any-return]
+    summed: Tensor = _combine(y, arrived.ticket, link.number, num_tokens)
+    return summed
 
 
 @torch.library.custom_op("anyep::dispatch", mutates_args=())

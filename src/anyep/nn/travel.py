@@ -149,7 +149,7 @@ def send(
     x: torch.Tensor, weights: torch.Tensor | None, departure: Departure
 ) -> tuple[torch.Tensor, torch.Tensor | None, Arrival]:
     """Send [T, H] and [T, K] to experts; see :class:`Send`."""
-    return Send.apply(_fresh_tie(), x, weights, departure)  # type: ignore[no-untyped-call, no-any-return]
+    return Send.apply(_fresh_tie(), x, weights, departure)  # type: ignore[no-untyped-call, no-any-return]  # torch gives apply no types
 
 
 def gather(
@@ -157,12 +157,12 @@ def gather(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Bring [N, H] and [N, K] back as sums; see :class:`Gather`. Strides may be any. ``tie``: rows of the dispatch."""
     tied = tie if tie is not None and tie.requires_grad else _fresh_tie()
-    return Gather.apply(tied, y.contiguous(), weights, way)  # type: ignore[no-untyped-call, no-any-return]
+    return Gather.apply(tied, y.contiguous(), weights, way)  # type: ignore[no-untyped-call, no-any-return]  # torch gives apply no types
 
 
 def spread(x: torch.Tensor, weights: torch.Tensor | None, way: Way) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Send gradients [T, H] and [T, K] to rows; see :class:`Spread`. Strides may be any."""
-    return Spread.apply(_fresh_tie(), x, weights, way)  # type: ignore[no-untyped-call, no-any-return]
+    return Spread.apply(_fresh_tie(), x, weights, way)  # type: ignore[no-untyped-call, no-any-return]  # torch gives apply no types
 
 
 def _fresh_tie() -> torch.Tensor | None:

@@ -191,7 +191,8 @@ class Buffer(LowLatencyCalls):
             _begin(previous_event, async_finish, allocate_on_comm_stream)
         context = self._context or self._no_context()
         if handle is not None:
-            assert topk_idx is None and topk_weights is None, "a cached dispatch takes no topk_idx and no topk_weights"  # noqa: PT018
+            assert topk_idx is None, "a cached dispatch takes no topk_idx: its handle has it"
+            assert topk_weights is None, "a cached dispatch takes no topk_weights"
             return normal.dispatch_again(context, x, handle, go_on=async_finish)
         num_sms = self.num_sms
         if config is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,10 +26,10 @@ def refuse(text: str) -> NoReturn:
     raise RuntimeError(f"Assertion exception: {text}")
 
 
-def check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
     """TypeError for what is no whole number (as upstream's binding), RuntimeError for less than ``least``."""
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
     host_assert(number >= least, f"{name} must be at least {least}, got {number}")
@@ -41,7 +41,7 @@ is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
 
 def check_torch_deterministic() -> None:
     """AssertionError where torch would overwrite freshly allocated tensors with NaN (as upstream, on every call)."""
-    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    fills: bool = getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009  # not in torch's types
     assert not (fills and is_deterministic()), (
         "torch's deterministic algorithms fill uninitialised memory; "
         "set torch.utils.deterministic.fill_uninitialized_memory = False"

@@ -28,22 +28,21 @@ def dispatch_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens) 
     assert idx is not None
     rows = _wired(context, plan, tokens) if scales is not None else x if weights is None else (x, weights)
     received = plan.native.dispatch(rows, idx)
-    return (_landed_batch if plan.lands else _first_batch)(context, plan, tokens, received)
-
-
-def _landed_batch(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, received: Received) -> Dispatched:
-    """Return a batch that is what landed."""
-    native, arrived, idx = received.handle, received.topk_idx, tokens.topk_idx
+    if not plan.lands:
+        return _first_batch(context, plan, tokens, received)
+    native, arrived, beside = received.handle, received.topk_idx, received.scales
     assert arrived is not None
-    assert idx is not None
-    num_topk = plan.kind.num_topk
-    columns = np.empty((native.num_rows, (num_topk + 7) // 8), np.uint8)
+    num_rows, num_topk = native.num_rows, plan.kind.num_topk
+    columns = np.empty((num_rows, (num_topk + 7) // 8), np.uint8)
     context.loops.note_columns(arrived.data_ptr(), native.send.idx_bytes, num_topk, columns)
     origin = new_origin((context, plan.terms, native, columns, received.source_token, None))
-    handle = EPHandle.made(plan.kind, origin, native.num_rows)
+    handle = EPHandle.made(plan.kind, origin, num_rows)
     if not plan.terms.keep_copy:
         _keep_indices(handle, native, idx)
-    return _landed(plan, received, handle)
+    if scales is None:
+        return received.x, arrived, beside, handle, no_event()
+    assert beside is not None
+    return (received.x, beside), arrived, None, handle, no_event()
 
 
 def _first_batch(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, received: Received) -> Dispatched:

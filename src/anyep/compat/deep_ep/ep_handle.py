@@ -139,7 +139,7 @@ class EPHandle:
             _set(self, "_kind", None)
 
     @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # typeshed: a plain attribute of object
         """Every field: what ``vars`` returns, and a caller may write to."""
         if self.source is not None:
             for name in FIELDS:

@@ -24,7 +24,7 @@ class EventHandle:
         self._event: torch.cuda.Event | None = None
         self._finish: Callable[[], object] | None = None
         if torch.cuda.is_available():
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types
             self._event.record(torch.cuda.current_stream())
 
     @classmethod

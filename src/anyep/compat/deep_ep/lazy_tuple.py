@@ -60,10 +60,12 @@ class LazyTuple(tuple[Any, ...]):
         return hash(self.members())
 
     def __add__(self, other: Any) -> tuple[Any, ...]:
-        return self.members() + _plain(other)  # type: ignore[no-any-return]
+        joined: tuple[Any, ...] = self.members() + _plain(other)
+        return joined
 
     def __radd__(self, other: Any) -> tuple[Any, ...]:
-        return other + self.members()  # type: ignore[no-any-return]
+        joined: tuple[Any, ...] = other + self.members()
+        return joined
 
     def __mul__(self, times: SupportsIndex) -> tuple[Any, ...]:
         return self.members() * times

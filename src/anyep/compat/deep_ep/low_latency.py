@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,20 +32,21 @@ _LAYOUT_RANGE = 1
 """The member by which a handle is known."""
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
-class LowLatencyKept:
-    """What a low-latency handle's members are made from; its dispatch may still be under way."""
+class Blocks(NamedTuple):
+    """What serves low-latency calls of a kind."""
 
     ep: Calls
     num_experts: int
     num_topk: int
-    natives: Natives
-    token: torch.Tensor | None
-    """int32 [L, P]: source token of each row; None of handles that were made again from copies"""
     most_tokens: int
     """Tmax"""
     hidden: int
     """H of the dispatch"""
+
+
+class LowLatencyKept:
+    """What a low-latency handle's members are made from; its dispatch may still be under way."""
+
     landed: Handle | None = None
     """None until the dispatch is over"""
     sources: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -56,6 +57,13 @@ class LowLatencyKept:
     """the member that is filled from ``sources``, once somebody has looked at it"""
     combine_buffer: torch.Tensor | None = None
     """where the next combine reads without a copy, if that was asked for"""
+
+    def __init__(self, natives: Natives, blocks: Blocks, topk_idx: object, token: torch.Tensor | None) -> None:
+        """``topk_idx``: the caller's. ``token`` int32 [L, P]: source token of each row; None where copies serve."""
+        self.natives = natives
+        self.blocks = blocks
+        self.topk_idx = topk_idx
+        self.token = token
 
     @property
     def handle(self) -> Handle:
@@ -71,8 +79,8 @@ class LowLatencyHandle(LazyTuple):
 
     def _make(self) -> tuple[Any, ...]:
         kept: LowLatencyKept = self.origin
-        ranks = kept.ep.num_ranks
-        shape = (kept.num_experts // ranks, ranks)
+        ep, experts, _, most_tokens, hidden = kept.blocks
+        shape = (experts // ep.num_ranks, ep.num_ranks)
         assert kept.token is not None, "only handles of dispatches make their members"
         if kept.natives.device is None:
             memory = np.empty(shape, np.int64)
@@ -81,7 +89,7 @@ class LowLatencyHandle(LazyTuple):
             ranges = kept.natives.keep_tensor(torch.empty(shape, dtype=torch.int64, device=kept.token.device), kept)
             kept.ranges = weakref.ref(ranges)
         _fill_ranges(kept)
-        return kept.token, ranges, kept.most_tokens, kept.hidden, kept.num_experts
+        return kept.token, ranges, most_tokens, hidden, experts
 
 
 def _fill_ranges(kept: LowLatencyKept) -> None:
@@ -107,10 +115,10 @@ class Request(NamedTuple):
 
     def key(self) -> tuple[Any, ...] | None:
         """Return what :meth:`check` depends on; the native dispatch checks the tensors' memory order itself."""
-        x, idx = self.x, self.topk_idx
+        x, idx, *numbers = self
         if type(x) is not torch.Tensor or type(idx) is not torch.Tensor:
             return None
-        return (x.shape, x.dtype, idx.shape, idx.dtype, *self[2:])
+        return x.shape, x.dtype, idx.shape, idx.dtype, *numbers
 
     def check(self, num_ranks: int) -> Wire:
         """Return how rows travel. RuntimeError."""
@@ -124,6 +132,10 @@ class Request(NamedTuple):
         if rows.size(0) > most_tokens:
             refuse(f"x has {rows.size(0)} tokens, more than num_max_dispatch_tokens_per_rank={most_tokens}")
         return wire_for(rows.size(1), use_fp8=self.use_fp8, round_scale=self.round_scale, use_ue8m0=self.use_ue8m0)
+
+
+new_request = partial(tuple.__new__, Request)
+"""Makes one of a tuple of all fields; the class's own constructor is a Python function, slow from cold caches."""
 
 
 class Statistics(NamedTuple):
@@ -155,45 +167,41 @@ def dispatch(
     natives: Natives, masks: Masks, request: Request, statistics: Statistics | None, *, go_on: bool, wants_hook: bool
 ) -> Dispatched:
     """Send rows; ``go_on``: return when the first half was sent, and with a hook for the second if one is wanted."""
-    ep = natives.checked.get(request.key()) or _checked(natives, masks.num_ranks, request)
+    key = request.key()
+    blocks: Blocks = natives.checked.get(key) or _checked(natives, masks.num_ranks, request, key)
     if statistics is not None:
         statistics.check(request.num_experts, masks.num_ranks)
-    idx = request.topk_idx if request.topk_idx.itemsize >= 4 else indices.widened(request.topk_idx)
+    idx = request[1] if indices.topk_idx_t in indices.WIDE else indices.widened(request[1])
     if masks.enabled:
         idx = masks.without(idx, request.num_experts // masks.num_ranks)
     try:
         if go_on:
-            return _start(natives, ep, request, idx, statistics, wants_hook=wants_hook)
-        return _run(natives, ep, request, idx, statistics)
+            return _start(natives, blocks, request, idx, statistics, wants_hook=wants_hook)
+        return _run(natives, blocks, request, idx, statistics)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
         request.check(masks.num_ranks)
         raise
 
 
-def _checked(natives: Natives, num_ranks: int, request: Request) -> Calls:
-    wire, topk = request.check(num_ranks), request.topk_idx.size(1)
+def _checked(natives: Natives, num_ranks: int, request: Request, key: tuple[Any, ...] | None) -> Blocks:
+    wire, topk, hidden = request.check(num_ranks), request.topk_idx.size(1), request.x.size(1)
     natives.settle_on(request.x)
-    ep = natives.variant(request.num_experts, wire, topk, max_tokens=request.most_tokens)
-    return natives.remember(request.key(), ep)
+    experts, most_tokens = request.num_experts, request.most_tokens
+    ep = natives.variant(experts, wire, topk, max_tokens=most_tokens)
+    return natives.remember(key, Blocks(ep, experts, topk, most_tokens, hidden))
 
 
-def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, statistics: Statistics | None) -> Dispatched:
+def _run(
+    natives: Natives, blocks: Blocks, request: Request, idx: torch.Tensor, statistics: Statistics | None
+) -> Dispatched:
+    ep = blocks[0]
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
-    received = ep.dispatch(request.x, idx, layout="padded")
-    native, begin, sent = received.handle, received.source_begin, received.source_count
+    received = ep.dispatch(request[0], idx, layout="padded")
+    begin, sent = received.source_begin, received.source_count
     assert begin is not None
     assert sent is not None
-    kept = LowLatencyKept(
-        ep=ep,
-        num_experts=request.num_experts,
-        num_topk=idx.shape[1],
-        natives=natives,
-        token=received.source_token,
-        most_tokens=request.most_tokens,
-        hidden=request.x.shape[1],
-        landed=native,
-        sources=(begin, sent),
-    )
+    kept = LowLatencyKept(natives, blocks, request[1], received.source_token)
+    kept.landed, kept.sources = received.handle, (begin, sent)
     count = _counts_of(received)
     if statistics is not None and clock is not None:
         _add(statistics, count, clock)
@@ -203,13 +211,14 @@ def _run(natives: Natives, ep: Calls, request: Request, idx: torch.Tensor, stati
 
 def _start(
     natives: Natives,
-    ep: Calls,
+    blocks: Blocks,
     request: Request,
     idx: torch.Tensor,
     statistics: Statistics | None,
     *,
     wants_hook: bool,
 ) -> Dispatched:
+    ep = blocks.ep
     natives.make_room()
     clock = None if statistics is None else WaitClock(ep, statistics.waits)
     pending = ep.dispatch(request.x, idx, layout="padded", wait=False)
@@ -219,15 +228,7 @@ def _start(
         raise AssertionError("a rank without memory refuses")
     local = request.num_experts // ep.num_ranks
     count = torch.empty(local, dtype=torch.int32, device=request.x.device)
-    kept = LowLatencyKept(
-        ep=ep,
-        num_experts=request.num_experts,
-        num_topk=idx.shape[1],
-        natives=natives,
-        token=targets.source_token,
-        most_tokens=request.most_tokens,
-        hidden=request.x.shape[1],
-    )
+    kept = LowLatencyKept(natives, blocks, request.topk_idx, targets.source_token)
 
     def fill(received: anyep.Received) -> None:
         assert received.source_begin is not None

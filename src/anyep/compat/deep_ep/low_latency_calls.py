@@ -54,9 +54,8 @@ class LowLatencyCalls:
         statistics = None
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
             statistics = low_latency.Statistics(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-        request = low_latency.Request(
-            x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0
-        )
+        sizes = (num_max_dispatch_tokens_per_rank, num_experts)
+        request = low_latency.new_request((x, topk_idx, *sizes, use_fp8, round_scale, use_ue8m0))
         natives, masks = (self._context or self._no_context()).natives, self._masks
         if masks.enabled:
             masks.add(natives.left_out())
@@ -80,8 +79,8 @@ class LowLatencyCalls:
         self._check_low_latency(async_finish, return_recv_hook)
         if zero_copy and use_logfmt:
             refuse("zero_copy and use_logfmt exclude each other")
-        given = low_latency_sums.Sum(
-            x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats
+        given = low_latency_sums.new_sum(
+            (x, topk_idx, topk_weights, use_logfmt, zero_copy, out, combine_wait_recv_cost_stats)
         )
         natives, go_on = (self._context or self._no_context()).natives, async_finish or return_recv_hook
         combined, underway = low_latency_sums.combine(natives, self._masks, handle, given, go_on=go_on)

@@ -5,18 +5,19 @@ Legend: T tokens, H hidden, K top-k, E experts, L local experts, R ranks, P = R 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
-from anyep.compat.deep_ep.low_latency import LowLatencyKept, WaitClock, find_handle
+from anyep.compat.deep_ep.low_latency import Blocks, LowLatencyKept, WaitClock, find_handle
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.recalled import ask_for_blocks
 from anyep.compat.deep_ep.underway import Underway
-from anyep.exchange.handle import Handle
+from anyep.exchange.handle import SendPlan
 from anyep.exchange.wire import make_wire
 
 
@@ -28,16 +29,9 @@ def _recalled(natives: Natives, masks: Masks, members: Any, topk_idx: object) ->
     idx = masks.without(indices.widened(indices.check_topk_idx(topk_idx)), experts // masks.num_ranks)
     native = ask_for_blocks(natives, idx, most_tokens, experts)
     ep = natives.variant(experts, make_wire("bf16", "fp32", hidden), idx.size(1), max_tokens=most_tokens)
-    return LowLatencyKept(
-        ep=ep,
-        num_experts=experts,
-        num_topk=idx.size(1),
-        natives=natives,
-        token=None,
-        most_tokens=most_tokens,
-        hidden=hidden,
-        landed=native,
-    )
+    kept = LowLatencyKept(natives, Blocks(ep, experts, idx.size(1), most_tokens, hidden), None, None)
+    kept.landed = native
+    return kept
 
 
 def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:
@@ -45,7 +39,7 @@ def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:
     kept = find_handle(natives, handle)
     if kept is None:
         refuse("copies of a handle do not say where rows lie: pass the one that low_latency_dispatch returned")
-    kept.combine_buffer = kept.ep.empty_output(kept.handle, torch.bfloat16)
+    kept.combine_buffer = kept.blocks.ep.empty_output(kept.handle, torch.bfloat16)
     return kept.combine_buffer
 
 
@@ -61,15 +55,19 @@ class Sum(NamedTuple):
     waits: Any
 
 
+new_sum = partial(tuple.__new__, Sum)
+"""Makes one of a tuple of all fields; the class's own constructor is a Python function, slow from cold caches."""
+
+
 def combine(
     natives: Natives, masks: Masks, handle: object, given: Sum, *, go_on: bool
 ) -> tuple[torch.Tensor, Underway | None]:
     """Sum rows at their origins; ``go_on``: send the first half; the sums [T, H] are valid after the second."""
     kept = find_handle(natives, handle) or _recalled(natives, masks, handle, given.topk_idx)
-    if given.zero_copy or natives.device is not None or not _as_dispatched(natives, kept.handle, given):
+    if given.zero_copy or natives.device is not None or not _as_dispatched(natives, kept, given):
         _check_sum(natives, kept, given)
     if given.waits is not None:
-        ranks = kept.ep.num_ranks
+        ranks = kept.blocks.ep.num_ranks
         check_dense("combine_wait_recv_cost_stats", given.waits, torch.int64, [ranks], f"[{ranks}]")
     y = _take_combine_buffer(kept) if given.zero_copy else given.x
     try:
@@ -80,9 +78,9 @@ def combine(
 
 
 def _run_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, None]:
-    clock = None if given.waits is None else WaitClock(kept.ep, given.waits)
+    clock = None if given.waits is None else WaitClock(kept.blocks.ep, given.waits)
     wire = "logfmt10" if given.use_logfmt else None
-    summed = kept.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire)
+    summed = kept.blocks.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire)
     if clock is not None:
         clock.stop()
     return summed, None
@@ -90,39 +88,49 @@ def _run_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum
 
 def _start_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, Underway]:
     natives.make_room()
-    clock = WaitClock(kept.ep, given.waits)
+    clock = WaitClock(kept.blocks.ep, given.waits)
     wire = "logfmt10" if given.use_logfmt else None
-    pending = kept.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire, wait=False)
+    pending = kept.blocks.ep.combine(
+        y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire, wait=False
+    )
     assert pending.targets is not None, "a sum's place is always known"
     return pending.targets.x, natives.start(pending, lambda _: clock.stop())
 
 
-def _as_dispatched(natives: Natives, handle: Handle, given: Sum) -> bool:
+def _as_dispatched(natives: Natives, kept: LowLatencyKept, given: Sum) -> bool:
     """Return whether all is right that the native combine does not check: rows in bfloat16, the dispatch's experts."""
-    x, idx, plan = given.x, given.topk_idx, handle.send
+    x, idx, weights = given[:3]
+    if type(x) is not torch.Tensor or x.dtype is not torch.bfloat16 or weights is None:
+        return False
+    plan = kept.handle.send
+    if idx is not kept.topk_idx and not _has_kind(idx, plan):
+        return False
+    num_bytes = plan.num_tokens * plan.geometry.num_topk * plan.idx_bytes
+    same: bool = idx.nbytes == num_bytes and natives.loops.same_bytes(idx.data_ptr(), plan.idx_addr, num_bytes)
+    return same
+
+
+def _has_kind(idx: object, plan: SendPlan) -> bool:
+    """Return whether a tensor is such as the dispatch's topk_idx, whatever it says."""
     return (
-        type(x) is torch.Tensor
-        and type(idx) is torch.Tensor
-        and x.dtype is torch.bfloat16
+        type(idx) is torch.Tensor
         and idx.dtype is indices.topk_idx_t
         and idx.itemsize == plan.idx_bytes
         and idx.shape == (plan.num_tokens, plan.geometry.num_topk)
         and idx.is_cpu
         and idx.is_contiguous()
-        and given.topk_weights is not None
-        and natives.loops.same_bytes(idx.data_ptr(), plan.idx_addr, idx.nbytes)
     )
 
 
 def _check_sum(natives: Natives, kept: LowLatencyKept, given: Sum) -> None:
     """Check a combine's tensors. RuntimeError."""
-    check_dense("x", given.x, torch.bfloat16, [*kept.handle.shape, kept.hidden], "[L, R * Tmax, H]")
+    check_dense("x", given.x, torch.bfloat16, [*kept.handle.shape, kept.blocks.hidden], "[L, R * Tmax, H]")
     idx = indices.check_topk_idx(given.topk_idx, kept.handle.num_tokens)
     check_dense("topk_weights", given.topk_weights, torch.float32, list(idx.shape), "[T, K]")
     if natives.device is None:  # on a GPU nobody waits for what it has
         _check_same_routing(idx, kept)
     if given.out is not None:
-        check_dense("out", given.out, torch.bfloat16, [idx.size(0), kept.hidden], "[T, H]")
+        check_dense("out", given.out, torch.bfloat16, [idx.size(0), kept.blocks.hidden], "[T, H]")
 
 
 def _take_combine_buffer(kept: LowLatencyKept) -> torch.Tensor:

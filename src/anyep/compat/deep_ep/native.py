@@ -261,6 +261,7 @@ class Natives:
         self.closed = True
         self._underway.clear()
         self.checked.clear()
+        self.layouts = ()
         buffers, self._buffers = list(self._buffers.values()), {}
         for buffer in buffers:
             buffer.close()
