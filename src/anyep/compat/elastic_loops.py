@@ -6,10 +6,8 @@ Legend: T tokens, N received rows, K top-k, G packs of scales, R ranks, L local 
 
 from __future__ import annotations
 
-from typing import Any
-
 from anyep.machine.compiler import compiled, inlined
-from anyep.machine.intrinsics import allocate, fill_bytes, load_i32, load_i64, release, store_i32
+from anyep.machine.intrinsics import allocate, fill_bytes, load_i32, load_i64, release, store_i8, store_i32
 
 _MINUS_ONE = 0xFF
 
@@ -20,20 +18,20 @@ def _index(base: int, index_bytes: int, index: int) -> int:
     return value
 
 
-@compiled("void(int64, int64, int64, uint8[:, ::1])")
-def note_columns(idx_addr: int, idx_bytes: int, num_topk: int, bits: Any) -> None:
-    """Note of rows whose local experts are ``idx`` [N, K] which columns have one: K bits a row, from the lowest on.
+@compiled("void(int64, int64, int64, int64, int64)")
+def note_columns(idx_addr: int, idx_bytes: int, num_rows: int, num_topk: int, bits_addr: int) -> None:
+    """Note which columns of ``idx`` [N, K] name a local expert: a bit each, uint8 [N, ceil(K / 8)], low bits first.
 
     >>> # idx=[[-1, 3, 0], [2, -1, -1]]: bits=[[6], [1]]
     """
-    rows, width = bits.shape
-    for row in range(rows):
-        for byte in range(width):
-            noted = 0
-            for k in range(8 * byte, min(num_topk, 8 * byte + 8)):
-                if _index(idx_addr, idx_bytes, row * num_topk + k) >= 0:
-                    noted |= 1 << (k - 8 * byte)
-            bits[row, byte] = noted
+    width, entry = (num_topk + 7) // 8, 0
+    for place in range(num_rows * width):
+        noted = 0
+        for k in range(min(8, num_topk - place % width * 8)):
+            sign = _index(idx_addr, idx_bytes, entry) >> 63  # -1 where no expert is named, else 0
+            noted |= (1 + sign) << k
+            entry += 1
+        store_i8(bits_addr, place, noted)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")

@@ -28,6 +28,7 @@ from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from anyep.compat.deep_ep.native import Natives
+from anyep.compat.deep_ep.notebook import Notebook
 from anyep.errors import ClosedError, Unavailable
 from anyep.transport.rendezvous import find_rendezvous
 
@@ -108,6 +109,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             several_sums=self.allow_multiple_reduction,
             kernels=kernels(),
             loops=elastic_loops(),
+            notebook=Notebook(),
         )
 
     def destroy(self) -> None:

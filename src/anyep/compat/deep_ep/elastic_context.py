@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from anyep.compat.deep_ep.native import Natives
+from anyep.compat.deep_ep.notebook import Notebook
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
 
@@ -26,6 +27,7 @@ class ElasticContext(NamedTuple):
     """whether a rank and a host round sums of their own"""
     kernels: KernelSet
     loops: ModuleType
+    notebook: Notebook
 
 
 @cache

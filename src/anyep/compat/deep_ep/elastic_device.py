@@ -57,8 +57,7 @@ class OriginOnDevice:
         """the same dispatch with a row for each (token, column), once a combine has asked for it"""
         self.num_rows = native.num_rows
         if self.terms.do_expand:
-            exact = self.terms.exact
-            self.num_rows = sum(self.aligned_list()) if exact else most_expanded_rows(context, self.terms, native)
+            self.num_rows = self.expanded_rows()
             self.places = slab_rows(idx, self.counts(), self.terms.alignment, self.num_rows)
         else:
             rows = torch.arange(len(idx), device=idx.device, dtype=torch.int64)
@@ -82,6 +81,12 @@ class OriginOnDevice:
 
     def aligned_list(self) -> list[int]:
         return [align(count, self.terms.alignment) for count in self.native.counts] if self.terms.exact else []
+
+    def expanded_rows(self) -> int:
+        """Return the rows of an expanded batch: what arrived, or the most that can arrive."""
+        return (
+            sum(self.aligned_list()) if self.terms.exact else most_expanded_rows(self.context, self.terms, self.native)
+        )
 
     def ends(self) -> torch.Tensor:
         counts, alignment = self.counts(), self.terms.alignment
@@ -114,7 +119,7 @@ _MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
     "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
     "num_sms": lambda origin: origin.terms.num_sms,
     "topk_idx": lambda origin: origin.native.topk_idx().clone(),
-    "num_expanded_tokens": lambda origin: origin.num_rows if origin.terms.do_expand else 0,
+    "num_expanded_tokens": OriginOnDevice.expanded_rows,
     "num_recv_tokens_per_expert_list": OriginOnDevice.aligned_list,
     "psum_num_recv_tokens_per_scaleup_rank": lambda origin: origin.recv_rows().cumsum(0, dtype=torch.int32),
     "psum_num_recv_tokens_per_expert": OriginOnDevice.ends,

@@ -5,7 +5,6 @@ Legend: T tokens, K top-k, N rows of the exchange.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from anyep.compat.deep_ep.elastic_context import ElasticContext
@@ -33,8 +32,8 @@ def dispatch_first(context: ElasticContext, plan: DispatchPlan, tokens: Tokens) 
     native, arrived, beside = received.handle, received.topk_idx, received.scales
     assert arrived is not None
     num_rows, num_topk = native.num_rows, plan.kind.num_topk
-    columns = np.empty((num_rows, (num_topk + 7) // 8), np.uint8)
-    context.loops.note_columns(arrived.data_ptr(), native.send.idx_bytes, num_topk, columns)
+    columns = context.notebook.piece(num_rows * ((num_topk + 7) // 8))
+    context.loops.note_columns(arrived.data_ptr(), native.send.idx_bytes, num_rows, num_topk, columns[1])
     origin = new_origin((context, plan.terms, native, columns, received.source_token, None))
     handle = EPHandle.made(plan.kind, origin, num_rows)
     if not plan.terms.keep_copy:
@@ -75,7 +74,7 @@ def dispatch_again(context: ElasticContext, plan: DispatchPlan, tokens: Tokens, 
     """Send other tokens where an earlier dispatch sent its own."""
     received = plan.native.dispatch(_wired(context, plan, tokens), handle=native_handle(context, handle, plan.native))
     places = places_from_handle(handle, context.num_ranks)
-    if plan.lands and places is None and handle.fields["num_recv_tokens"] == received.x.shape[0]:
+    if plan.lands and places is None and handle.fields["num_recv_tokens"] == received.handle.num_rows:
         return _landed(plan, received, handle)
     expanded = handle.num_expanded_tokens if plan.terms.do_expand else 0
     room = room_for(plan, tokens, received, handle.num_recv_tokens, expanded, places)

@@ -19,6 +19,7 @@ from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.layout import tensor_on
+from anyep.compat.deep_ep.notebook import Bytes, bytes_at
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
 
@@ -46,8 +47,9 @@ class Origin(NamedTuple):
     context: ElasticContext
     terms: Terms
     native: Handle
-    columns: NDArray[np.uint8] | None
-    """the columns of each row that name a local expert, bits [N, ceil(K / 8)]; None: the metadata is made already"""
+    columns: tuple[Bytes, int] | None
+    """a piece of a notebook, uint8 [N, ceil(K / 8)]: a bit for each column of a row that names a local expert; None
+    where the metadata is made already"""
     token: torch.Tensor | None
     """int32 [N]: each row's token at its source"""
     late: Late | None
@@ -65,8 +67,10 @@ class Origin(NamedTuple):
         if self.late is not None:
             return self.late.wait()
         assert self.columns is not None
-        num_topk = self.native.send.geometry.num_topk
-        bits_NK = np.unpackbits(self.columns, axis=1, count=num_topk, bitorder="little")
+        num_rows, num_topk = self.native.num_rows, self.native.send.geometry.num_topk
+        width = (num_topk + 7) // 8
+        noted = bytes_at(*self.columns, num_rows * width).reshape(num_rows, width)
+        bits_NK = np.unpackbits(noted, axis=1, count=num_topk, bitorder="little")
         return describe_rows(self, bits_NK.astype(np.int32) - 1, None)
 
 
