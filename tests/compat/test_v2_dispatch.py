@@ -160,3 +160,30 @@ def test_with_several_hosts_rows_are_grouped_by_scaleup_rank_unless_they_shall_b
         assert handle.recv_src_metadata[:, 0].tolist() == numbers
         of_first = sum(s % 2 == 0 for s, _ in arrivals)
         assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == [of_first, len(arrivals)]
+
+
+def test_the_same_rows_may_go_with_another_topk_or_width_of_indices_from_call_to_call():
+    def rank_main(buffer, given):
+        found = []
+        for columns in (4, 2, 4, 1):
+            for dtype in (torch.int64, torch.int32):
+                idx, weights = given.idx[:, :columns].to(dtype), given.weights[:, :columns]
+                x, local, sent, handle, _ = buffer.dispatch(given.x, idx, weights, num_experts=8)
+                assert handle.topk_idx.dtype == local.dtype == dtype
+                assert local.shape == sent.shape == (len(x), columns)
+                assert handle.topk_idx.shape == idx.shape
+                found.append(buffer.combine(x, handle)[0].clone())
+        with pytest.raises(RuntimeError, match="topk_weights must be float32"):
+            buffer.dispatch(given.x, given.idx, given.weights.double(), num_experts=8)
+        with pytest.raises(AssertionError, match="topk_idx must be given"):
+            buffer.dispatch(given.x, num_experts=8)
+        with pytest.raises(RuntimeError, match="topk_idx must be int64"):
+            buffer.dispatch(given.x, given.idx.short(), given.weights, num_experts=8)
+        return found
+
+    for rank, found in enumerate(World().run(rank_main)):
+        x, idx = World().inputs[rank].x, World().inputs[rank].idx
+        for sums, columns in zip(found, (4, 4, 2, 2, 4, 4, 1, 1), strict=True):
+            ranks = torch.where(idx < 0, -1, idx // 2)[:, :columns]
+            copies = torch.stack([(ranks == owner).any(1) for owner in range(4)]).sum(0)
+            assert torch.equal(sums, (x.float() * copies.unsqueeze(1)).bfloat16())

@@ -172,7 +172,12 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             *(do_zero_padding, do_handle_copy, use_tma_aligned_col_major_sf),
         )
         stats = cumulative_local_expert_recv_stats
-        key = key_of_dispatch(x, topk_idx, topk_weights, stats, handle, options)
+        key: tuple[object, ...] | None
+        if type(x) is torch.Tensor and topk_idx is not None and handle is None and stats is None:
+            # what the native call refuses of topk_idx and topk_weights is checked in full below
+            key = (x.shape, x.dtype, topk_weights is None, options)
+        else:
+            key = key_of_dispatch(x, topk_idx, topk_weights, stats, handle, options)
         plan = context.natives.checked.get(key)
         if plan is None:
             plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
@@ -186,10 +191,11 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
             else:
                 batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         except (TypeError, ValueError):
-            given = tokens
+            tried, given = plan, tokens
             plan, tokens = self._check(context, x, topk_idx, topk_weights, stats, handle, Asked(*options))
-            if are_plain(*given):
+            if plan == tried and are_plain(*given):
                 raise
+            context.natives.remember(key, plan)
             batch = _sent(context, plan, tokens, handle, go_on=async_with_compute_stream)
         if stats is not None:
             stats += batch[3].num_unaligned_recv_tokens_per_expert
