@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 
-from anyep.compat.deep_ep import EPHandle
+from anyep.compat.deep_ep import EPHandle, notebook
 from anyep.compat.deep_ep.ep_handle import FIELDS
 from tests.compat.v2_world import World, poisoned, same_bits  # noqa: F401
 
@@ -46,15 +46,34 @@ def test_fields_of_a_compact_batch():
             assert not isinstance(value, torch.Tensor) or name == "topk_idx" or value.dtype == torch.int32, name
 
 
-def test_metadata_tells_each_rows_token_and_master_column():
-    K = WORLD.num_topk
-    for rank, handle in enumerate(WORLD.run(lambda b, i: dispatch(b, i)[3])):
-        for row, (source, token) in enumerate(WORLD.arrivals(rank)):
+@pytest.mark.parametrize("world", [WORLD, World(num_topk=8), World(num_experts=24, num_topk=17)])
+def test_metadata_tells_each_rows_token_and_master_column(world):
+    K = world.num_topk
+    handles = world.run(lambda b, i: b.dispatch(i.x, i.idx, num_experts=world.num_experts)[3])
+    for rank, handle in enumerate(handles):
+        assert len(handle.recv_src_metadata) == len(world.arrivals(rank))
+        for row, (source, token) in enumerate(world.arrivals(rank)):
             number, slot, *served = handle.recv_src_metadata[row].tolist()
-            assert number == source * WORLD.max_tokens + token
-            assert slot == source * K + WORLD.masters(source, token)[rank]
-            local = WORLD.local_idx(rank, source, token)
+            assert number == source * world.max_tokens + token
+            assert slot == source * K + world.masters(source, token)[rank]
+            local = world.local_idx(rank, source, token)
             assert served == [row if expert >= 0 else -1 for expert in local]
+
+
+def test_metadata_holds_whatever_is_written_to_the_batch_and_dispatched_later(monkeypatch):
+    monkeypatch.setattr(notebook, "_BLOCK_BYTES", 40)  # several dispatches a block, and several blocks
+
+    def rank_main(buffer, given):
+        handles = []
+        for columns in (4, 1, 3, 4, 2, 4):
+            _, idx, _, handle, _ = buffer.dispatch(given.x, given.idx[:, :columns].contiguous(), num_experts=8)
+            expected = torch.where(idx >= 0, torch.arange(len(idx)).unsqueeze(1), -1)
+            handles.append((handle, expected))
+            idx.fill_(0)
+        for handle, expected in handles:
+            assert handle.recv_src_metadata[:, 2:].tolist() == expected.tolist()
+
+    WORLD.run(rank_main)
 
 
 def test_destination_slots_stand_in_the_master_column_of_each_rank():
