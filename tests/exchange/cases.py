@@ -126,13 +126,17 @@ NUMBERS = 1 << 22
 
 @st.composite
 def cases(
-    draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str] = WIRES, numbers: int | None = NUMBERS
+    draw: st.DrawFn,
+    layouts: Sequence[str] = LAYOUTS,
+    wires: Sequence[str] = WIRES,
+    numbers: int | None = NUMBERS,
+    ranks: st.SearchStrategy[int] | None = None,
 ) -> Case:
-    """Draw a case; R 1 to 9, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128.
+    """Draw a case; R 1 to 9 unless ``ranks`` says otherwise, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128.
 
     There are fewer tokens where more than ``numbers`` numbers would move.
     """
-    num_ranks = draw(st.integers(1, 9))
+    num_ranks = draw(st.integers(1, 9) if ranks is None else ranks)
     num_experts = draw(st.integers(1, 128))
     layout = draw(st.sampled_from(layouts))
     wire = draw(st.sampled_from(wires))
