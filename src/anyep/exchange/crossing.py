@@ -22,6 +22,7 @@ class Crossing:
     def __init__(self, across: Across, kernels: KernelSet, plan: SendPlan, output_bytes: int) -> None:
         """``output_bytes``: of a row of the experts' outputs, in the dtype in which they are expected."""
         hosts, num_topk = across.hosts, plan.geometry.num_topk
+        self.hosts = hosts
         num_experts = across.host_E.size
         self.width = min(num_topk, hosts.num_hosts)
         self.entry_host_TW = np.empty((plan.num_tokens, self.width), np.int32)

@@ -60,10 +60,9 @@ class Kept:
 def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
     """Return a handle for rows that went the way of ``topk_idx``: all ranks tell each other, and nobody reads the rows.
 
-    ``ep`` sends rows of one uint8.
+    What follows is wider than the rows that ask, and is forwarded between hosts whatever its size.
     """
-    x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device="cpu")
-    return ep.dispatch(x, topk_idx, layout=layout).handle
+    return ep.handles.ask(topk_idx, layout=layout)
 
 
 def device_of(rows: torch.Tensor) -> str | None:
