@@ -147,15 +147,18 @@ class Buffer(Calls):
 
         The ranks that are left must all say so between the same two calls, and send nothing to experts of those ranks
         (-1 in ``topk_idx``). What they had left out may come back if it made as many calls meanwhile.
-        Raises ValueError for ranks that do not exist, and for this one; Unavailable between hosts, whose ranks forward
-        for each other.
+        Raises ValueError for ranks that do not exist, and for this one. Between hosts ranks forward for each other:
+        there a handle goes with the ranks that took part when it was made, and nothing may be in flight (ValueError).
         """
-        self._check_one_host("leave_out")
+        self._flights.check_open()
+        self._check_host_memory("leave_out")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
             raise ValueError(f"rank {self.rank} cannot leave out itself; close its buffer instead")
-        self._end.crowd.leave_out(ranks)
+        if self._end.across is not None and self._flights.unfinished:
+            raise ValueError("operations are in flight: between hosts wait for them before leave_out")
+        self._end.crowd.leave_out(self._end.transport, ranks)
 
     def expel_absent(self) -> None:
         """From now on go on without ranks that do not come to a padded operation: as if all had left them out there.

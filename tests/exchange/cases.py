@@ -43,6 +43,8 @@ class Case:
     eager_bytes: int | None = None
     max_tokens: int | None = None
     """Tmax of the buffer; None: as many as the largest batch has"""
+    absent: tuple[int, ...] = ()
+    """ranks that take no part: they have no tokens, and nobody names their experts"""
 
     @property
     def most_tokens(self) -> int:
@@ -75,15 +77,17 @@ class Case:
         return max(there.num_rows for there in self._exchange(None).arrivals) + self.spare_rows
 
     def _exchange(self, static_rows: int | None) -> Exchange:
-        placement = self.placement or even_placement(self.num_experts, self.num_ranks).expert_rank_E.tolist()
         return Exchange(
             routing=[Routing(topk_idx=batch.topk_idx, topk_weights=batch.topk_weights) for batch in self.batches],
-            expert_rank=placement,
+            expert_rank=self._expert_rank(),
             layout=self.layout,
             expert_alignment=self.alignment,
             static_rows=static_rows,
             block_rows=self.block_rows,
         )
+
+    def _expert_rank(self) -> Sequence[int]:
+        return self.placement or even_placement(self.num_experts, self.num_ranks).expert_rank_E.tolist()
 
     def _batch(self, rank: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1009 + rank)
@@ -93,6 +97,9 @@ class Case:
         idx = (draw * (self.num_experts + 1)).long().clamp(max=self.num_experts) - 1
         if self.layout == "padded":
             idx = _without_duplicates(idx)
+        if self.absent:
+            owner = torch.tensor([*self._expert_rank(), -1])[idx]
+            idx = idx.masked_fill(torch.isin(owner, torch.tensor(self.absent)), -1)
         weights = torch.rand(tokens, self.num_topk, generator=generator)
         dtype = INPUT_DTYPES[self.wire]
         bias = tuple(torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias))

@@ -60,6 +60,15 @@ class Crossing:
         return np.flatnonzero((self.entry_host_TW == host).any(axis=1))
 
 
+def check_forwarders(across: Across | None, crossing: Crossing | None) -> None:
+    """Raise ValueError where others forward now than when a handle was made."""
+    if across is not None and crossing is not None and crossing.hosts.members != across.hosts.members:
+        raise ValueError(
+            "others were left out when this handle was made, and between hosts ranks forward for each other: dispatch "
+            "again, with topk_idx"
+        )
+
+
 def straight_hosts(across: Across, plan: SendPlan, crossing: Crossing, output_bytes: int) -> NDArray[np.bool_]:
     """Return to which hosts this batch's rows go straight, [M]."""
     geometry, hosts = plan.geometry, across.hosts

@@ -290,8 +290,8 @@ class Dispatch:
                 desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
         if self._landing is not None:
             desk.offers_RW[:, 1:] = self._landing.places
-        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW, end.crowd.present)
-        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step, end.crowd.present).copy()
+        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
+        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step).copy()
         offers_RW[end.crowd.absent] = 0
         check_memory(offers_RW[:, 0], self._step, no_memory)
         end.counters.add(second_offers=1)

@@ -228,7 +228,7 @@ class Endpoint:
                 ranks=[self.rank],
                 step="announcement",
             )
-        self.transport.post(self.lanes.open, epoch, words_RW, self.crowd.present)
+        self.transport.post(self.lanes.open, epoch, words_RW)
 
     def hear(self, epoch: int, step: str, header: Words, *, expel: bool = False) -> Words:
         """Await the first message of every rank that takes part; the others are spoken for.
@@ -238,7 +238,7 @@ class Endpoint:
         late = False
         while True:
             try:
-                opened_RW = self.wait(self.lanes.open, epoch, step, self.crowd.present)
+                opened_RW = self.wait(self.lanes.open, epoch, step)
                 break
             except PeerError as error:
                 if expel and self.crowd.expel(self.transport, error.ranks, epoch):
@@ -246,7 +246,7 @@ class Endpoint:
                 if not expel or late or not isinstance(error, PeerTimeout):
                     raise
                 late = True  # they began as time ran out: what they post is about to come
-        return opened_RW if self.crowd.present is None else self.crowd.speak_for_absent(opened_RW, header)
+        return opened_RW if not self.crowd.absent else self.crowd.speak_for_absent(opened_RW, header)
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
         """Await messages of all ranks, or of some."""

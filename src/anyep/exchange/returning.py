@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from anyep.exchange.arguments import check_choice, check_integer, check_tensor
+from anyep.exchange.crossing import check_forwarders
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle
 from anyep.exchange.receive import fresh, tensor_on
@@ -64,6 +65,7 @@ def prepare(
     group: object = 0,
 ) -> Returning:
     """Check the caller's tensors. Raises TypeError and ValueError; exchanges nothing."""
+    check_forwarders(end.across, handle.send.crossing)
     padded = handle.send.geometry.padded
     how = ("expert" if padded else "rank") if reduce is None else check_choice("reduce", reduce, REDUCES)
     if how == "expert" and not handle.send.geometry.by_expert:
