@@ -29,6 +29,11 @@ CHUNK_BYTES = (64, 700, 5000, 1 << 20)
 STRAIGHT_BYTES = (0, 0, 3000, 50_000, 1 << 20, None)
 
 
+def cut_small(patch, num_bytes: int) -> None:
+    """Let rows cross in pieces of this size."""
+    patch.setattr(across, "CHUNK_BYTES", num_bytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Round:
     """One buffer's life: an exchange or a program of them, on hosts of one shape."""

@@ -36,7 +36,7 @@ def splits(draw) -> tuple[Case, str, set[int]]:
 
 
 @pytest.fixture
-def played(monkeypatch):
+def homed(monkeypatch):
     """Return a function that puts ranks on hosts, a letter a rank."""
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
     return lambda homes: monkeypatch.setattr(registry, "group_ranks", lambda *_: map_hosts(homes))
@@ -44,9 +44,9 @@ def played(monkeypatch):
 
 @settings(max_examples=25, **PATIENT)
 @given(splits(), st.sampled_from([0, 1 << 20, None]), st.sampled_from(["closes", "is silent"]))
-def test_the_ranks_that_are_left_exchange_what_the_oracle_says(played, split, straight_bytes, end):
+def test_the_ranks_that_are_left_exchange_what_the_oracle_says(homed, split, straight_bytes, end):
     case, homes, absent = split
-    played(homes)
+    homed(homes)
     later = without(case, absent, case.seed + 1)
     done = threading.Barrier(case.num_ranks)
 
@@ -72,9 +72,9 @@ def test_the_ranks_that_are_left_exchange_what_the_oracle_says(played, split, st
 
 @settings(max_examples=12, **PATIENT)
 @given(splits(), st.sampled_from([0, 1 << 20]))
-def test_two_parts_that_leave_each_other_out_come_together_again(played, split, straight_bytes):
+def test_two_parts_that_leave_each_other_out_come_together_again(homed, split, straight_bytes):
     case, homes, one = split
-    played(homes)
+    homed(homes)
     parts = one, set(range(case.num_ranks)) - one
     apart = [without(case, others, case.seed + 1) for others in parts]
     together = replace(case, seed=case.seed + 2)
@@ -98,9 +98,9 @@ SIZES = {"hidden": 64, "num_experts": 4, "num_topk": 2, "max_tokens_per_rank": 8
 
 
 @pytest.mark.parametrize("homes", ["aaaa", "aabb"])
-def test_a_left_out_rank_that_ends_with_an_error_does_not_end_the_others(played, homes):
+def test_a_left_out_rank_that_ends_with_an_error_does_not_end_the_others(homed, homes):
     """It calls, waits in vain for those that have left it out, and says so."""
-    played(homes)
+    homed(homes)
     gone = threading.Event()
 
     def rank_main(member):
@@ -127,8 +127,8 @@ def test_a_left_out_rank_that_ends_with_an_error_does_not_end_the_others(played,
 
 
 @pytest.mark.parametrize("homes", ["aaaa", "aabb"])
-def test_a_token_for_a_rank_that_is_left_out_is_refused_before_a_word_is_sent(played, homes):
-    played(homes)
+def test_a_token_for_a_rank_that_is_left_out_is_refused_before_a_word_is_sent(homed, homes):
+    homed(homes)
 
     def rank_main(member):
         with anyep.Buffer(member, **SIZES) as ep:
@@ -144,8 +144,8 @@ def test_a_token_for_a_rank_that_is_left_out_is_refused_before_a_word_is_sent(pl
     anyep.local_group(4).run(rank_main)
 
 
-def test_between_hosts_a_handle_from_before_is_refused_and_so_is_leaving_out_in_the_middle(played):
-    played("aabb")
+def test_between_hosts_a_handle_from_before_is_refused_and_so_is_leaving_out_in_the_middle(homed):
+    homed("aabb")
 
     def rank_main(member):
         with anyep.Buffer(member, **SIZES, straight_bytes=0) as ep:

@@ -14,8 +14,8 @@ from anyep.layout.hosts import map_hosts
 from anyep.testing.processes import RankProcesses
 from tests.exchange.rounds import check, open_buffer, play, poison_arenas
 from tests.exchange.test_behaviour import CASE
-from tests.exchange.test_hosts_processes import wait_until
 from tests.hosts.test_left_out import without
+from tests.hosts.test_processes import wait_until
 
 CASES = [
     replace(CASE, wire="fp8", num_bias=1, eager_bytes=0),

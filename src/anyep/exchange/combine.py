@@ -104,7 +104,7 @@ class Combine:
         """Say where the rows lie, and let those of small pairs come along."""
         end, back = self._end, self._back
         desk = end.desk(epoch)
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         slots = end.return_slots(back.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
         self._weights_offset, self._offsets = slots.weights_offset, slots.offsets
         if back.wire == "none":
@@ -148,10 +148,11 @@ class Combine:
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
-        before = set(end.crowd.absent)
         opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        if len(end.crowd.absent) > len(before):
-            forget_rows_from(back.handle.send, set(end.crowd.absent) - before)
+        end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
+        plan = back.handle.send
+        if gone := end.crowd.gone(plan.numbers("rank_entries") + plan.numbers("source_entries")):
+            forget_rows_from(plan, gone)
         if not end.books.agree(opened_RW, self._header):
             self._refuse(opened_RW)
         if self._straight is not None:

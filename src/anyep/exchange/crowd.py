@@ -15,6 +15,7 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from anyep.errors import PeerLost
 from anyep.exchange.ledger import CAPACITY, WAY
 from anyep.exchange.opening import BODY
 from anyep.transport.base import Transport, Words
@@ -40,11 +41,34 @@ class Crowd:
         self.absent = sorted(ranks)
         transport.leave_out(self.absent)
 
+    def expelled_since(self, absent: list[int], step: str, *, goes_on: bool) -> list[int]:
+        """Return who was expelled since only ``absent`` were. PeerLost where an operation does not go on without them.
+
+        An operation under way may have been announced to them, with rows.
+        """
+        late = [rank for rank in self.absent if rank not in absent]
+        if late and not goes_on:
+            raise PeerLost(
+                f"{step}: rank {late[0]} was expelled by an earlier padded operation while this one was under way, and "
+                "only those of layout='padded' that are not cached go on without a rank; close this buffer",
+                ranks=late,
+                step=step,
+            )
+        return late
+
+    def gone(self, rows_R: NDArray[np.int32]) -> list[int]:
+        """Return the ranks that are left out for which there are rows: they took part when those were announced."""
+        return [rank for rank in self.absent if rows_R[rank]]
+
     def check_routes(self, rows_R: NDArray[np.int32]) -> None:
         """Raise ValueError where a batch has rows for a rank that is left out."""
-        named = [rank for rank in self.absent if rows_R[rank]]
-        if named:
-            raise ValueError(f"topk_idx names experts of rank {named[0]}, which is left out: put -1 there")
+        if gone := self.gone(rows_R):
+            raise ValueError(f"topk_idx names experts of rank {gone[0]}, which is left out: put -1 there")
+
+    def check_handle(self, rows_R: NDArray[np.int32]) -> None:
+        """Raise ValueError where rows of an earlier dispatch went to a rank that is left out, or came from it."""
+        if gone := self.gone(rows_R):
+            raise ValueError(f"rank {gone[0]} took part in this handle's dispatch and is left out now: dispatch again")
 
     def expel(self, transport: Transport, ranks: Collection[int], epoch: int) -> bool:
         """Go on without ranks that have not begun ``epoch``; False if all of them have."""

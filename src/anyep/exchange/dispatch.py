@@ -86,6 +86,7 @@ class Dispatch:
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
+        self._absent: list[int] = []
         self._geometry = out.geometry
         self._landing: Landing | None = None
         self._eager_rows = self._direct_rows = self._far_rows = self._limit_rows = 0
@@ -140,7 +141,7 @@ class Dispatch:
         """Announce, and let the rows of small pairs come along."""
         end, plan, cached = self._end, self._out.plan, self._out.cached
         geometry, desk = self._geometry, end.desk(epoch)
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
         if self._early and landing is not None:
@@ -190,10 +191,9 @@ class Dispatch:
 
     def _size_up(self) -> None:
         end, desk = self._end, self._end.desk(self._epoch)
-        before = set(end.crowd.absent)
         opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        if len(end.crowd.absent) > len(before):
-            forget_rows_to(end, self._out.plan, set(end.crowd.absent) - before, opened_RW)
+        if late := end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels):
+            forget_rows_to(end, self._out.plan, late, opened_RW)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
         offered_RW, offer = (

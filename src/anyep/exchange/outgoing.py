@@ -78,6 +78,7 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     if topk_idx is not None:
         raise ValueError("topk_idx must be None when a handle is given: the handle knows where the tokens go")
     check_forwarders(end.across, handle.send.crossing)
+    end.crowd.check_handle(handle.send.numbers("rank_rows") + handle.send.numbers("source_rows"))
     rows = check_rows(end.wire, x, end.where)
     if rows.num_tokens != handle.num_tokens:
         raise ValueError(f"x has {rows.num_tokens} tokens, but the handle's dispatch sent {handle.num_tokens}")

@@ -26,8 +26,8 @@ from anyep.transport.waiting import (
     SLICE_NS,
     SPINS,
     YIELDS,
-    Neighbours,
     Opened,
+    PeerMemory,
     Waiter,
     departures_of,
     told_by,
@@ -51,7 +51,7 @@ class SharedTransport:
         timeout_s: float,
         arena: Arena,
         maker: SegmentMaker,
-        neighbours: Neighbours,
+        memories: PeerMemory,
         controls: Mapping[int, int],
     ) -> None:
         self.rank = rendezvous.rank
@@ -75,7 +75,7 @@ class SharedTransport:
         maker.peers = [board for rank, board in boards.items() if rank != self.rank]
         self._kept: Opened | None = Opened(
             arena=arena,
-            neighbours=neighbours,
+            memories=memories,
             controls_R=self._controls_R,
             members_R=self._controls_R[self._controls_R != 0],
             boards=boards,
@@ -104,7 +104,7 @@ class SharedTransport:
     def address(self, rank: int, place: Place) -> int:
         opened = self._opened()
         try:
-            return opened.neighbours.segment_address(rank, place.segment) + place.offset
+            return opened.memories.segment_address(rank, place.segment) + place.offset
         except ProcessLookupError as error:
             departures = departures_of(self._signals, opened)
             told = lost(
@@ -197,7 +197,7 @@ class SharedTransport:
             kept, self._kept = self._kept, None
         if kept is not None:
             kept.arena.close()
-            kept.neighbours.close()
+            kept.memories.close()
 
     def after_fork(self) -> None:
         """Called in a child of this process: it has a copy of this object, and may not speak for the rank."""
