@@ -23,6 +23,7 @@ class Crossing:
         """``output_bytes``: of a row of the experts' outputs, in the dtype in which they are expected."""
         hosts, num_topk = across.hosts, plan.geometry.num_topk
         self.hosts = hosts
+        """as they were when this was routed: ranks that are left out since forwarded for others"""
         num_experts = across.host_E.size
         self.width = min(num_topk, hosts.num_hosts)
         self.entry_host_TW = np.empty((plan.num_tokens, self.width), np.int32)
