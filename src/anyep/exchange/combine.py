@@ -149,10 +149,9 @@ class Combine:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
         end, back, desk = self._end, self._back, self._end.desk(self._epoch)
         opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
-        plan = back.handle.send
-        if gone := end.crowd.gone(plan.numbers("rank_entries") + plan.numbers("source_entries")):
-            forget_rows_from(plan, gone)
+        if end.crowd.absent:
+            end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
+            forget_rows_from(back.handle.send, end.crowd.absent)
         if not end.books.agree(opened_RW, self._header):
             self._refuse(opened_RW)
         if self._straight is not None:

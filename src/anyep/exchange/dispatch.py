@@ -192,7 +192,7 @@ class Dispatch:
     def _size_up(self) -> None:
         end, desk = self._end, self._end.desk(self._epoch)
         opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        if late := end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels):
+        if end.crowd.absent and (late := end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)):
             forget_rows_to(end, self._out.plan, late, opened_RW)
         if not end.books.agree(opened_RW, self._header):
             check_agreement(self._header, opened_RW, self._step)
