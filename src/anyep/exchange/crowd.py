@@ -41,7 +41,7 @@ class Crowd:
         self.absent = sorted(ranks)
         transport.leave_out(self.absent)
 
-    def expelled_since(self, absent: list[int], step: str, *, goes_on: bool) -> list[int]:
+    def expelled_since(self, absent: Collection[int], step: str, *, goes_on: bool) -> list[int]:
         """Return who was expelled since only ``absent`` were. PeerLost where an operation does not go on without them.
 
         An operation under way may have been announced to them, with rows.

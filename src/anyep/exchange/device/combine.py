@@ -17,7 +17,7 @@ from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Combined
-from anyep.exchange.opening import BODY, COMBINE_WIRE_CODES, LAYOUT_CODES, REDUCE_CODES, Kind, check_agreement
+from anyep.exchange.opening import BODY, check_agreement, naming_handle
 from anyep.exchange.returning import Returning
 from anyep.exchange.scatter import place_at
 from anyep.exchange.wire import ELEMENTS
@@ -52,23 +52,13 @@ class DeviceCombine:
         self._step = self.label
         self._scratch = self._allocate()
         self._visit: Visit | None = None
-        self._header = end.handle_header(
-            back.handle.epoch,
-            kind=Kind.COMBINE,
-            layout=LAYOUT_CODES[back.handle.layout],
-            has_weights=back.topk_weights is not None,
-            element=ELEMENTS[back.y.dtype],
-            reduce=REDUCE_CODES[back.reduce],
-            combine_wire=COMBINE_WIRE_CODES[back.wire],
-            row_bytes=back.row_bytes,
-            num_topk=end.num_topk,
-        )
+        self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def _allocate(self) -> _Scratch:
         end, plan = self._end, self._plan
         device, account = end.device, end.account.__str__
         words = allocate(device, (NUM_PLACES * end.num_ranks + SUMMARY_WORDS,), torch.int64, account)
-        if self._back.wire == "none":
+        if self._back.way.wire == "none":
             return _Scratch(words=words, encoded=None, copies=self._rooms(), rows=None)
         shape = plan.geometry.shape
         most = end.num_ranks * end.max_tokens * min(end.num_topk, shape.num_local)
@@ -164,11 +154,11 @@ class DeviceCombine:
 
     def _sum(self, rows_addr: int, tables_addr: int) -> None:
         end, back, plan, kernels = self._end, self._back, self._plan, self._end.device.kernels
-        entries = (plan.width, int(back.reduce == "rank"), plan.entry_rank_addr, rows_addr)
+        entries = (plan.width, int(back.way.reduce == "rank"), plan.entry_rank_addr, rows_addr)
         factors = 0 if back.factors is None else back.factors.data_ptr()
         bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
         rest = (0, plan.num_tokens, *entries, tables_addr, factors, bias0, bias1, back.out.data_ptr())
-        if back.wire == "none":
+        if back.way.wire == "none":
             kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, *rest)
         else:
             kernels.reduce_logfmt(end.hidden, *rest)
@@ -195,7 +185,7 @@ class DeviceCombine:
             with end.device.on(end.stream):
                 end.faults.ask()
         visit.end([back.out, back.weights_out])
-        end.counters.combined(0, back.row_bytes)
+        end.counters.combined(0)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
 

@@ -58,7 +58,7 @@ class DeviceDispatch:
         self._visit: Visit | None = None
         self._record: Fetch | None = None
         self._waits = waits_for_counts(end, out)
-        self._header = header_of(end, out)
+        self._header = header_of(out)
 
     def wants_background(self) -> bool:
         """Nothing is computed on the host."""
@@ -238,7 +238,7 @@ class DeviceDispatch:
         if heard_RW[:, 0].any():
             end.order.drop(turn)
             check_memory(heard_RW[:, 0], self._step, self._no_memory)
-        end.counters.add(second_offers=1)
+        end.counters.add(second_offers=1, rounds=1)
         end.order.launch(turn)
 
     def _handle(self, num_rows: int) -> Handle:
