@@ -147,15 +147,18 @@ class Buffer(Calls):
 
         The ranks that are left must all say so between the same two calls, and send nothing to experts of those ranks
         (-1 in ``topk_idx``). What they had left out may come back if it made as many calls meanwhile.
-        Raises ValueError for ranks that do not exist, and for this one; Unavailable between hosts, whose ranks forward
-        for each other.
+        Raises ValueError for ranks that do not exist, for this one, and while operations are in flight. Between hosts
+        ranks forward for each other: there a handle goes with the ranks that took part when it was made.
         """
-        self._check_one_host("leave_out")
+        self._flights.check_open()
+        self._check_host_memory("leave_out")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
             raise ValueError(f"rank {self.rank} cannot leave out itself; close its buffer instead")
-        self._end.crowd.leave_out(ranks)
+        if self._flights.unfinished:
+            raise ValueError("operations are in flight: wait for them before leave_out")
+        self._end.crowd.leave_out(self._end.transport, ranks)
 
     def expel_absent(self) -> None:
         """From now on go on without ranks that do not come to a padded operation: as if all had left them out there.
@@ -163,22 +166,22 @@ class Buffer(Calls):
         All ranks must say so before their first operation. A rank is missed when its process has ended, at once, or
         after ``timeout_s``. What others send it in that call is dropped, and its rows count 0 in it; it learns so when
         it calls next, by PeerLost, and cannot come back: :attr:`left_out` names it. A rank that announces an operation
-        and then falls silent still ends the buffer. Raises Unavailable between hosts.
+        and then falls silent still ends the buffer. Raises Unavailable between hosts: who is missed is settled by a
+        word in memory that all ranks share.
         """
-        self._check_one_host("expel_absent")
+        self._flights.check_open()
+        self._check_host_memory("expel_absent")
+        if self._end.across is not None:
+            raise Unavailable(
+                "expel_absent needs all ranks on one host, where a word in shared memory says who is missed, and this "
+                "buffer's live on several: leave_out ranks between two operations there, on all that are left"
+            )
         self._end.crowd.expels = True
 
     @property
     def left_out(self) -> list[int]:
         """Ranks that take no part: left out, or expelled."""
         return list(self._end.crowd.absent)
-
-    def _check_one_host(self, what: str) -> None:
-        """Raise ClosedError, or Unavailable on a device, and where ranks forward for each other."""
-        self._flights.check_open()
-        self._check_host_memory(what)
-        if self._end.across is not None:
-            raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
 
     def close(self) -> None:
         """Leave the group and free the arena; received tensors stay valid. Idempotent.

@@ -18,6 +18,12 @@ H, TMAX = 128, 24
 SHRINK = {"low_latency_mode": True, "enable_shrink": True}
 
 
+@pytest.fixture(params=[None, "2", "1"], ids=["one host", "2 a host", "1 a host"])
+def hosts(request, monkeypatch):
+    if request.param is not None:
+        monkeypatch.setenv("ANYEP_RANKS_PER_HOST", request.param)
+
+
 def step(buffer, mine):
     """A decode step whose experts return what they get."""
     x, count, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False)
@@ -36,7 +42,7 @@ def without(given, rank, masked):
     return total.bfloat16()
 
 
-def test_the_others_go_on_without_a_rank_that_does_not_call_and_with_it_again():
+def test_the_others_go_on_without_a_rank_that_does_not_call_and_with_it_again(hosts):
     given = make_inputs([9, 24, 5], hidden=H)
     rested = threading.Barrier(3)
 
@@ -67,7 +73,7 @@ def test_the_others_go_on_without_a_rank_that_does_not_call_and_with_it_again():
     assert on_ranks(3, rank_main, **SHRINK) == [True] * 3
 
 
-def test_a_token_whose_experts_are_all_masked_is_zero():
+def test_a_token_whose_experts_are_all_masked_is_zero(hosts):
     idx = torch.tensor([[6, 7], [0, 7], [-1, -1]])
     x = torch.ones(3, H).bfloat16()
 
@@ -114,7 +120,7 @@ def test_masks_set_between_calls_hold_for_the_combine_and_for_several_dispatches
     assert on_ranks(3, rank_main, **SHRINK) == [True] * 3
 
 
-def test_cleaning_takes_every_rank_in_again():
+def test_cleaning_takes_every_rank_in_again(hosts):
     given = make_inputs([9, 24], hidden=H)
 
     def rank_main(buffer):
@@ -153,7 +159,8 @@ def test_masks_need_shrink_mode_and_a_rank_of_the_group():
     on_ranks(1, shrinking, **SHRINK)
 
 
-def outlive(group, rank):
+def outlive(group, rank, ranks_per_host):
+    os.environ["ANYEP_RANKS_PER_HOST"] = str(ranks_per_host)
     given = make_inputs([9, 24, 5], hidden=H)
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
     step(buffer, given[rank])
@@ -167,8 +174,9 @@ def outlive(group, rank):
     return "went on"
 
 
-def test_the_survivors_of_a_rank_that_died_go_on_once_they_have_masked_it():
-    with RankProcesses(3, outlive) as ranks:
+@pytest.mark.parametrize("ranks_per_host", [3, 2, 1])
+def test_the_survivors_of_a_rank_that_died_go_on_once_they_have_masked_it(ranks_per_host):
+    with RankProcesses(3, outlive, ranks_per_host) as ranks:
         outcomes = ranks.outcomes(timeout_s=60)
     assert [outcome.how for outcome in outcomes] == ["returned", "returned", "died"], [o.tell() for o in outcomes]
 
@@ -237,21 +245,40 @@ def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(mon
     on_ranks(3, rank_main, **SHRINK)
 
 
-def test_between_hosts_masks_are_refused_and_stay_as_they_were(monkeypatch):
+def test_between_hosts_a_mask_set_behind_a_dispatch_is_for_the_next_one(monkeypatch):
+    """Others forward then than those to whom the rows went, so that the dispatch's own combine is refused."""
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+    given = make_inputs([9, 24, 5], hidden=H)
+    rested = threading.Barrier(3)
 
-    def rank_main(member):
-        buffer = deep_ep.Buffer(member, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
-        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(member.rank)).bfloat16()
-        idx = torch.tensor([[0, 5]] * 4)
-        _, before, *_ = buffer.low_latency_dispatch(x, idx, 4, 8, use_fp8=False)
-        with pytest.raises(anyep.Unavailable, match="one host"):
-            buffer.low_latency_update_mask_buffer((buffer.rank + 1) % 4, True)
-        status = torch.ones(4, dtype=torch.int32)
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False)
+        if buffer.rank != 1:
+            buffer.low_latency_update_mask_buffer(1, True)
+            with pytest.raises(ValueError, match="others were left out when this handle was made"):
+                buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)
+            *_, out = step(buffer, mine)
+            assert same_bits(out, without(given, buffer.rank, [1]))
+        rested.wait(20)
+        return True
+
+    assert on_ranks(3, rank_main, **SHRINK) == [True] * 3
+
+
+def test_between_hosts_masks_that_are_refused_stay_as_they_were(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
+
+    def rank_main(buffer):
+        mine = make_inputs([2, 2], hidden=H)[buffer.rank]
+        begun = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False, return_recv_hook=True)
+        with pytest.raises(RuntimeError, match="operations are in flight"):
+            buffer.low_latency_update_mask_buffer(1 - buffer.rank, True)
+        status = torch.ones(2, dtype=torch.int32)
         buffer.low_latency_query_mask_buffer(status)
         assert not status.any()
-        _, after, *_ = buffer.low_latency_dispatch(x, idx, 4, 8, use_fp8=False)
-        assert torch.equal(before, after)
-        buffer.destroy()
+        begun[4]()
+        step(buffer, mine)
+        return True
 
-    anyep.local_group(4).run(rank_main)
+    assert on_ranks(2, rank_main, **SHRINK) == [True] * 2

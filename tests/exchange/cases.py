@@ -43,6 +43,8 @@ class Case:
     eager_bytes: int | None = None
     max_tokens: int | None = None
     """Tmax of the buffer; None: as many as the largest batch has"""
+    absent: tuple[int, ...] = ()
+    """ranks that take no part: they have no tokens, and nobody names their experts"""
 
     @property
     def most_tokens(self) -> int:
@@ -75,15 +77,17 @@ class Case:
         return max(there.num_rows for there in self._exchange(None).arrivals) + self.spare_rows
 
     def _exchange(self, static_rows: int | None) -> Exchange:
-        placement = self.placement or even_placement(self.num_experts, self.num_ranks).expert_rank_E.tolist()
         return Exchange(
             routing=[Routing(topk_idx=batch.topk_idx, topk_weights=batch.topk_weights) for batch in self.batches],
-            expert_rank=placement,
+            expert_rank=self._expert_rank(),
             layout=self.layout,
             expert_alignment=self.alignment,
             static_rows=static_rows,
             block_rows=self.block_rows,
         )
+
+    def _expert_rank(self) -> Sequence[int]:
+        return self.placement or even_placement(self.num_experts, self.num_ranks).expert_rank_E.tolist()
 
     def _batch(self, rank: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1009 + rank)
@@ -93,6 +97,9 @@ class Case:
         idx = (draw * (self.num_experts + 1)).long().clamp(max=self.num_experts) - 1
         if self.layout == "padded":
             idx = _without_duplicates(idx)
+        if self.absent:
+            owner = torch.tensor([*self._expert_rank(), -1])[idx]
+            idx = idx.masked_fill(torch.isin(owner, torch.tensor(self.absent)), -1)
         weights = torch.rand(tokens, self.num_topk, generator=generator)
         dtype = INPUT_DTYPES[self.wire]
         bias = tuple(torch.randn(tokens, self.hidden, generator=generator).to(dtype) for _ in range(self.num_bias))
@@ -126,13 +133,17 @@ NUMBERS = 1 << 22
 
 @st.composite
 def cases(
-    draw: st.DrawFn, layouts: Sequence[str] = LAYOUTS, wires: Sequence[str] = WIRES, numbers: int | None = NUMBERS
+    draw: st.DrawFn,
+    layouts: Sequence[str] = LAYOUTS,
+    wires: Sequence[str] = WIRES,
+    numbers: int | None = NUMBERS,
+    ranks: st.SearchStrategy[int] | None = None,
 ) -> Case:
-    """Draw a case; R 1 to 9, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128.
+    """Draw a case; R 1 to 9 unless ``ranks`` says otherwise, T 0 to 300, H 1 to 1030, K 1 to 17, E 1 to 128.
 
     There are fewer tokens where more than ``numbers`` numbers would move.
     """
-    num_ranks = draw(st.integers(1, 9))
+    num_ranks = draw(st.integers(1, 9) if ranks is None else ranks)
     num_experts = draw(st.integers(1, 128))
     layout = draw(st.sampled_from(layouts))
     wire = draw(st.sampled_from(wires))

@@ -120,32 +120,43 @@ def expert_output(case: Case, received: anyep.Received, ep: anyep.Buffer) -> tor
     return y
 
 
-def check(case: Case, outcomes: list[Outcome], hosts: HostMap | None = None) -> None:
-    """Compare every rank's outcome with the oracle, bit for bit; ``hosts``: where ranks live on several."""
+def check(case: Case, outcomes: list[Outcome | None], hosts: HostMap | None = None) -> None:
+    """Compare every rank's outcome with the oracle, bit for bit; ``hosts``: where ranks live on several.
+
+    Ranks that take no part have none.
+    """
+    assert [rank for rank, outcome in enumerate(outcomes) if outcome is None] == sorted(case.absent)
     for rank, outcome in enumerate(outcomes):
-        check_received(case, rank, outcome.received)
-        check_received(case, rank, outcome.again)
-        expected = expected_sum(
+        if outcome is not None:
+            check_received(case, rank, outcome.received)
+            check_received(case, rank, outcome.again)
+            present = [outcome if other is None else other for other in outcomes]  # the oracle asks absent ones nothing
+            _check_sums(case, rank, present, hosts)
+
+
+def _check_sums(case: Case, rank: int, outcomes: list[Outcome], hosts: HostMap | None) -> None:
+    outcome = outcomes[rank]
+    expected = expected_sum(
+        case.exchange,
+        rank,
+        lambda owner, rows: outcomes[owner].y.view(-1, case.hidden)[rows],
+        dtype=outcome.y.dtype,
+        reduce=case.reduce,
+        bias=case.batches[rank].bias,
+        factors=case.batches[rank].topk_weights if case.layout == "padded" else None,
+        hosts=hosts,
+    )
+    assert_same("combined", outcome.combined, expected)
+    if outcome.weights is not None:
+        back = expected_sum(
             case.exchange,
             rank,
-            lambda owner, rows: outcomes[owner].y.view(-1, case.hidden)[rows],
-            dtype=outcome.y.dtype,
+            lambda owner, rows: outcomes[owner].received.topk_weights[rows],
+            dtype=torch.float32,
             reduce=case.reduce,
-            bias=case.batches[rank].bias,
-            factors=case.batches[rank].topk_weights if case.layout == "padded" else None,
             hosts=hosts,
         )
-        assert_same("combined", outcome.combined, expected)
-        if outcome.weights is not None:
-            back = expected_sum(
-                case.exchange,
-                rank,
-                lambda owner, rows: outcomes[owner].received.topk_weights[rows],
-                dtype=torch.float32,
-                reduce=case.reduce,
-                hosts=hosts,
-            )
-            assert_same("returned weights", outcome.weights, back)
+        assert_same("returned weights", outcome.weights, back)
 
 
 def check_received(case: Case, rank: int, received: ReceivedCopy) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def on_ranks(rank_main, **options):
             return rank_main(ep, Batch(member.rank))
 
     return anyep.local_group(R).run(thread_main)
+
+
+@pytest.fixture(params=[None, 2, 1], ids=["one host", "2+1", "1+1+1"])
+def hosts(request, monkeypatch):
+    """So many ranks a host; None: all on one."""
+    if request.param is not None:
+        monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(request.param))
+    return request.param
 
 
 def raw_dispatch(ep: anyep.Buffer, batch: Batch) -> anyep.Received:
@@ -67,16 +77,53 @@ def test_a_raw_buffer_with_side_words_refuses_rows_without_them():
     on_ranks(rank_main, wire="raw16", side_words=P)
 
 
-def test_a_recalled_handle_combines_and_dispatches_like_the_first_one():
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20])
+def test_a_recalled_handle_combines_and_dispatches_like_the_first_one(hosts, straight_bytes):
     def rank_main(ep, batch):
         received = raw_dispatch(ep, batch)
         again = ep.handles.recall(batch.idx.clone(), torch.from_numpy(received.handle.announced.copy()))
         y = received.x.view(torch.bfloat16)
-        assert torch.equal(ep.combine(y, again), ep.combine(y, received.handle))
+        sums = ep.combine(y, received.handle)
+        assert torch.equal(ep.combine(y, again), sums)
+        by_column = ep.combine(y, received.handle, reduce="column")
+        assert torch.equal(ep.combine(y, again, reduce="column"), by_column)
         cached = ep.dispatch((batch.x.view(torch.int16), batch.side), handle=again)
         assert torch.equal(cached.x, received.x)
+        assert torch.equal(cached.scales, received.scales)
+        assert torch.equal(ep.combine(y, cached.handle), sums)
+
+    on_ranks(rank_main, wire="raw16", side_words=P, straight_bytes=straight_bytes)
+
+
+def test_what_is_recalled_between_hosts_does_not_go_with_the_dispatchs_own_handle(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+
+    def rank_main(ep, batch):
+        received = raw_dispatch(ep, batch)
+        recalled = ep.handles.recall(batch.idx, torch.from_numpy(received.handle.announced))
+        y = received.x.view(torch.bfloat16)
+        with pytest.raises(ValueError, match="ranks disagree: the handle is of dispatch"):
+            ep.combine(y, recalled if ep.rank == 1 else received.handle)
+        assert torch.equal(ep.combine(y, recalled), ep.combine(y, received.handle))
 
     on_ranks(rank_main, wire="raw16", side_words=P)
+
+
+def test_rows_of_what_was_recalled_are_forwarded_in_pieces_however_small_the_rows_that_asked(monkeypatch):
+    """1 MiB might go straight, and the rows that ask are far smaller; those that follow are not."""
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+
+    def rank_main(ep, batch):
+        received = raw_dispatch(ep, batch)
+        recalled = ep.handles.recall(batch.idx, torch.from_numpy(received.handle.announced))
+        before = ep.stats().straight_rows
+        ep.dispatch((batch.x.view(torch.int16), batch.side), handle=recalled)
+        ep.combine(received.x.view(torch.bfloat16), recalled)
+        return before, ep.stats().straight_rows - before
+
+    outcomes = on_ranks(rank_main, wire="raw16", side_words=P, straight_bytes=1 << 20)
+    assert sum(before for before, _ in outcomes) > 0
+    assert [went for _, went in outcomes] == [0, 0, 0]
 
 
 def test_ranks_may_mix_recalled_and_adopted_handles():
@@ -90,7 +137,7 @@ def test_ranks_may_mix_recalled_and_adopted_handles():
     assert all(on_ranks(rank_main, wire="raw16", side_words=P))
 
 
-def test_a_compact_dispatch_can_be_recalled_in_the_expert_layout():
+def test_a_compact_dispatch_can_be_recalled_in_the_expert_layout(hosts):
     def rank_main(ep, batch):
         compact = ep.dispatch(batch.x.view(torch.int16), batch.idx)
         expert = ep.dispatch(batch.x.view(torch.int16), batch.idx, layout="expert")
@@ -103,7 +150,7 @@ def test_a_compact_dispatch_can_be_recalled_in_the_expert_layout():
     on_ranks(rank_main, wire="raw16", expert_alignment=4)
 
 
-def test_recall_refuses_indices_that_do_not_belong_to_the_counts():
+def test_recall_refuses_indices_that_do_not_belong_to_the_counts(hosts):
     def rank_main(ep, batch):
         received = ep.dispatch(batch.x.view(torch.int16), batch.idx)
         with pytest.raises(ValueError, match="does not belong to these counts"):
@@ -148,6 +195,29 @@ def test_groups_of_ranks_have_sums_of_their_own():
             last = {int(r) // 2: column for column, r in enumerate(owner[token])}
             expected = sorted(last, key=lambda group: last[group])
             assert order[token].tolist() == expected + [-1] * (2 - len(expected))
+
+
+def test_a_handle_is_adopted_by_another_buffer_with_the_same_hosts_alone(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+
+    def rank_main(member):
+        with contextlib.ExitStack() as stack:
+            member.allgather(b"")
+            one, other = (stack.enter_context(anyep.Buffer(member, **SIZES, wire="raw16")) for _ in range(2))
+            if member.rank == 0:
+                monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
+            member.allgather(b"")
+            apart = stack.enter_context(anyep.Buffer(member, **SIZES, wire="raw16"))
+            batch = Batch(member.rank)
+            received = one.dispatch(batch.x.view(torch.int16), batch.idx)
+            y = received.x.view(torch.bfloat16)
+            assert torch.equal(other.combine(y, other.handles.adopt(received.handle)), one.combine(y, received.handle))
+            with pytest.raises(ValueError, match=r"hosts of ranks \[\[0, 1\], \[2\]\], and this one hosts of ranks"):
+                apart.handles.adopt(received.handle)
+            with pytest.raises(anyep.Unavailable, match="by_group sums ranks whose rows can be read here"):
+                one.handles.by_group(received.handle, 2)
+
+    anyep.local_group(R).run(rank_main)
 
 
 def test_sums_by_column_are_refused_where_no_handle_keeps_that_order():

@@ -88,10 +88,32 @@ class ForgetsItIsClosed(InProcessEngine):
 
 class BlamesTheFirst(InProcessEngine):
     def obstacle(self, rank, tag, verb):
-        error = super().obstacle(rank, tag, verb)
-        if hasattr(error, "ranks"):
-            error.ranks = (0,)
-        return error
+        failure = super().obstacle(rank, tag, verb)
+
+        def blamed():
+            error = failure()
+            if hasattr(error, "ranks"):
+                error.ranks = (0,)
+            return error
+
+        return failure and blamed
+
+
+class KeepsItsError(InProcessEngine):
+    def receive(self, rank, tag, memory):
+        transfer = super().receive(rank, tag, memory)
+        look, kept = transfer.done, []
+
+        def done():
+            if not kept:
+                try:
+                    return look()
+                except ValueError as error:
+                    kept.append(error)
+            raise kept[0]
+
+        transfer.done = done
+        return transfer
 
 
 class Spins(InProcessEngine):
@@ -116,6 +138,7 @@ class CountsMessages(InProcessEngine):
         (CutsToFit, end_cases.wrong_size, 2, (100, 200, True)),
         (ForgetsItIsClosed, end_cases.closed, 2, ()),
         (BlamesTheFirst, end_cases.leaves, 3, (10,)),
+        (KeepsItsError, end_cases.forgets_who_looked, 2, ()),
         (Spins, end_cases.patience, 2, ()),
         (CountsMessages, cases.facts, 2, ()),
     ],

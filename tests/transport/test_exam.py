@@ -152,6 +152,11 @@ class BlamesTheFirstForLateness(InProcessTransport):
         return words
 
 
+class MissesWhoIsLeftOut(InProcessTransport):
+    def leave_out(self, ranks):
+        super().leave_out(())
+
+
 class StaysWhenItLeaves(InProcessTransport):
     def leave(self, blame=None):
         if self._kept is None:
@@ -191,6 +196,7 @@ class TrimsTooMuch(InProcessTransport):
         (CountsRowsFromTheFirst, cases.subsets, 3, (0, 60)),
         (NotesNoLateness, cases.lateness, 2, ()),
         (BlamesTheFirstForLateness, cases.lateness, 3, ()),
+        (MissesWhoIsLeftOut, end_cases.left_out, 3, (5,)),
         (StaysWhenItLeaves, end_cases.leaves, 2, ()),
         (LosesWhatIsTrimmed, memory_cases.trimmed_blocks, 1, (60,)),
         (TrimsTooMuch, memory_cases.trimmed_blocks, 1, (60,)),

@@ -6,12 +6,14 @@ Legend: T tokens of this rank, H hidden, K top-k, E experts, R ranks, N received
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, overload
 
 import torch
 
 from anyep.errors import Unavailable
 from anyep.exchange.arguments import CPU, check_choice, check_integer
+from anyep.exchange.asking import ask_all
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Pending
 from anyep.exchange.flights import Flights
@@ -35,7 +37,7 @@ class Calls:
         self._identity = identity
         """what handles are known by: that of all variants of a buffer"""
         self._recorder = recorder
-        self.handles = Handles(end, identity, flights.check_open)
+        self.handles = Handles(end, identity, flights.check_open, partial(ask_all, end, flights, identity))
 
     @property
     def rank(self) -> int:

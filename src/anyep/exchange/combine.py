@@ -54,6 +54,7 @@ class Combine:
     _moved_rows: NDArray[np.int32] | None = None
     _desk: Desk | None = None
     _straight: StraightBack | None = None
+    _absent: list[int] | None = None
     _epoch = _frame = _limit_rows = 0
     _sent = 0, 0, 0
 
@@ -91,7 +92,7 @@ class Combine:
         end, back, way = self._end, self._back, self._back.way
         plan = back.handle.send
         desk = self._desk = end.desk(epoch)
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         slots = end.return_slots(way.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
         frame = self._frame = frame_of_combine(end, plan.geometry, desk, slots)
         limit_rows = slots.limit_rows if way.wire == "none" else 0
@@ -121,7 +122,7 @@ class Combine:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
         end, back, desk = self._end, self._back, self._desk
         assert desk is not None, "it was posted"
-        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
+        opened_RW = self._hear()
         self._find_rows(desk, opened_RW)
         moved, _, num_to, num_from, num_rows, *_ = desk.tally.tolist()
         if end.across is None:
@@ -144,11 +145,12 @@ class Combine:
         end.counters.combined(num_rows * back.way.row_bytes, self._sent, 2 if num_from else 1)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
 
-    def _hear_or_expel(self) -> Words:
+    def _hear(self) -> Words:
         end = self._end
-        opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
-        if gone:
-            forget_rows_from(self._back.handle.send, gone)
+        opened_RW = (end.hear_or_expel if self._expels else end.hear)(self._epoch, self._step, self._header)
+        if end.crowd.absent:
+            end.crowd.expelled_since(self._absent or (), self._step, goes_on=self._expels)
+            forget_rows_from(self._back.handle.send, end.crowd.absent)
         return opened_RW
 
     def _refuse(self, opened_RW: Words) -> None:

@@ -22,6 +22,8 @@ class Crossing:
     def __init__(self, across: Across, kernels: KernelSet, plan: SendPlan, output_bytes: int) -> None:
         """``output_bytes``: of a row of the experts' outputs, in the dtype in which they are expected."""
         hosts, num_topk = across.hosts, plan.geometry.num_topk
+        self.hosts = hosts
+        """as they were when this was routed: ranks that are left out since forwarded for others"""
         num_experts = across.host_E.size
         self.width = min(num_topk, hosts.num_hosts)
         self.entry_host_TW = np.empty((plan.num_tokens, self.width), np.int32)
@@ -57,6 +59,15 @@ class Crossing:
     def tokens_for(self, host: int) -> NDArray[np.int64]:
         """Return the numbers of the tokens that cross to ``host``, ascending."""
         return np.flatnonzero((self.entry_host_TW == host).any(axis=1))
+
+
+def check_forwarders(across: Across | None, crossing: Crossing | None) -> None:
+    """Raise ValueError where others forward now than when a handle was made."""
+    if across is not None and crossing is not None and crossing.hosts.members != across.hosts.members:
+        raise ValueError(
+            "others were left out when this handle was made, and between hosts ranks forward for each other: dispatch "
+            "again, with topk_idx"
+        )
 
 
 def straight_hosts(across: Across, plan: SendPlan, crossing: Crossing, output_bytes: int) -> NDArray[np.bool_]:

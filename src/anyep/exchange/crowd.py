@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+from numpy.typing import NDArray
 
+from anyep.errors import PeerLost
 from anyep.exchange.ledger import CAPACITY, WAY
 from anyep.exchange.opening import BODY
 from anyep.transport.base import Transport, Words
@@ -25,29 +27,54 @@ _ROOM = 1 << 40
 class Crowd:
     """Who takes part, in operations that begin from now on."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
+    def __init__(self) -> None:
         self.absent: list[int] = []
-        self.present: Words | None = None
-        """int64 [m]; None: every rank"""
         self.expels = False
         """whether padded operations go on without ranks that do not come"""
         self.expelled: set[int] = set()
 
-    def leave_out(self, ranks: Collection[int]) -> None:
+    def leave_out(self, transport: Transport, ranks: Collection[int]) -> None:
         """Replace the set of ranks that are left out. ValueError where one is taken in that was expelled."""
         back = self.expelled.difference(ranks)
         if back:
             raise ValueError(f"rank {sorted(back)[0]} was expelled, and its buffer ended: make a new one on all ranks")
         self.absent = sorted(ranks)
-        present = [rank for rank in range(self._num_ranks) if rank not in self.absent]
-        self.present = np.array(present, np.int64) if self.absent else None
+        transport.leave_out(self.absent)
+
+    def expelled_since(self, absent: Collection[int], step: str, *, goes_on: bool) -> list[int]:
+        """Return who was expelled since only ``absent`` were. PeerLost where an operation does not go on without them.
+
+        An operation under way may have been announced to them, with rows.
+        """
+        late = [rank for rank in self.absent if rank not in absent]
+        if late and not goes_on:
+            raise PeerLost(
+                f"{step}: rank {late[0]} was expelled by an earlier padded operation while this one was under way, and "
+                "only those of layout='padded' that are not cached go on without a rank; close this buffer",
+                ranks=late,
+                step=step,
+            )
+        return late
+
+    def gone(self, rows_R: NDArray[np.int32]) -> list[int]:
+        """Return the ranks that are left out for which there are rows: they took part when those were announced."""
+        return [rank for rank in self.absent if rows_R[rank]]
+
+    def check_routes(self, rows_R: NDArray[np.int32]) -> None:
+        """Raise ValueError where a batch has rows for a rank that is left out."""
+        if gone := self.gone(rows_R):
+            raise ValueError(f"topk_idx names experts of rank {gone[0]}, which is left out: put -1 there")
+
+    def check_handle(self, rows_R: NDArray[np.int32]) -> None:
+        """Raise ValueError where rows of an earlier dispatch went to a rank that is left out, or came from it."""
+        if gone := self.gone(rows_R):
+            raise ValueError(f"rank {gone[0]} took part in this handle's dispatch and is left out now: dispatch again")
 
     def expel(self, transport: Transport, ranks: Collection[int], epoch: int) -> bool:
         """Go on without ranks that have not begun ``epoch``; False if all of them have."""
         gone = [rank for rank in ranks if rank not in self.absent and transport.expel(rank, epoch)]
         self.expelled.update(gone)
-        self.leave_out({*self.absent, *gone})
+        self.leave_out(transport, {*self.absent, *gone})
         return bool(gone)
 
     def speak_for_absent(self, opened_RW: Words, header: Words) -> Words:

@@ -76,6 +76,7 @@ class Dispatch:
     _far: DispatchAcross | None = None
     _desk: Desk | None = None
     _sized: _Sized | None = None
+    _absent: list[int] | None = None
     _epoch = _frame = _eager_rows = _direct_rows = _far_rows = _limit_rows = 0
 
     def __init__(
@@ -144,7 +145,7 @@ class Dispatch:
         end, plan, cached = self._end, self._out.plan, self._out.cached
         geometry, desk = self._geometry, end.desk(epoch)
         self._desk = desk
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
         if self._early and landing is not None:
@@ -180,7 +181,7 @@ class Dispatch:
     def _size_up(self) -> None:
         end, out, desk = self._end, self._out, self._desk
         assert desk is not None, "it was posted"
-        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
+        opened_RW = self._hear()
         offered_RW, offer = opened_RW, BODY
         if not size_up(end, out, desk, self._frame, opened_RW, self._header, self._limit_rows, self._step):
             offered_RW, offer = self._offer_again(desk), 0
@@ -200,11 +201,12 @@ class Dispatch:
             batch, turned, handle, num_rows, came_rows, num_to, num_from, num_gaps, opened_RW, offered_RW, offer
         )
 
-    def _hear_or_expel(self) -> Words:
+    def _hear(self) -> Words:
         end = self._end
-        opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
-        if gone:
-            forget_rows_to(end, self._out.plan, gone, opened_RW)
+        opened_RW = (end.hear_or_expel if self._expels else end.hear)(self._epoch, self._step, self._header)
+        late = end.crowd.absent and end.crowd.expelled_since(self._absent or (), self._step, goes_on=self._expels)
+        if late:
+            forget_rows_to(end, self._out.plan, late, opened_RW)
         return opened_RW
 
     def finish(self) -> Received:
@@ -291,8 +293,8 @@ class Dispatch:
                 desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
         if self._landing is not None:
             desk.offers_RW[:, 1:] = self._landing.places
-        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW, end.crowd.present)
-        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step, end.crowd.present).copy()
+        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
+        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step).copy()
         offers_RW[end.crowd.absent] = 0
         check_memory(offers_RW[:, 0], self._step, no_memory)
         end.counters.add(second_offers=1, rounds=1)

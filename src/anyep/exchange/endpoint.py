@@ -220,21 +220,19 @@ class Endpoint:
                 ranks=[self.rank],
                 step="announcement",
             )
-        self.transport.post(self.lanes.open, epoch, words_RW, self.crowd.present)
+        self.transport.post(self.lanes.open, epoch, words_RW)
 
     def hear(self, epoch: int, step: str, header: Words) -> Words:
         """Await the first message of every rank that takes part; the others are spoken for."""
-        present = self.crowd.present
-        opened_RW = self.transport.wait(self.lanes.open, epoch, f"{step}: announcement", present)
-        return opened_RW if present is None else self.crowd.speak_for_absent(opened_RW, header)
+        opened_RW = self.transport.wait(self.lanes.open, epoch, f"{step}: announcement")
+        return self.crowd.speak_for_absent(opened_RW, header) if self.crowd.absent else opened_RW
 
-    def hear_or_expel(self, epoch: int, step: str, header: Words) -> tuple[Words, set[int]]:
-        """The same; who does not come takes no part any more. Return also who that is."""
-        before, late = set(self.crowd.absent), False
+    def hear_or_expel(self, epoch: int, step: str, header: Words) -> Words:
+        """The same; who does not come takes no part any more."""
+        late = False
         while True:
             try:
-                opened_RW = self.hear(epoch, step, header)
-                return opened_RW, set(self.crowd.absent) - before
+                return self.hear(epoch, step, header)
             except PeerError as error:
                 if self.crowd.expel(self.transport, error.ranks, epoch):
                     continue

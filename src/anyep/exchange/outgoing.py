@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from anyep.exchange.arguments import check_tensor
-from anyep.exchange.crossing import Crossing
+from anyep.exchange.crossing import Crossing, check_forwarders
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Handle, SendPlan
@@ -78,6 +78,9 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     """Check tensors that take the way of an earlier dispatch."""
     if topk_idx is not None:
         raise ValueError("topk_idx must be None when a handle is given: the handle knows where the tokens go")
+    check_forwarders(end.across, handle.send.crossing)
+    if end.crowd.absent:
+        end.crowd.check_handle(handle.send.numbers("rank_rows") + handle.send.numbers("source_rows"))
     rows = check_rows(end.wire, x, end.where)
     if rows.num_tokens != handle.num_tokens:
         raise ValueError(f"x has {rows.num_tokens} tokens, but the handle's dispatch sent {handle.num_tokens}")
@@ -114,6 +117,8 @@ def _check_weights(end: Endpoint, topk_weights: object, shape: tuple[int, int]) 
 def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry) -> SendPlan:
     """Copy topk_idx and route it. ValueError for an expert that does not exist."""
     plan = plan_of(end, geometry, topk_idx.data_ptr(), topk_idx.shape[0])
+    if end.crowd.absent:
+        end.crowd.check_routes(plan.numbers("rank_rows"))
     order_entries(end, plan)
     if end.across is not None:
         plan.crossing = Crossing(end.across, end.kernels, plan, end.hidden * end.wire.output_dtype.itemsize)

@@ -1,7 +1,8 @@
 """A handle from numbers: what every rank announced is all that a dispatch's places depend on.
 
 So a handle can be kept as two tensors, sent elsewhere, and made again, on any buffer with the same experts; and the
-order in which a combine adds a token's rows can be chosen after the dispatch. Nothing here exchanges a word.
+order in which a combine adds a token's rows can be chosen after the dispatch. On one host nothing here exchanges a
+word; on several, forwarders have to be told what to stand in for (exchange/asking.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.handle import Handle, SendPlan, check_handle
 from anyep.exchange.opening import BODY
 from anyep.exchange.outgoing import make_plan
+from anyep.layout.hosts import HostMap
 from anyep.transport.base import Words
 
 Counts = NDArray[np.int32]
@@ -48,12 +50,26 @@ class Grouped(NamedTuple):
 
 
 class Handles:
-    """What can be done with the handles of a buffer by one rank alone. On one host, on CPU tensors."""
+    """What can be done with the handles of a buffer besides its operations. On CPU tensors.
 
-    def __init__(self, end: Endpoint, identity: object, check_open: Callable[[], None]) -> None:
+    ``ask``: collective, a handle from topk_idx (exchange/asking.py).
+    """
+
+    def __init__(
+        self, end: Endpoint, identity: object, check_open: Callable[[], None], ask: Callable[..., Handle]
+    ) -> None:
         self._end = end
         self._identity = identity
         self._check_open = check_open
+        self._ask = ask
+
+    def ask(self, topk_idx: torch.Tensor, *, layout: str = "compact", expert_alignment: int = 1) -> Handle:
+        """Return a handle for rows that go the way of ``topk_idx`` [T, K], of any layout. Collective.
+
+        All ranks tell each other, by a dispatch whose rows nobody reads. Errors are those of a dispatch.
+        """
+        self._here("ask")
+        return self._ask(topk_idx, layout=layout, expert_alignment=expert_alignment)
 
     def recall(
         self, topk_idx: torch.Tensor, announced: torch.Tensor, *, layout: str = "compact", expert_alignment: int = 1
@@ -62,12 +78,17 @@ class Handles:
 
         ``announced`` int32 [R, R + E]: ``Handle.announced`` of that dispatch, or of one with the same ``topk_idx`` on
         every rank. Raises TypeError and ValueError.
+
+        Where ranks live on several hosts all of them recall together, as forwarders have to learn again for whom they
+        forward, and use what they recalled together: it does not go with the dispatch's own handle there.
         """
         end = self._here("recall")
         check_choice("layout", layout, _LAYOUTS)
         dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]")
         counts_RC = _check_counts(end, announced)
+        if end.across is not None:
+            return self._recall_together(idx, counts_RC, layout, expert_alignment)
         plan = make_plan(end, idx, _geometry(end, layout, idx.itemsize, expert_alignment))
         own = np.concatenate([plan.numbers("rank_rows"), plan.numbers("expert_rows")])
         if not plan.geometry.by_expert and not (own == counts_RC[end.rank]).all():
@@ -86,15 +107,27 @@ class Handles:
             announced=counts_RC,
         )
 
+    def _recall_together(self, idx: torch.Tensor, counts_RC: Counts, layout: str, expert_alignment: int) -> Handle:
+        handle = self._ask(idx, layout=layout, expert_alignment=expert_alignment)
+        assert handle.announced is not None, "rows that are asked for keep what was announced"
+        if layout == "compact" and not (handle.announced == counts_RC).all():
+            raise ValueError("topk_idx does not belong to these counts: ranks announced others in that dispatch")
+        return handle
+
     def adopt(self, handle: Handle) -> Handle:
         """Return a compact handle of another buffer with the same experts as one of this.
 
         Its wire sums by column, as raw ones do: then handles go under the numbers that :meth:`recall` gives them.
+        Raises ValueError where the ranks of the two live on other hosts.
         """
         self._check_open()
         if handle.buffer is self._identity:
             return handle
-        self._here("adopt")
+        end, crossing = self._here("adopt"), handle.send.crossing
+        theirs = None if crossing is None else crossing.hosts
+        ours = None if end.across is None else end.across.hosts
+        if theirs is not ours and (theirs is None or ours is None or theirs.members != ours.members):
+            raise ValueError(f"this handle's buffer has {_hosts_told(theirs)}, and this one {_hosts_told(ours)}")
         assert handle.announced is not None, "only wires with sums by column keep what was announced"
         return replace(handle, buffer=self._identity)
 
@@ -103,16 +136,24 @@ class Handles:
 
         ``combine(..., reduce="column")`` then returns [T * G, H].
         """
-        return _summed_by_group(self._here("by_group"), check_handle(handle, self._identity), ranks_per_group)
+        end = self._here("by_group")
+        if end.across is not None:
+            raise Unavailable(
+                "by_group sums ranks whose rows can be read here, and this buffer's live on several hosts, which send "
+                "their own sums: use combine(reduce='column', group=<ranks a host>)"
+            )
+        return _summed_by_group(end, check_handle(handle, self._identity), ranks_per_group)
 
     def _here(self, what: str) -> Endpoint:
-        """Return the endpoint. Raises ClosedError, and Unavailable where ranks live on several hosts."""
+        """Return the endpoint. Raises ClosedError, and Unavailable on a device."""
         self._check_open()
         if self._end.where is not CPU:
             raise Unavailable(f"{what} works on CPU tensors, and this buffer's lie on {self._end.where}")
-        if self._end.across is not None:
-            raise Unavailable(f"{what} needs all ranks on one host, and this buffer's live on several")
         return self._end
+
+
+def _hosts_told(hosts: HostMap | None) -> str:
+    return "its ranks on one host" if hosts is None else f"hosts of ranks {list(map(list, hosts.members))}"
 
 
 def _check_counts(end: Endpoint, announced: object) -> Counts:

@@ -32,7 +32,7 @@ class Sender(Part, Protocol):
 
 def retract(transport: HierarchicalTransport, epoch: int, senders: Sequence[Sender]) -> None:
     """Collective. Raises PeerLost and PeerTimeout as an operation does."""
-    far = sorted({*range(transport.size)}.difference(transport.hosts.near(transport.rank)))
+    far = transport.hosts.far_ranks(transport.rank)
     counts_RK = np.zeros((transport.size, len(_KINDS)), np.int64)
     for sender in senders:
         for rank, counts in sender.sent_to().items():

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from anyep.exchange.arguments import check_tensor
+from anyep.exchange.crossing import check_forwarders
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.handle import Handle
 from anyep.exchange.receive import fresh, tensor_on
@@ -57,6 +58,7 @@ def prepare(
     group: object = 0,
 ) -> Returning:
     """Check the caller's tensors. Raises TypeError and ValueError; exchanges nothing."""
+    check_forwarders(end.across, handle.send.crossing)
     padded = handle.send.geometry.padded
     legend = "[L, R * Tmax, hidden]" if padded else "[N, hidden]"
     checked = check_tensor("y", y, dtypes=ELEMENTS, shape=(*handle.shape, end.hidden), legend=legend, device=end.where)

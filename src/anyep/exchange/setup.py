@@ -120,7 +120,7 @@ def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options:
         rule=rule,
         far_R=far_R,
         across=across,
-        crowd=Crowd(transport.size),
+        crowd=Crowd(),
         desks=tuple(Desk(index, slots, lanes, placement.num_experts) for index in range(options.ring)),
     )
 

@@ -6,7 +6,7 @@ in its host as the sender has in its own (the same *rail*), so that all ranks of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class HostMap:
     host_R: NDArray[np.int32]
     """the host of each rank"""
     members: tuple[tuple[int, ...], ...]
-    """the ranks of each host, ascending"""
+    """the ranks of each host that take part, ascending"""
 
     @property
     def num_hosts(self) -> int:
@@ -31,9 +31,14 @@ class HostMap:
         return self.members[self.host_R[rank]]
 
     def far_hosts(self, rank: int) -> tuple[int, ...]:
-        """Return the other hosts, the next one first, so that not all ranks begin with the same."""
+        """Return the other hosts where anybody is, the next one first, so that not all ranks begin with the same."""
         own, count = int(self.host_R[rank]), self.num_hosts
-        return tuple((own + step) % count for step in range(1, count))
+        others = ((own + step) % count for step in range(1, count))
+        return tuple(host for host in others if self.members[host])
+
+    def far_ranks(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks of other hosts, ascending."""
+        return tuple(sorted(other for host in self.far_hosts(rank) for other in self.members[host]))
 
     def forwarder(self, source: int, host: int) -> int:
         """Return who takes at ``host`` what ``source``, a rank of another host, sends there."""
@@ -43,8 +48,18 @@ class HostMap:
     def sources_of(self, rank: int) -> tuple[int, ...]:
         """Return the ranks of other hosts for which ``rank`` forwards, ascending."""
         own = int(self.host_R[rank])
-        others = (source for source, host in enumerate(self.host_R.tolist()) if host != own)
-        return tuple(source for source in others if self.forwarder(source, own) == rank)
+        return tuple(source for source in self.far_ranks(rank) if self.forwarder(source, own) == rank)
+
+    def without(self, ranks: Collection[int]) -> HostMap:
+        """Return the same hosts with these ranks left out: the others forward for each other.
+
+        >>> hosts = map_hosts(["a", "a", "a", "b", "b"])
+        >>> left = hosts.without([0, 4])
+        >>> left.members, left.forwarder(2, 1), left.sources_of(3)
+        (((1, 2), (3,)), 3, (1, 2))
+        """
+        members = tuple(tuple(rank for rank in one if rank not in ranks) for one in self.members)
+        return HostMap(host_R=self.host_R, members=members)
 
 
 def map_hosts(names: Sequence[str]) -> HostMap:

@@ -6,6 +6,8 @@ Every function is ``case(make, rank, ...)`` and runs on all ranks.
 from __future__ import annotations
 
 import time
+import weakref
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -36,6 +38,28 @@ def wrong_size(make: Make, rank: int, expected: int, came: int, receive_first: b
         incoming = [receive(engine, peer, 2, expected) for peer in peers(engine)]
         finish(engine, [send(engine, peer, 2, expected) for peer in peers(engine)])
         arrive(engine, incoming)
+        meet(engine)
+
+
+def forgets_who_looked(make: Make, rank: int) -> None:
+    """An error that a transfer raises each time it is looked at does not keep what the stacks of those looks held."""
+
+    class Batch:
+        """Stands for what a caller has in hand."""
+
+    def look(transfer: Transfer) -> weakref.ref[Batch]:
+        batch = Batch()
+        with suppress(ValueError):
+            transfer.done()
+        return weakref.ref(batch)
+
+    with opened(make) as engine:
+        wrong = [receive(engine, peer, 2, 8).transfer for peer in peers(engine)]
+        sent = [send(engine, peer, 2, 9) for peer in peers(engine)]
+        for transfer in wrong:
+            require(isinstance(settle(engine, transfer), ValueError), "a message of 9 bytes for 8 was no error")
+            require(look(transfer)() is None, "the error of a transfer keeps the stack of who looked at it")
+        finish(engine, sent)
         meet(engine)
 
 

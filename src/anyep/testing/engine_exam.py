@@ -45,6 +45,7 @@ def engine_exams(*, seed: int = 0) -> list[Exam]:
         for expected, came in ((8, 9), (_SMALL, _BIG), (_BIG, _SMALL), (_BIG, _BIG + 1), (_BIG, _BIG - 1), (_BIG, 0))
         for first in (False, True)
     ]
+    exams += [Exam(case=end_cases.forgets_who_looked, num_ranks=2)]
     exams += [Exam(case=end_cases.bad_arguments, num_ranks=2), Exam(case=end_cases.patience, num_ranks=2)]
     exams += [Exam(case=end_cases.leaves, num_ranks=n, arguments=(num_bytes,)) for n, num_bytes in ((2, 10), (3, _BIG))]
     exams += [Exam(case=end_cases.last_words, num_ranks=3, arguments=(n, 50)) for n in (_SMALL, 16384)]

@@ -118,6 +118,30 @@ def silent_for_some(make: Make, rank: int) -> None:
         transport.leave(Blame(ranks=(quiet,), timeout=True))
 
 
+def left_out(make: Make, rank: int, rounds: int) -> None:
+    """Ranks that are left out are not awaited, and how they end is nobody's matter, until they are taken in again."""
+    gone = 1
+    with opened(make) as transport:
+        post(transport, OPEN, 0)
+        wait(transport, OPEN, 0)
+        if rank == gone:
+            transport.leave(Blame(ranks=(gone,), timeout=False))
+            return
+        transport.leave_out([gone])
+        others = np.array([other for other in range(transport.size) if other != gone])
+        for epoch in range(1, rounds + 1):
+            post(transport, OPEN, epoch)
+            words = transport.wait(OPEN, epoch, f"exam {epoch}: the others")
+            check_messages(transport, OPEN, epoch, words, others)
+            require(transport.arrived(OPEN, epoch), "messages of all that take part had come, and arrived() is False")
+            transport.check(epoch, f"exam {epoch}")
+        transport.leave_out(())
+        step = f"exam {rounds + 1}: all"
+        error = expect(PeerLost, lambda: transport.wait(OPEN, rounds + 1, step), "a lost rank that was taken in")
+        check_error(error, (gone,), step)
+        transport.leave(Blame(ranks=(gone,), timeout=False))
+
+
 def leaves(make: Make, rank: int) -> None:
     """To leave ends waits in other threads and refuses calls, and leaves memory where it is."""
     ended: list[BaseException] = []

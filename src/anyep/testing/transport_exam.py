@@ -69,6 +69,7 @@ def transport_exams(*, seed: int = 0, rounds: int = 300) -> list[Exam]:
         Exam(case=case, num_ranks=n) for case in (end_cases.closed, end_cases.silent, end_cases.leaves) for n in (2, 4)
     ]
     exams += [Exam(case=case, num_ranks=3) for case in (end_cases.silent_for_some, cases.lateness)]
+    exams += [Exam(case=end_cases.left_out, num_ranks=n, arguments=(rounds // 10,)) for n in (2, 5)]
     exams += [Exam(case=end_cases.expelled, num_ranks=n) for n in (1, 4)]
     exams += [Exam(case=end_cases.blame, num_ranks=4, arguments=(timeout,)) for timeout in (False, True)]
     return exams

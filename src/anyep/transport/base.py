@@ -15,6 +15,7 @@ order, :meth:`Transport.wait` acquires.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -128,7 +129,15 @@ class Transport(Protocol):
         ...
 
     def check(self, epoch: int, step: str) -> None:
-        """Raise PeerLost or PeerTimeout if a rank has left because of an error, whatever it had posted before."""
+        """Raise PeerLost or PeerTimeout if a rank that takes part has left because of an error, whatever it posted."""
+        ...
+
+    def leave_out(self, ranks: Collection[int]) -> None:
+        """From the next operation on "every rank" means all but these, until called again; nothing they do matters.
+
+        All ranks that are left say so between the same two operations. What a rank that was left out posts meanwhile
+        is not heard; it may be taken in again if it has counted as many operations.
+        """
         ...
 
     def claim(self, epoch: int) -> bool:

@@ -9,7 +9,7 @@ came first. Messages under different tags overtake each other freely, so that se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,9 @@ from anyep.transport.liveness import Departure
 
 Bytes = NDArray[np.uint8]
 """One-dimensional and contiguous."""
+Failure = Callable[[], Exception]
+"""Makes the error of a message that cannot come, anew for everyone who looks: one that is raised twice keeps the stacks
+of those who looked, and with them the callers' tensors."""
 NUM_TAGS = 1 << 30
 """Tags are 0 to NUM_TAGS - 1. One is free again when its message was sent and received."""
 

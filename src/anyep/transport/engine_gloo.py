@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from anyep.errors import ClosedError
-from anyep.transport.engine import NUM_TAGS, Bytes, Transfer
+from anyep.transport.engine import NUM_TAGS, Bytes, Failure, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_parcel import Note, NoteKind, Parcel
 from anyep.transport.engine_talk import Talk
@@ -118,7 +118,7 @@ class GlooEngine:
         if group is None:
             return
         for line in self._lines.values():
-            line.say_goodbye(_closed())
+            line.say_goodbye(_closed)
         self._hang_up(group)
         for line in self._lines.values():
             line.join()
@@ -211,11 +211,11 @@ class _Line:
     def look(self) -> None:
         """gloo's own thread moves the bytes."""
 
-    def say_goodbye(self, error: Exception) -> None:
+    def say_goodbye(self, failure: Failure) -> None:
         with self._lock:
             if self.talk.departure is None:
                 self.tell(self._rank, NoteKind.BYE, 0, 0, np.zeros(0, np.uint8))
-            self.talk.close(error)
+            self.talk.close(failure)
 
     def join(self) -> None:
         if self._thread is not threading.current_thread():

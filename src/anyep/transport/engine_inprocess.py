@@ -8,9 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from anyep.errors import ClosedError
-from anyep.transport.engine import Bytes, Transfer
+from anyep.transport.engine import Bytes, Failure, Transfer
 from anyep.transport.engine_checks import check_message, check_writable, peer_lost, tag_taken, wrong_size
 from anyep.transport.inprocess import Member
 from anyep.transport.liveness import Departure, blame_of
@@ -63,22 +64,22 @@ class _Message:
         self.memory = memory
         self.taken = taken
         self.finished = False
-        self.error: Exception | None = None
+        self.failure: Failure | None = None
         self._engine = engine
         self._verb = verb
 
     def done(self) -> bool:
-        if not self.finished and self.error is None:
-            self.error = self._engine.obstacle(self.rank, self.tag, self._verb)
+        if not self.finished and self.failure is None:
+            self.failure = self._engine.obstacle(self.rank, self.tag, self._verb)
         if self.finished:  # looked at last: it may have come while this rank looked after its peer
             return True
-        if self.error is not None:
-            raise self.error
+        if self.failure is not None:
+            raise self.failure()
         return False
 
     @property
     def settled(self) -> bool:
-        return self.finished or self.error is not None or self._engine.obstacle(self.rank, self.tag, "") is not None
+        return self.finished or self.failure is not None or self._engine.obstacle(self.rank, self.tag, "") is not None
 
 
 def _carry(sent: _Message, received: _Message) -> None:
@@ -86,7 +87,7 @@ def _carry(sent: _Message, received: _Message) -> None:
         received.memory[:] = sent.memory
         received.finished = True
     else:
-        received.error = wrong_size(received.rank, received.tag, received.memory.size, sent.memory.size)
+        received.failure = partial(wrong_size, received.rank, received.tag, received.memory.size, sent.memory.size)
     sent.finished = True
 
 
@@ -146,12 +147,12 @@ class InProcessEngine:
             self._open = False
             self._exchange.close(self.rank)
 
-    def obstacle(self, rank: int, tag: int, verb: str) -> Exception | None:
+    def obstacle(self, rank: int, tag: int, verb: str) -> Failure | None:
         """Why a message between this rank and ``rank`` will never be done; None: it may."""
         if not self._open:
-            return _closed()
+            return _closed
         departure = self.departures().get(rank)
-        return None if departure is None else peer_lost(rank, self.rank, tag, departure, verb)
+        return None if departure is None else partial(peer_lost, rank, self.rank, tag, departure, verb)
 
     def _message(self, rank: int, tag: int, memory: Bytes, verb: str, taken: str) -> _Message:
         self._check_open()

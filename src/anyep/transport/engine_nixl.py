@@ -135,7 +135,7 @@ class NixlEngine:
             for rank, talk in self._talks.items():
                 if talk.departure is None:
                     self.tell(rank, NoteKind.BYE, 0, 0, _NOTHING)
-                talk.close(_closed())
+                talk.close(_closed)
         thread = getattr(self, "_thread", None)
         self._changed.set()
         if thread is not None and thread is not threading.current_thread():

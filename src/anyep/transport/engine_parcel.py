@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from anyep.transport.engine import Bytes
+from anyep.transport.engine import Bytes, Failure
 
 
 class NoteKind(IntEnum):
@@ -72,7 +72,7 @@ class Parcel:
         self.memory = memory
         self.incoming = incoming
         self.finished = False
-        self.error: Exception | None = None
+        self.failure: Failure | None = None
         self.registration: object = None
         """whatever the network keeps of the memory"""
         self._look = look
@@ -83,18 +83,18 @@ class Parcel:
         self._look()
         if self.finished:
             return True
-        if self.error is not None:
-            raise self.error
+        if self.failure is not None:
+            raise self.failure()
         return False
 
     @property
     def settled(self) -> bool:
-        return self.finished or self.error is not None
+        return self.finished or self.failure is not None
 
     def finish(self) -> None:
-        if self.error is None:
+        if self.failure is None:
             self.finished = True
 
-    def fail(self, error: Exception) -> None:
-        if not self.finished and self.error is None:
-            self.error = error
+    def fail(self, failure: Failure) -> None:
+        if not self.finished and self.failure is None:
+            self.failure = failure

@@ -22,11 +22,12 @@ behind under its tag: only its receiver is told.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anyep.transport.engine import Bytes
+from anyep.transport.engine import Bytes, Failure
 from anyep.transport.engine_checks import peer_lost, tag_taken, wrong_size
 from anyep.transport.engine_parcel import Note, NoteKind, Parcel, Wire
 from anyep.transport.liveness import Departure
@@ -53,7 +54,7 @@ class Talk:
         self._offers: set[int] = set()
         self._unanswered = 0
         """ASKs without an answer"""
-        self._obstacle: Exception | None = None
+        self._obstacle: Failure | None = None
         self._why = ""
 
     def send(self, tag: int, memory: Bytes) -> Parcel:
@@ -145,10 +146,10 @@ class Talk:
                 self._why = why
                 self._fail_all()
 
-    def close(self, error: Exception) -> None:
+    def close(self, failure: Failure) -> None:
         """This rank leaves: fail all that is under way."""
         with self._lock:
-            self._obstacle = error
+            self._obstacle = failure
             self._fail_all()
             self._early.clear()
 
@@ -204,7 +205,7 @@ class Talk:
         if num_bytes == parcel.memory.size:
             parcel.finish()
         else:
-            parcel.fail(wrong_size(self.rank, parcel.tag, parcel.memory.size, num_bytes))
+            parcel.fail(partial(wrong_size, self.rank, parcel.tag, parcel.memory.size, num_bytes))
         self._wire.settled()
 
     def _is_blocked(self, parcel: Parcel) -> bool:
@@ -213,7 +214,7 @@ class Talk:
             parcel.fail(self._obstacle)
         elif self.departure is not None:
             verb = "awaits from" if parcel.incoming else "sends to"
-            parcel.fail(peer_lost(self.rank, self._own_rank, parcel.tag, self.departure, verb, self._why))
+            parcel.fail(partial(peer_lost, self.rank, self._own_rank, parcel.tag, self.departure, verb, self._why))
         return parcel.settled
 
     def _fail_all(self) -> None:

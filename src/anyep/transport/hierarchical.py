@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ class HierarchicalTransport:
         self.name = f"{local.name} inside hosts, {engine.name} between"
         self.rank, self.size = local.rank, local.size
         self.waited_ns = local.waited_ns
-        self.hosts = hosts
+        self._all_hosts = self.hosts = hosts
         self.engine = engine
         self.timeout_s = timeout_s
         self._local = local
@@ -63,26 +63,27 @@ class HierarchicalTransport:
         self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
         self._num_passing = 0
-        messengers = {
-            source: hosts.forwarder(source, int(hosts.host_R[self.rank]))
-            for source in range(self.size)
-            if hosts.host_R[source] != hosts.host_R[self.rank]
-        }
-        local.let_post(messengers)
-        self._farewell = _Farewells(engine, set(messengers))
-        self.announce_straight(False)
+        self._farewell = _Farewells(engine, set(hosts.far_ranks(self.rank)))
+        self._is_straight = False
+        self.leave_out(())
         self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
         self._awaited: dict[tuple[int, int], dict[int, tuple[Transfer, Bytes]]] = {}
+
+    def leave_out(self, ranks: Collection[int]) -> None:
+        """Let the ranks that are left forward for each other."""
+        self._local.leave_out(ranks)
+        self.hosts = hosts = self._all_hosts.without(ranks)
+        own = int(hosts.host_R[self.rank])
+        self._local.let_post({source: hosts.forwarder(source, own) for source in hosts.far_ranks(self.rank)})
+        self.announce_straight(self._is_straight)
 
     def announce_straight(self, straight: bool) -> None:
         """Choose how messages to all ranks go to other hosts from now on, all ranks alike between the same two."""
         hosts, rank = self.hosts, self.rank
         self._is_straight = straight
         if straight:
-            near = {*hosts.near(rank)}
-            others = [other for other in range(rank + 1, rank + self.size) if other % self.size not in near]
-            self._to = [other % self.size for other in others]
-            self._from = tuple(sorted(self._to))
+            self._from = hosts.far_ranks(rank)
+            self._to = sorted(self._from, key=lambda other: (other - rank) % self.size)
         else:
             self._to = [hosts.forwarder(rank, host) for host in hosts.far_hosts(rank)]
             self._from = hosts.sources_of(rank)
@@ -147,10 +148,10 @@ class HierarchicalTransport:
         self.engine.close()
 
     def describe(self) -> dict[str, str]:
-        hosts = "; ".join(f"rank{'s' * (len(ranks) > 1)} {spell_ranks(ranks)}" for ranks in self.hosts.members)
+        told = (f"rank{'s' * (len(ranks) > 1)} {spell_ranks(ranks)}" for ranks in self._all_hosts.members)
         return {
             **self._local.describe(),
-            "hosts": f"{self.hosts.num_hosts} ({hosts})",
+            "hosts": f"{self.hosts.num_hosts} ({'; '.join(told)})",
             **self.engine.describe(),
         }
 

@@ -169,7 +169,7 @@ class LocalGroup(Sequence[Member]):
 
 
 class _Threads:
-    """Neighbours in the same process: their addresses are ours. Keeps every rank's memory while this rank is open."""
+    """Memory of ranks in the same process: their addresses are ours. Keeps all of it while this rank is open."""
 
     def __init__(self, group: LocalGroup, arenas: Sequence[Arena]) -> None:
         self._group = group
@@ -218,6 +218,6 @@ class InProcessTransport(SharedTransport):
             timeout_s=timeout_s,
             arena=arena,
             maker=maker,
-            neighbours=_Threads(member.group, arenas),
+            memories=_Threads(member.group, arenas),
             controls={rank: arenas[rank].segments[0].address for rank in members or range(member.size)},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -26,8 +26,8 @@ from anyep.transport.waiting import (
     SLICE_NS,
     SPINS,
     YIELDS,
-    Neighbours,
     Opened,
+    PeerMemory,
     Waiter,
     departures_of,
     told_by,
@@ -51,7 +51,7 @@ class SharedTransport:
         timeout_s: float,
         arena: Arena,
         maker: SegmentMaker,
-        neighbours: Neighbours,
+        memories: PeerMemory,
         controls: Mapping[int, int],
     ) -> None:
         self.rank = rendezvous.rank
@@ -68,22 +68,28 @@ class SharedTransport:
             timeout_s=timeout_s,
         )
         self.waited_ns = self._waiter.waited_ns
-        self._everybody = np.roll(np.arange(self.size, dtype=np.int64), -self.rank)  # oneself first
-        self._members = self._everybody[[rank in controls for rank in self._everybody.tolist()]]
+        self._controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
+        self.leave_out(())
         self._leaving = threading.Lock()
         boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
         maker.peers = [board for rank, board in boards.items() if rank != self.rank]
-        controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
         self._kept: Opened | None = Opened(
             arena=arena,
-            neighbours=neighbours,
-            controls_R=controls_R,
-            members_R=controls_R[controls_R != 0],
+            memories=memories,
+            controls_R=self._controls_R,
+            members_R=self._controls_R[self._controls_R != 0],
             boards=boards,
             slots=lay_out(layout, self.rank, arena.segments[0]),
         )
         self._open: Opened | None = self._kept
         tell_after_fork(self)
+
+    def leave_out(self, ranks: Collection[int]) -> None:
+        everybody = [(self.rank + step) % self.size for step in range(self.size)]  # oneself first
+        present = [rank for rank in everybody if rank not in ranks]
+        self._everybody = np.array(present, np.int64)
+        self._members = self._everybody[self._controls_R[self._everybody] != 0]
+        self._heeded = self._controls_R[self._members]
 
     def allocate(self, num_bytes: int) -> ArenaBlock:
         return self._opened().arena.allocate(num_bytes)
@@ -98,7 +104,7 @@ class SharedTransport:
     def address(self, rank: int, place: Place) -> int:
         opened = self._opened()
         try:
-            return opened.neighbours.segment_address(rank, place.segment) + place.offset
+            return opened.memories.segment_address(rank, place.segment) + place.offset
         except ProcessLookupError as error:
             departures = departures_of(self._signals, opened)
             told = lost(
@@ -162,9 +168,12 @@ class SharedTransport:
 
     def check(self, epoch: int, step: str) -> None:
         opened = self._open or self._refuse()
-        if not anybody_failed(self._signals, opened.members_R):
+        if not anybody_failed(self._signals, self._heeded):
             return
-        departures = {rank: left for rank, left in told_by(opened).items() if left.blame is not None}
+        present = {*self._members.tolist()}
+        departures = {
+            rank: left for rank, left in told_by(opened).items() if left.blame is not None and rank in present
+        }
         others = sorted({*range(self.size)} - departures.keys())
         error = lost(self._waiter.facts(opened, epoch, step, sorted(departures), others), departures)
         assert error is not None, "a departure is a reason"
@@ -188,7 +197,7 @@ class SharedTransport:
             kept, self._kept = self._kept, None
         if kept is not None:
             kept.arena.close()
-            kept.neighbours.close()
+            kept.memories.close()
 
     def after_fork(self) -> None:
         """Called in a child of this process: it has a copy of this object, and may not speak for the rank."""

@@ -84,7 +84,7 @@ class ShmTransport(SharedTransport):
         signals = load_signals()
         maker = SegmentMaker(linux.shared_memory, signals, rendezvous.size)
         arena = Arena(maker, poison=poison)
-        neighbours = _Processes(signals, rendezvous.rank, rendezvous.size, identities, arena)
+        memories = _Processes(signals, rendezvous.rank, rendezvous.size, identities, arena)
 
         def offer() -> dict[str, int]:
             arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes)
@@ -94,9 +94,9 @@ class ShmTransport(SharedTransport):
 
         try:
             cards = together(rendezvous, offer)
-            together(rendezvous, lambda: neighbours.meet(cards))
+            together(rendezvous, lambda: memories.meet(cards))
         except BaseException:
-            neighbours.close()
+            memories.close()
             arena.close()
             raise
         super().__init__(
@@ -105,8 +105,8 @@ class ShmTransport(SharedTransport):
             timeout_s=timeout_s,
             arena=arena,
             maker=maker,
-            neighbours=neighbours,
-            controls={rank: neighbours.segment_address(rank, 0) for rank in here},
+            memories=memories,
+            controls={rank: memories.segment_address(rank, 0) for rank in here},
         )
 
     def describe(self) -> dict[str, str]:
@@ -115,7 +115,7 @@ class ShmTransport(SharedTransport):
 
 
 class _Processes:
-    """Neighbours in other processes: their segments as mapped here, and a watch on their ends."""
+    """Memory of ranks in other processes: their segments as mapped here, and a watch on their ends."""
 
     def __init__(
         self, signals: ModuleType, rank: int, size: int, identities: Mapping[int, Identity], arena: Arena

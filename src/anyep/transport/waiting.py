@@ -26,7 +26,7 @@ NAP_S = 0.0005
 _EPOCHS = 1 << 32
 
 
-class Neighbours(Protocol):
+class PeerMemory(Protocol):
     """What differs between ranks that are threads and ranks that are processes."""
 
     def segment_address(self, rank: int, index: int) -> int:
@@ -49,7 +49,7 @@ class Opened:
     """What a transport has until it is closed. A call holds it, so that nothing is unmapped under its feet."""
 
     arena: Arena
-    neighbours: Neighbours
+    memories: PeerMemory
     controls_R: NDArray[np.int64]
     members_R: NDArray[np.int64]
     """where the control memory of those lies that share memory with this rank"""
@@ -160,7 +160,7 @@ class Waiter:
             arrived=arrived,
             elapsed_s=elapsed_s,
             timeout_s=self._timeout_s,
-            names=opened.neighbours.names(),
+            names=opened.memories.names(),
         )
 
     def missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
@@ -171,7 +171,7 @@ class Waiter:
 
 def departures_of(signals: ModuleType, opened: Opened) -> dict[int, Departure]:
     """Return who has left; a rank's own words outweigh what was seen of its end."""
-    departures = dict(opened.neighbours.departures())
+    departures = dict(opened.memories.departures())
     if anybody_left(signals, opened.members_R):
         departures |= told_by(opened)
     return departures

@@ -16,7 +16,6 @@ from anyep.errors import Unavailable
 from anyep.layout.hosts import group_ranks
 from anyep.testing.hosts import Hosts, check_hosts
 from anyep.testing.processes import RankProcesses, run_processes
-from anyep.transport.nixl_agent import load_nixl
 from tests.exchange.rounds import check, open_buffer, play, poison_arenas
 from tests.exchange.test_behaviour import CASE
 
@@ -26,16 +25,6 @@ CASES = [
     replace(CASE, layout="expert", reduce="expert", alignment=4),
     replace(CASE, layout="padded", wire="fp8"),
 ]
-
-
-@pytest.fixture(params=["gloo", "nixl"])
-def engine(request):
-    if request.param == "nixl":
-        try:
-            load_nixl()
-        except Unavailable as error:
-            pytest.skip(str(error))
-    return request.param
 
 
 def play_cases(group, rank, engine, ranks_per_host, straight_bytes, chosen):

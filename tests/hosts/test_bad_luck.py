@@ -12,24 +12,12 @@ import pytest
 import torch
 
 import anyep
-from anyep.errors import Unavailable
 from anyep.exchange import across, setup
 from anyep.exchange.courier import Inbox, Outbox
 from anyep.testing.processes import RankProcesses, run_processes
-from anyep.transport.nixl_agent import load_nixl
 
 NUM_RANKS, PER_HOST = 4, 2
 SIZES = {"hidden": 512, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 256}
-
-
-@pytest.fixture(params=["gloo", "nixl"])
-def engine(request):
-    if request.param == "nixl":
-        try:
-            load_nixl()
-        except Unavailable as error:
-            pytest.skip(str(error))
-    return request.param
 
 
 def open_differently(group, rank, what):

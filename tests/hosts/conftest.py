@@ -1,0 +1,29 @@
+"""Exchanges here run on poisoned memory, and over every engine that is installed."""
+
+from __future__ import annotations
+
+import pytest
+
+from anyep.errors import Unavailable
+from anyep.transport.nixl_agent import load_nixl
+from tests.exchange.conftest import poisoned
+
+__all__ = ["poisoned"]
+
+
+@pytest.fixture(scope="module")
+def played():
+    """Return a function that sets how many ranks a host has."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield lambda number: patch.setenv("ANYEP_RANKS_PER_HOST", str(number))
+
+
+@pytest.fixture(params=["gloo", "nixl"])
+def engine(request):
+    """Name a network engine; skip with the reason where it is not installed."""
+    if request.param == "nixl":
+        try:
+            load_nixl()
+        except Unavailable as error:
+            pytest.skip(str(error))
+    return request.param
