@@ -252,8 +252,7 @@ class Dispatch:
 
     def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
         end, plan, out = self._end, self._out.plan, self._out
-        shape = self._geometry.shape
-        padded = self._geometry.padded
+        shape, padded = self._geometry.shape, self._geometry.padded
         announced = announced_counts(opened_RW, end.num_counts) if end.wire.by_column else None
         return Handle(
             buffer=self._buffer,
