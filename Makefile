@@ -5,6 +5,7 @@
 #   make bench-gpu  CUDA tensors between virtual ranks of this machine's GPU, right first, then timed; installs nothing
 #   make test       quick tests          make test-all   all tests
 #   make check      format, lint, strict types, layers, inert import
+#   make install    no more than .venv, from which .venv/bin/python and .venv/bin/anyep run
 #   make clean      forget everything that these targets made
 #
 #   make PYTHON=python3.12 ...     another interpreter
