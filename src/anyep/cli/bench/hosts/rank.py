@@ -71,9 +71,10 @@ def _torch_group(group: Rendezvous, store: str, timeout_s: float) -> Iterator[No
 def _measure(group: Rendezvous, plan: HostsPlan, workload: Workload) -> HostResult:
     exchange = make_exchange(workload, group.size)
     tape = Tape(workload.hidden, DTYPES[workload.wire])
-    options = {"transport": plan.base.transport, "timeout_s": plan.base.timeout_s}
     with ExitStack() as stack:
-        ours = stack.enter_context(Ours(group, workload, exchange, tape, **options))  # type: ignore[arg-type]
+        ours = stack.enter_context(
+            Ours(group, workload, exchange, tape, transport=plan.base.transport, timeout_s=plan.base.timeout_s)
+        )
         checks = CompactChecks(ours, exchange, workload.wire)
         mismatches = checks.first()
         peers = [_open(stack, name, ours, workload, exchange) for name in (GLOO, GLOO_RANKS)]
