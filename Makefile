@@ -32,9 +32,12 @@ help:
 install: $(STAMP)
 
 # torch comes first and by exact version: left to a resolver, it brings gigabytes of GPU packages along.
-$(STAMP): pyproject.toml constraints.txt
+# Triton is the one that torch has brought, or else that of triton.txt.
+$(STAMP): pyproject.toml constraints.txt triton.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)" || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement triton.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[bench,dev,pictures]"
 	touch $(STAMP)
