@@ -5,6 +5,7 @@
 #   make bench-gpu  CUDA tensors between virtual ranks of this machine's GPU, right first, then timed; installs nothing
 #   make test       quick tests          make test-all   all tests
 #   make check      format, lint, strict types, layers, inert import
+#   make install    no more than .venv, from which .venv/bin/python and .venv/bin/anyep run
 #   make clean      forget everything that these targets made
 #
 #   make PYTHON=python3.12 ...     another interpreter
@@ -31,9 +32,12 @@ help:
 install: $(STAMP)
 
 # torch comes first and by exact version: left to a resolver, it brings gigabytes of GPU packages along.
-$(STAMP): pyproject.toml constraints.txt
+# Triton is the one that torch has brought, or else that of triton.txt.
+$(STAMP): pyproject.toml constraints.txt triton.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('triton') is None)" || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement triton.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[bench,dev,pictures]"
 	touch $(STAMP)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,8 @@ def anyep(*arguments, **environment):
         (["--picture", "a.png"], "--picture draws a --sweep"),
         (["--sweep", "tokens=1", "--wire", "fp8,bf16", "--picture", "a.png"], "of one --wire"),
         (["--sweep", "tokens=1", "--picture", "a.doc"], "must end in .png"),
+        (["--sweep", "tokens=1", "--picture", "no-such-folder/a.png"], "no-such-folder is no directory to write in"),
+        (["--json", "no-such-folder/a.json"], "no-such-folder is no directory to write in"),
         (["--colour", "red"], "--colour"),
     ],
 )
@@ -74,6 +79,12 @@ def test_help_and_version(capsys):
     assert run(["bench", "--help"]) == 0
     assert "--routing" in capsys.readouterr().out
     assert run(["--version"]) == 0
+    capsys.readouterr()
+    assert run([]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Usage: anyep")
+    assert captured.err == ""
+    assert "..." not in captured.out.partition("Commands:")[2], "each command's line is whole"
 
 
 def test_threads_are_measured_and_verified(capsys, tmp_path):
@@ -193,6 +204,41 @@ def test_processes_meet_gloo_and_mpich(tmp_path):
     ]
     assert all(pair["verified"] and pair["ratio_median"] > 0 for pair in data["paired"])
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_command_that_is_ended_leaves_nothing(tmp_path, number, code):
+    options = ["--ranks", "2", "--tokens", "100", "--hidden", "64", "--rounds", "1000000"]
+    command = [sys.executable, "-m", "anyep", "bench", *options]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as bench:
+        try:
+            pids = ranks_of(bench, 2)
+            bench.send_signal(number)
+            _, said = bench.communicate(timeout=60)
+        finally:
+            bench.kill()
+    assert bench.returncode == code
+    (line,) = said.strip().splitlines()  # behind ^C comes an empty one
+    assert line.startswith("anyep: ")
+    assert list(tmp_path.iterdir()) == []
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):  # one in the middle of its start dies with its parent
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks_of(bench, num_ranks):
+    """Return the process ids of the ranks, as soon as all have been started."""
+    deadline = time.monotonic() + 60
+    children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+    while len(pids := children.read_text().split()) < num_ranks:
+        assert bench.poll() is None, bench.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return pids
 
 
 @pytest.mark.parametrize("tokens", ["0", "1"])
@@ -324,6 +370,29 @@ def test_doctor_says_what_is_possible(capsys):
     for topic in ("processor", "memory", "kernel cache", "futex", "memfd", "pidfd", "transport shm", "comparison gloo"):
         assert topic in out
     assert "The basic job is possible here" in out
+    for topic in ("between hosts gloo", "between hosts nixl", "CUDA tensors"):
+        (line,) = [line for line in out.splitlines() if line.startswith(topic)]
+        assert line.split()[len(topic.split())] in ("yes", "no")
+
+
+def test_doctor_names_the_extras_of_what_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    monkeypatch.setitem(sys.modules, "nixl_cu12", None)
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    assert run(["doctor"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "anyep[bench]" in told
+    assert "anyep[nixl]" in told
+
+
+@pytest.mark.parametrize("options", [["--interface", "lo"], ["--engine", "gloo"], ["--timeout", "10"]])
+def test_doctor_does_not_ignore_what_belongs_to_peers(capsys, options):
+    assert run(["doctor", *options]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"anyep doctor: {options[0]} goes with --peers, which every rank of a job runs"
+        + (" (see anyep doctor --help)\n")
+    )
 
 
 def test_doctor_says_what_is_impossible(capsys, monkeypatch, tmp_path):

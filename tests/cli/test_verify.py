@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -92,8 +93,7 @@ class FakePeer:
 
     def dispatch(self):
         there = self.exchange.arrivals[RANK]
-        sent = lambda rank, rows: self.tape.rows(SENT, rank, rows)  # noqa: E731
-        return expected_rows(there, sent, wire="bf16", rows=slice(None))
+        return expected_rows(there, partial(self.tape.rows, SENT), wire="bf16", rows=slice(None))
 
     def received_routing(self):
         return None

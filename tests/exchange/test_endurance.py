@@ -119,28 +119,3 @@ def test_a_rank_that_waits_a_second_burns_no_processor_time():
     tries = [run_processes(2, wait_a_second)[1] for _ in range(3)]
     for way in zip(*tries, strict=True):
         assert min(way) < 0.010
-
-
-@pytest.mark.parametrize("num_ranks", [3, 5, 7, 9])
-def test_all_ways_agree_round_after_round(num_ranks):
-    """Small whole numbers: every sum is exact, in every order."""
-
-    def thread_main(member):
-        generator = torch.Generator().manual_seed(member.rank)
-        sizes = {"hidden": HIDDEN, "num_experts": 2 * num_ranks - 1, "num_topk": 3, "max_tokens_per_rank": 20}
-        placement = [(5 * expert) % num_ranks for expert in range(sizes["num_experts"])]
-        owner = torch.tensor(placement)
-        for eager_bytes in (0, 200, 1 << 20):
-            with anyep.Buffer(member, placement=placement, eager_bytes=eager_bytes, **sizes) as ep:
-                for turn in range(50):
-                    tokens = (turn * 7 + 5 * member.rank) % 21
-                    x = torch.randint(-5, 6, (tokens, HIDDEN), generator=generator).bfloat16()
-                    draw = torch.rand(tokens, sizes["num_experts"], generator=generator)
-                    idx = draw.argsort(dim=1)[:, :3].contiguous()
-                    layout = ("compact", "expert", "padded")[turn % 3]
-                    received = finished(ep.dispatch(x, idx, layout=layout, wait=bool(turn % 2)))
-                    out = finished(ep.combine(received.x, received.handle, wait=bool(turn % 5)))
-                    ranks = (owner[idx].unsqueeze(2) == torch.arange(num_ranks)).any(dim=1).sum(dim=1, keepdim=True)
-                    assert torch.equal(out, x * (ranks if layout == "compact" else 3))
-
-    anyep.local_group(num_ranks).run(thread_main)

@@ -23,7 +23,7 @@ def _slow_reader() -> None:
         find_rows(self, *args)
         time.sleep(1.0)
 
-    Combine._find_rows = late  # type: ignore[method-assign]
+    Combine._find_rows = late
 
 
 def _owner_gives_up(group: Any, rank: int, how: str) -> str:

@@ -1,4 +1,4 @@
-"""The compiled bookkeeping against the plain one of ``layout/arrival.py``: every rank comes to the same places."""
+"""The compiled bookkeeping against the plain one of ``testing/arrival.py``: every rank comes to the same places."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from anyep.exchange.ledger import COUNTS, LANDING_TOO_SMALL, SETTLED, STATIC_TOO_SMALL, LedgerShape
 from anyep.exchange.opening import BODY
 from anyep.exchange.setup import load_books
-from anyep.layout.arrival import Arrival, compact_arrival, expert_arrival
 from anyep.layout.placement import Placement, mapped_placement
+from anyep.testing.arrival import Arrival, compact_arrival, expert_arrival
 
 ROOM = 1 << 30
 

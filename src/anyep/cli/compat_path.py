@@ -11,5 +11,10 @@ import anyep.compat
 
 @click.command("compat-path")
 def compat_path() -> None:
-    """Print a directory for PYTHONPATH in which ``import deep_ep`` finds AnyEP."""
+    """Print what PYTHONPATH needs for DeepEP's programs.
+
+    A directory in which "import deep_ep" finds DeepEP's interface on AnyEP:
+
+    PYTHONPATH=$(anyep compat-path) torchrun ... program.py
+    """
     click.echo(str(Path(anyep.compat.__file__).parent / "path"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from anyep.cli import machine_facts as facts
-from anyep.errors import AnyEPError
+from anyep.errors import AnyEPError, Unavailable
 from anyep.machine.processes import lie_alike
 
 if TYPE_CHECKING:
@@ -53,6 +55,10 @@ def doctor(peers: bool, engine: str, interface: str | None, timeout: float) -> N
     Exit code 0 when the basic job is possible: two ranks that exchange tokens. With --peers: when all hosts of the job
     reach each other.
     """
+    if not peers:
+        given = [name for name in ("engine", "interface", "timeout") if _is_given(name)]
+        if given:
+            raise click.UsageError(f"--{given[0]} goes with --peers, which every rank of a job runs")
     if peers:
         from anyep.cli.doctor_peers import run_peers
 
@@ -72,13 +78,19 @@ def doctor(peers: bool, engine: str, interface: str | None, timeout: float) -> N
     console.print("\nThe basic job is possible here; try: anyep bench --ranks 2 --tokens 128")
 
 
+def _is_given(option: str) -> bool:
+    """Whether the user gave an option, rather than leave it at its default."""
+    return click.get_current_context().get_parameter_source(option) is not ParameterSource.DEFAULT
+
+
 def _print(findings: list[Finding], console: Console) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
     for finding in findings:
-        table.add_row(finding.topic, marks[finding.possible], finding.text)
+        table.add_row(finding.topic, marks[finding.possible], Text(finding.text))
     console.print(table, highlight=False)
 
 
@@ -182,17 +194,54 @@ def _transports() -> list[Finding]:
     return [
         Finding(topic="transport inprocess", text="ranks as threads of one process", possible=True, needed=True),
         _attempt("transport shm", "rank processes of one host, which needs memfd", _try_memfd),
+        _between_hosts_gloo(),
+        _between_hosts_nixl(),
+        _cuda(),
     ]
+
+
+def _between_hosts_gloo() -> Finding:
+    possible = _has_gloo()
+    text = "over TCP, comes with torch" if possible else "this build of torch has no gloo"
+    return Finding(topic="between hosts gloo", text=text, possible=possible)
+
+
+def _between_hosts_nixl() -> Finding:
+    """Load it: a package that is there and cannot be loaded is of no use."""
+    from anyep.transport.nixl_agent import load_nixl
+
+    try:
+        load_nixl()
+    except Unavailable as error:
+        return Finding(topic="between hosts nixl", text=str(error), possible=False)
+    return Finding(topic="between hosts nixl", text="over UCX, preferred where all ranks have it", possible=True)
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return Finding(topic="CUDA tensors", text="this build of torch drives no GPU", possible=False)
+    if not torch.cuda.is_available():
+        return Finding(topic="CUDA tensors", text="torch finds no GPU", possible=False)
+    if importlib.util.find_spec("triton") is None:
+        return Finding(topic="CUDA tensors", text="the kernels need Triton: pip install 'anyep[gpu]'", possible=False)
+    number = torch.cuda.device_count()
+    return Finding(topic="CUDA tensors", text=f"{number} x {torch.cuda.get_device_name(0)}", possible=True)
 
 
 def _comparisons() -> list[Finding]:
     return [_gloo(), _mpich()]
 
 
-def _gloo() -> Finding:
+def _has_gloo() -> bool:
     import torch.distributed as dist
 
-    possible = dist.is_available() and dist.is_gloo_available()
+    return dist.is_available() and dist.is_gloo_available()
+
+
+def _gloo() -> Finding:
+    possible = _has_gloo()
     text = "all_to_all_single, as Megatron uses it" if possible else "this build of torch has no gloo"
     return Finding(topic="comparison gloo", text=text, possible=possible)
 

@@ -1,11 +1,14 @@
 """The command ``anyep``: one clear line for every mistake, never a traceback for what a user can cause.
 
-Exit codes: 0 done and verified; 1 a check failed or the machine cannot do it; 2 bad options; 130 interrupted.
+Exit codes: 0 done and verified; 1 a check failed or the machine cannot do it; 2 bad options; 130 interrupted, 129 and
+143 where the terminal went away and where somebody ended it.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -16,10 +19,13 @@ from anyep.errors import AnyEPError
 from anyep.version import __version__
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="anyep")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Expert-parallel communication for Mixture-of-Experts models."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 cli.add_command(bench)
@@ -29,7 +35,16 @@ cli.add_command(doctor)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit the process."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, _end)
     sys.exit(run(arguments))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Unwind as Ctrl-C does, so that ranks and temporary files do not outlive the command."""
+    click.echo(f"anyep: ended by {signal.Signals(number).name}", err=True)
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str] | None = None) -> int:

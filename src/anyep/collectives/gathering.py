@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import TracebackType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class GatherSession:
 
         if wait:
             return land()
-        pending: Pending[torch.Tensor] = Pending("all_gather", lambda: self._arrived(started), land)  # type: ignore[arg-type]
+        pending: Pending[Any] = Pending("all_gather", lambda: self._arrived(started), land)  # of one or of several
         return pending
 
     def begin(self, xs: Sequence[torch.Tensor]) -> Started:

@@ -1,7 +1,7 @@
 """What a rank knows of a dispatch in numbers: who sends how many rows where, and where they begin.
 
 Every rank announces all its counts to all others, so each knows where its own rows begin at every destination, what it
-receives, and whether it fits, without asking. ``layout/arrival.py`` says the same slowly and plainly; a test compares.
+receives, and whether it fits, without asking. ``testing/arrival.py`` says the same slowly and plainly; a test compares.
 
 A *ledger* is one int32 array a dispatch; :class:`LedgerShape` says what lies where. It stays with the handle.
 

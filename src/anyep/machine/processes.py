@@ -8,7 +8,8 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anyep.machine.linux import IS_LINUX, Descriptor, libc
@@ -16,6 +17,7 @@ from anyep.machine.linux import IS_LINUX, Descriptor, libc
 _PR_SET_PDEATHSIG = 1
 _ADDR_NO_RANDOMIZE, _ASK = 0x0040000, 0xFFFFFFFF
 """Of personality(2)."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def host_identity() -> str:
@@ -62,6 +64,26 @@ def lay_out_alike() -> None:
 def lie_alike() -> bool:
     """Whether this process lies where :func:`lay_out_alike` has put it."""
     return IS_LINUX and bool(max(0, libc().personality(_ASK)) & _ADDR_NO_RANDOMIZE)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP wait until the block is over: what Python's handlers raise in it would be lost.
+
+    For starting processes: whatever is raised in the hooks of a fork is printed and forgotten, and what is raised
+    before the new process is noted somewhere leaves it behind. Only for the main thread; ignored signals stay so.
+    """
+    came: list[int] = []
+    before = {number: handler for number in _ENDING if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held in came:
+            signal.raise_signal(held)
 
 
 class ProcessWatch:

@@ -22,7 +22,7 @@ from anyep.machine.intrinsics import LINE, instruction, mark_nontemporal
 LANES = 32
 
 
-class VectorType(types.Type):  # type: ignore[misc]
+class VectorType(types.Type):  # type: ignore[misc]  # Numba has no types
     """A Numba type: 32 lanes of one LLVM number."""
 
     def __init__(self, name: str, lane: ir.Type, lane_bytes: int) -> None:
@@ -33,7 +33,7 @@ class VectorType(types.Type):  # type: ignore[misc]
 
 
 @register_model(VectorType)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # Numba has no types
     def __init__(self, manager: Any, vector: VectorType) -> None:
         super().__init__(manager, vector, vector.ir)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import torch  # noqa: F401
+import torch  # noqa: F401  (loaded for the forks)
 
-import anyep  # noqa: F401
+import anyep  # noqa: F401  (loaded for the forks)
 
 with suppress(Exception):
     from anyep.kernels.registry import load
-    from anyep.transport import shm  # noqa: F401
+    from anyep.transport import shm  # noqa: F401  (loaded for the forks)
     from anyep.transport.together import load_signals
 
     load_signals()

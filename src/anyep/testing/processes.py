@@ -88,7 +88,7 @@ class RankProcesses:
         self, num_ranks: int, function: Callable[..., Any], *args: Any, enter: Callable[[int], None] | None = None
     ) -> None:
         """``enter(rank)``: called first on every rank, as soon as it can reach the group's store; must pickle."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not exported for types
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
@@ -204,7 +204,7 @@ def _die_with_reader(pipe: Connection) -> None:
 def _rank_main(task: bytes, rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
     _die_with_reader(pipe)
     import torch
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not exported for types
 
     torch.set_num_threads(1)  # as torchrun does: ranks share the cores
     try:

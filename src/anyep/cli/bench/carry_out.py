@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -97,7 +97,7 @@ def _agreed(plan: Plan, ranks: int) -> tuple[Plan, list[str]]:
 
     from anyep.cli.bench.sizing import fit
 
-    fitted: list[object] = [None]
+    fitted: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             fitted = [fit(replace(plan, ranks=ranks), available_memory_bytes())]
@@ -106,7 +106,8 @@ def _agreed(plan: Plan, ranks: int) -> tuple[Plan, list[str]]:
     dist.broadcast_object_list(fitted)
     if isinstance(fitted[0], CapacityError):
         raise fitted[0]
-    return fitted[0]  # type: ignore[return-value]
+    smaller, notes = fitted[0]
+    return smaller, notes
 
 
 def _publish(

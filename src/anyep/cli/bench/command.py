@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from anyep.cli.bench.carry_out import Outputs, run_alone, run_as_rank
+from anyep.cli.bench.option_values import (
+    check_output,
+    parse_cases,
+    parse_hosts,
+    parse_links,
+    parse_names,
+    parse_picture,
+    parse_sizes,
+)
 from anyep.cli.bench.plan import DECODE_TOKENS, HOST_TOKENS, PEERS, TRACE, WIRES, Plan, Workload, default_sizes, name_of
 
 _ONE_HOST = ("shm", "inprocess")
@@ -17,77 +25,6 @@ _HOSTS_TRANSPORTS = ("auto", "nixl", "gloo")
 _LINKS = (1000.0, None)
 _DRAWN = ("balanced", "zipf")
 _DEFAULT_RANKS, _DEFAULT_TOPK, _DEFAULT_EXPERTS = 8, 8, 256
-_CASE = re.compile(r"([1-9]\d*)x(\d+)")
-"""Ranks and tokens of a latency case."""
-_PICTURES = (".png", ".svg", ".pdf")
-_HOSTS = re.compile(r"([1-9]\d*)x([1-9]\d*)")
-"""Hosts, and ranks of each."""
-_LINK = re.compile(r"(\d+(?:\.\d+)?)([mg])bit")
-_SWEEP = re.compile(r"tokens=\d+(,\d+)*")
-
-
-def _names(choices: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
-    """Return a callback that splits a list at commas and checks each name."""
-
-    def split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-        for name in names:
-            if name not in choices:
-                raise click.BadParameter(f"{name!r} is not one of {', '.join(choices)}", context, parameter)
-        return names
-
-    return split
-
-
-def _cases(context: click.Context, parameter: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
-    """Return (ranks, tokens) of each latency case of a list as 2x1,8x0."""
-    cases = []
-    for text in filter(None, value.split(",")):
-        match = _CASE.fullmatch(text.strip())
-        if match is None or int(match[2]) > DECODE_TOKENS:
-            raise click.BadParameter(
-                f"{text!r} is not RANKSxTOKENS with up to {DECODE_TOKENS} tokens, as 2x1", context, parameter
-            )
-        cases.append((int(match[1]), int(match[2])))
-    return tuple(cases)
-
-
-def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Return the numbers of a list as tokens=1,8,32, in ascending order."""
-    if not value:
-        return ()
-    if _SWEEP.fullmatch(value) is None:
-        raise click.BadParameter(f"{value!r} is not a list as tokens=1,8,32", context, parameter)
-    return tuple(sorted({int(number) for number in value.removeprefix("tokens=").split(",")}))
-
-
-def _hosts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """Return the ranks of each host of a number as 2x4; none where it was not given."""
-    if value is None:
-        return ()
-    match = _HOSTS.fullmatch(value)
-    if match is None or int(match[1]) < 2:
-        raise click.BadParameter(f"{value!r} is not HOSTSxRANKS with at least 2 hosts, as 2x4", context, parameter)
-    return (int(match[2]),) * int(match[1])
-
-
-def _links(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float | None, ...]:
-    """Return the Mbit/s of each link of a list as 1gbit,none; None: without a limit."""
-    links: list[float | None] = []
-    for text in filter(None, value.split(",")):
-        match = _LINK.fullmatch(text.strip().lower())
-        if match is None and text.strip() != "none":
-            raise click.BadParameter(f"{text!r} is not a speed as 1gbit or 200mbit, nor none", context, parameter)
-        links.append(float(match[1]) * (1000.0 if match[2] == "g" else 1.0) if match else None)
-    if 0.0 in links:
-        raise click.BadParameter("a link of 0 bit/s carries nothing", context, parameter)
-    return tuple(dict.fromkeys(links))
-
-
-def _picture(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix not in _PICTURES:
-        raise click.BadParameter(f"{value} must end in {', '.join(_PICTURES)}", context, parameter)
-    return value
 
 
 @click.command()
@@ -101,42 +38,44 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
 @click.option("--hidden", type=click.IntRange(1), default=7168, show_default=True, help="Channels of a token.")
 @click.option("--topk", type=click.IntRange(1), help="Experts of a token.  [default: the trace's, 8]")
 @click.option("--experts", type=click.IntRange(1), help="Experts of all ranks.  [default: the trace's, 256]")
-@click.option("--wire", callback=_names(WIRES), default="fp8", show_default=True, help="bf16, fp16, fp32, fp8; a list.")
+@click.option(
+    "--wire", callback=parse_names(WIRES), default="fp8", show_default=True, help="bf16, fp16, fp32, fp8; a list."
+)
 @click.option(
     "--routing", default=TRACE, show_default=True, metavar="balanced|zipf|FILE", help="Drawn, or a routing trace."
 )
 @click.option(
-    "--compare", callback=_names(PEERS), default="", metavar="gloo,mpich", help="Pair with these, in the same run."
+    "--compare", callback=parse_names(PEERS), default="", metavar="gloo,mpich", help="Pair with these, in the same run."
 )
 @click.option(
     "--latency",
-    callback=_cases,
+    callback=parse_cases,
     default="",
     metavar="RANKSxTOKENS,...",
     help="Time small batches by themselves, as 2x1,2x0,8x0; workloads too where --tokens says so.",
 )
 @click.option(
     "--sweep",
-    callback=_sizes,
+    callback=parse_sizes,
     default="",
     metavar="tokens=N,N,...",
     help="Pair the ways that rows can go at each size; workloads too where --tokens says so.",
 )
 @click.option(
     "--picture",
-    callback=_picture,
+    callback=parse_picture,
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Draw the sweep: .png, .svg or .pdf.",
 )
 @click.option(
     "--hosts",
-    callback=_hosts,
+    callback=parse_hosts,
     metavar="HOSTSxRANKS",
     help="Play hosts of so many ranks each with network namespaces (needs root), as 2x4.",
 )
 @click.option(
     "--link",
-    callback=_links,
+    callback=parse_links,
     default="",
     metavar="SPEED,...",
     help="Speeds of the hosts' links, as 1gbit,none; each is measured.  [default: 1gbit,none]",
@@ -151,7 +90,11 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
     "--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds for a silent rank."
 )
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Also write this."
+    "--json",
+    "json_file",
+    callback=check_output,
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Also write this.",
 )
 def bench(
     ranks: int | None,
@@ -172,7 +115,7 @@ def bench(
     timeout: float,
     json_file: Path | None,
 ) -> None:
-    """Move tokens between ranks, check every byte, and say how fast it was.
+    """Move tokens, check every byte, say how fast it was.
 
     Sizes are made smaller, and it says so, where this machine's memory needs it. Works inside a torchrun job too. Exit
     code 1: a byte was wrong, or the machine cannot do it.

@@ -24,7 +24,7 @@ from anyep.cli.bench.rank import run_rank
 from anyep.cli.bench.stage import RankResult, Report, Step
 from anyep.cli.machine_facts import available_cores
 from anyep.errors import AnyEPError
-from anyep.machine.processes import die_with_parent, lay_out_alike
+from anyep.machine.processes import die_with_parent, hold_signals, lay_out_alike
 
 _POLL_S = 0.2
 _GRACE_S = 3.0
@@ -85,8 +85,10 @@ def run_processes(plan: Plan, report: Report) -> list[list[RankResult]]:
     with tempfile.TemporaryDirectory(prefix="anyep-bench-") as name, _listening(Path(name)) as server:
         directory = Path(name)
         (directory / "plan").write_bytes(pickle.dumps(plan))
-        processes = _start(plan, directory)
+        processes: list[subprocess.Popen[bytes]] = []
         try:
+            with hold_signals():
+                processes.extend(_start(plan, directory))
             return _collect(plan, server, processes, directory, report)
         finally:
             _end(processes)

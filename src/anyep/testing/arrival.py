@@ -1,4 +1,7 @@
-"""Where rows will lie at their receiver: a pure function of the counts that every source announced."""
+"""Where rows must lie at their receiver, worked out plainly from the counts that every source announced.
+
+The oracle of ``exchange/settle.py``, which works out the same for all ranks in compiled loops.
+"""
 
 from __future__ import annotations
 

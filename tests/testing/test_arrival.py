@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyep.layout.arrival import compact_arrival, expert_arrival
+from anyep.testing.arrival import compact_arrival, expert_arrival
 
 counts_RL = st.integers(1, 9).flatmap(
     lambda ranks: st.integers(0, 6).flatmap(
