@@ -13,10 +13,12 @@ import torch
 from anyep.errors import CapacityError, Unavailable
 from anyep.kernels.gpu.target import target_of
 from anyep.kernels.spec_device import DeviceKernels
+from anyep.kernels.tapes import Act, TapedKernels
 from anyep.transport.base import Words
 
 Stream = Any
 Event = Any
+Tape = Any
 
 _MEASURED_LOOKS = 20_000
 
@@ -49,6 +51,14 @@ class Device(Protocol):
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         """Let kernels that this thread launches meanwhile go to ``stream``."""
+        ...
+
+    def tape(self, act: Act) -> Tape:
+        """Record what ``act`` launches (kernels/tapes.py); nothing runs."""
+        ...
+
+    def play(self, tape: Tape, bases: Sequence[int], stream: Stream) -> None:
+        """Launch on ``stream`` what was recorded, its numbers counted from ``bases``."""
         ...
 
     def mark(self, stream: Stream) -> Event:
@@ -120,9 +130,10 @@ class _PinnedFetch:
 class CudaDevice:
     """A CUDA or HIP device. ``kernels`` are loaded for it."""
 
-    def __init__(self, where: torch.device, kernels: DeviceKernels) -> None:
+    def __init__(self, where: torch.device, kernels: TapedKernels) -> None:
         self.where = where
-        self.kernels = kernels
+        self.kernels: DeviceKernels = kernels
+        self.tape = kernels.tape
         self._us_a_look: float | None = None
         self._measuring = threading.Lock()
         self._fetch_words = self._num_fetches = 0
@@ -136,6 +147,9 @@ class CudaDevice:
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return cast("AbstractContextManager[object]", torch.cuda.stream(stream))
+
+    def play(self, tape: Tape, bases: Sequence[int], stream: Stream) -> None:
+        tape(bases, stream.cuda_stream)
 
     def mark(self, stream: Stream) -> Event:
         return stream.record_event()
@@ -231,7 +245,7 @@ def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Devi
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
     """Return a tensor with any content, on this thread's stream; CapacityError with ``account()`` without memory."""
     try:
-        return torch.empty(tuple(shape), dtype=dtype, device=device.where)
+        return torch.empty(shape, dtype=dtype, device=device.where)
     except torch.OutOfMemoryError as error:
         needed = prod(shape) * dtype.itemsize
         raise CapacityError(

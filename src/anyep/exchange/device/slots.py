@@ -126,10 +126,9 @@ class SlotKind:
         self._there = there  # int64 [ring, NUM_PLACES, R]
         self._first, self._step = there.data_ptr(), 8 * there.size(2)
 
-    def table_addr(self, epoch: int) -> list[int]:
-        """Return, for each part of a row, where the peer table of this rank's slots lies."""
-        first = self._first + epoch % self._slots.ring * NUM_PLACES * self._step
-        return [first + part * self._step for part in range(NUM_PLACES)]
+    def first_table_addr(self, epoch: int) -> int:
+        """Return where the peer table of the first part of this rank's slots lies; those of the others follow."""
+        return self._first + epoch % self._slots.ring * NUM_PLACES * self._step
 
     def receiving_addr(self, epoch: int) -> int:
         """Return where int64 [R] lies: where each source's slot begins here."""

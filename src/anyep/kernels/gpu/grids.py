@@ -37,6 +37,7 @@ class Launches:
         self.device = device
         self.target = target
         self._launch_one = launch
+        self._num_sms = num_sms
         self._most = None if num_sms is None else num_sms * PROGRAMS_A_UNIT
 
     def _launch(

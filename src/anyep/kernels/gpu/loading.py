@@ -8,12 +8,12 @@ import torch
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import target_of
-from anyep.kernels.spec_device import DeviceKernels
+from anyep.kernels.tapes import TapedKernels
 
 _OTHERS = "kernels='cpu' works on every machine"
 
 
-def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> DeviceKernels:
+def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> TapedKernels:
     """Return the kernels of ``device`` (torch's current one), compiled, on ``num_sms`` of its multiprocessors (all).
 
     Raises Unavailable with what is missing.
