@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,8 @@ class DeviceDispatch:
         self._record: Fetch | None = None
         self._bases: Sequence[int] = ()
         self._waits = self._form.waits
+        self._launching = threading.Lock()
+        self._launched = self._offered = False
         self._header = self._form.header(out)
 
     def wants_background(self) -> bool:
@@ -95,6 +98,8 @@ class DeviceDispatch:
         self._bases = self._form.bases(self._out, self._plan, epoch, self._landing, self._turned)
         end.device.play(self._form.first, self._bases, end.stream)
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
+        if self._waits:
+            end.offers.enter(epoch, end.rank, self._offer_again)
         end.announce(epoch, words_RW)
 
     def _prepare_landing(self, words_RW: Words) -> None:
@@ -123,17 +128,16 @@ class DeviceDispatch:
     def finish(self) -> Received:
         """Wait for all announcements, and for the counts where they are not known. Errors as a host's dispatch."""
         assert self._visit is not None, "what was posted has begun"
-        with self._visit.cleared(self, self._end.abandoned):
-            return self._finish(self._visit)
+        try:
+            with self._visit.cleared(self, self._end.abandoned):
+                return self._finish(self._visit)
+        finally:
+            if self._waits:
+                self._end.offers.leave(self._epoch, self._end.rank)
 
     def _finish(self, visit: Visit) -> Received:
         end = self._end
-        opened_RW = end.hear(self._epoch, self._step, self._header)
-        turn = Turn(self._epoch, 0)
-        if not end.books.agree(opened_RW, self._header):
-            end.order.drop(turn)
-            check_agreement(self._header, opened_RW, self._step, self._no_memory)
-        end.order.launch(turn)
+        self._launch()
         rows = self._rows_known() if self._out.cached is None else self._out.cached.num_rows
         assert self._landing is not None
         batch = self._landing.cut(rows)
@@ -148,47 +152,77 @@ class DeviceDispatch:
         assert handle is not None, "a cached dispatch goes by one"
         return wrap(batch, handle, self._plan, self._turned)
 
+    def _launch(self) -> None:
+        """Await all announcements, and launch the second half: once, whoever comes to it."""
+        with self._launching:
+            if self._launched:
+                return
+            end, turn = self._end, Turn(self._epoch, 0)
+            opened_RW = end.hear(self._epoch, self._step, self._header)
+            if not end.books.agree(opened_RW, self._header):
+                end.order.drop(turn)
+                check_agreement(self._header, opened_RW, self._step, self._no_memory)
+            end.order.launch(turn)
+            self._launched = True
+
     def _rows_known(self) -> int:
         """Return the number of rows of the batch; where counts decide it, wait for them."""
-        assert self._landing is not None
-        if self._record is None:
+        if not self._waits:
+            assert self._landing is not None
             return self._landing.capacity
-        number = 0
-        while True:
-            words = self._record.wait()
-            summary = words[:SUMMARY_WORDS]
-            error = refusal(self._step, summary, self._end.limits)
-            if isinstance(error, PeerTimeout):
-                raise error
-            if error is not None:
-                raise RefusedError(error)
-            self._plan.keep_record(words)
-            rows = int(summary[1])
-            self._geometry.note_rows(rows)
-            if summary[0] != LANDING_TOO_SMALL:
+        if not self._offered:
+            code, rows = self._counted()
+            if code != LANDING_TOO_SMALL:
                 return rows
-            number += 1
-            self._offer_again(rows, number)
+            self._end.offers.make(self._epoch, self._end.rank)
+        self._take_offers()
+        code, rows = self._counted()
+        assert code != LANDING_TOO_SMALL, "what is offered again is large enough"
+        return rows
 
-    def _offer_again(self, needed: int, number: int) -> None:
-        """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
-        end, landing = self._end, self._landing
-        assert landing is not None
+    def _counted(self) -> tuple[int, int]:
+        """Wait for the record; return what settle found, and the number of rows. Raises what refuses the batch."""
+        assert self._record is not None, "the second half was launched"
+        words = self._record.wait()
+        summary = words[:SUMMARY_WORDS]
+        error = refusal(self._step, summary, self._end.limits)
+        if isinstance(error, PeerTimeout):
+            raise error
+        if error is not None:
+            raise RefusedError(error)
+        self._plan.keep_record(words)
+        rows = int(summary[1])
+        self._geometry.note_rows(rows)
+        return int(summary[0]), rows
+
+    def _offer_again(self) -> None:
+        """Make room for what has turned out to come, and announce it: in whichever rank's ``wait()`` (``offers``)."""
+        if self._offered:
+            return
+        end, visit = self._end, self._visit
+        assert visit is not None
+        self._launch()
+        _, needed = self._counted()
         offers_RW = end.desk(self._epoch).offers_RW
         offers_RW[:] = 0
-        try:
-            if landing.capacity < needed:
-                self._landing = cut_landing(end, self._form.parts, needed)
-        except CapacityError as error:
-            self._no_memory = error
-            offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)
-        assert self._visit is not None
-        self._visit.again()
+        with visit.returned():
+            try:
+                assert self._landing is not None
+                if self._landing.capacity < needed:
+                    self._landing = cut_landing(end, self._form.parts, needed)
+            except CapacityError as error:
+                self._no_memory = error
+                offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)
+            visit.again()
         self._bases = self._form.bases(self._out, self._plan, self._epoch, self._landing, None)
         end.device.play(self._form.again, self._bases, end.stream)
-        turn = Turn(self._epoch, number)
-        end.order.hand_in(turn, end.rank, self._second_half)
+        end.order.hand_in(Turn(self._epoch, 1), end.rank, self._second_half)
         end.transport.post(end.lanes.offer, self._epoch, offers_RW)
+        self._offered = True
+
+    def _take_offers(self) -> None:
+        """Await every rank's offer, and launch the second half again; all refuse together where one has no memory."""
+        end, turn = self._end, Turn(self._epoch, 1)
         heard_RW = end.wait(end.lanes.offer, self._epoch, self._step)
         if heard_RW[:, 0].any():
             end.order.drop(turn)

@@ -11,6 +11,7 @@ from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults, Limits
 from anyep.exchange.device.forms import Forms
+from anyep.exchange.device.offers import Offers
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
 from anyep.exchange.device.slots import SlotKind, Slots
@@ -27,6 +28,7 @@ class DeviceEndpoint(Endpoint):
     stream: Stream
     """the stream of the exchange: one for all ranks, or this rank's own"""
     order: Order
+    offers: Offers
     boards: Boards
     reach: Reach
     padded_slots: Slots | None

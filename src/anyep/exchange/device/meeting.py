@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anyep.exchange.device import devices
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.concurrent import Concurrent
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults
+from anyep.exchange.device.offers import Offers
 from anyep.exchange.device.order import Order, PhaseSplit
 from anyep.exchange.device.reach import OneDevice, OwnDevices, Reach
 from anyep.exchange.options import BufferOptions
@@ -22,12 +23,13 @@ SYMMETRIC = "cuda_symmetric"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ground:
-    """What one rank stands on. ``order`` is None where each rank has its own."""
+    """What one rank stands on. ``order`` is None where each rank has its own; ``offers`` are of all this process's."""
 
     device: Device
     reach: Reach
     stream: Stream
     order: PhaseSplit | None
+    offers: Offers
 
 
 def shares_device(rendezvous: Rendezvous, options: BufferOptions) -> bool:
@@ -53,18 +55,20 @@ def common_ground(member: Member, device: Device | None, options: BufferOptions)
             reach=OneDevice(device, member.size),
             stream=device.new_stream(),
             order=PhaseSplit(member.size),
+            offers=Offers(),
         )
     ground: Ground = member.exchange(mine)[0]
     if not options.concurrent:
         return ground
-    return Ground(device=ground.device, reach=ground.reach, stream=ground.device.new_stream(), order=None)
+    return replace(ground, stream=ground.device.new_stream(), order=None)
 
 
 def own_ground(rendezvous: Rendezvous, device: Device, heap_bytes: int) -> Ground:
     """Stand on this rank's device, and map a heap of every other's. Collective."""
     most = max(tell(rendezvous, heap_bytes))
     heap = cuda_symmetric.open_heap(rendezvous, most, device.where)
-    return Ground(device=device, reach=OwnDevices(device, heap), stream=device.new_stream(), order=None)
+    reach = OwnDevices(device, heap)
+    return Ground(device=device, reach=reach, stream=device.new_stream(), order=None, offers=Offers())
 
 
 def tell(rendezvous: Rendezvous, number: int) -> list[int]:

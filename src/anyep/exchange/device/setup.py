@@ -158,6 +158,7 @@ def _on_device(
         device=device,
         stream=ground.stream,
         order=order,
+        offers=ground.offers,
         boards=boards,
         reach=reach,
         padded_slots=slots,
