@@ -49,11 +49,12 @@ def lines():
     return Path(os.environ["ANYEP_TEST_LAUNCHES"]).read_text().splitlines()
 
 
-def play_in_a_thread(tape):
-    """Play it where nobody has touched a device yet, and on a stream that the driver refuses."""
+def play_in_a_thread(make):
+    """Make a recording and play it where nobody has touched a device yet, and on a stream that the driver refuses."""
     said = []
 
     def act():
+        tape = make()
         tape(BASES, 5)
         try:
             tape(BASES, 13)
@@ -99,9 +100,8 @@ def main(how):
         tape.copy(counted_from(1), counted_from(0) + 64, 5000)
         tape.fill_rows(counted_from(0), 7168, 3, -5, 6, 255)
 
-    tape = kernels.tape(record)
-    tape(BASES, STREAM)
-    told["errors"] = play_in_a_thread(tape)
+    told["errors"] = play_in_a_thread(lambda: kernels.tape(record))
+    kernels.tape(record)(BASES, STREAM)
     told["played"] = lines()[len(told["launched"]) :]
     told["differ"] = all_forms_differ(kernels) if how == "all" else []
     print(json.dumps(told))

@@ -42,7 +42,7 @@ def test_a_launch_hands_the_driver_grid_threads_stream_and_numbers(driver, how, 
     assert again == copy
     assert pack == f"pack 8 32 {PROGRAMS // 256} 128 77 4096 32 1 2"
     assert fill == f"fill_rows 3 {PROGRAMS // 3} 1 128 77 {2**62} 7168 -5 6"
-    for stream, played in ((77, found["played"][:2]), (5, found["played"][2:])):
+    for stream, played in ((5, found["played"][:2]), (77, found["played"][2:])):
         assert played == [
             f"copy 3 1 1 128 {stream} {5 << 40} {(1 << 40) + 64} 5000 3",
             f"fill_rows 3 {PROGRAMS // 3} 1 128 {stream} {1 << 40} 7168 -5 6",

@@ -124,13 +124,16 @@ def play(tape_addr: int, bases_addr: int, stream: int) -> Any:
 
 
 class Driver:
-    """The driver's functions, and the context that is current for the device when this is made."""
+    """The driver's functions, and the context in which torch and Triton work on a device: its primary one.
 
-    def __init__(self) -> None:
+    It is not asked which is the current one, as the thread that makes this may have none.
+    """
+
+    def __init__(self, ordinal: int) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        context = ctypes.c_void_p()
-        self.check(self._library.cuCtxGetCurrent(ctypes.byref(context)))
-        assert context.value, "kernels were loaded before, which makes a context"
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self.check(self._library.cuDeviceGet(ctypes.byref(device), ordinal))
+        self.check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
         names = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2")
         functions = [ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value for name in names]
         self._head = [*functions, context.value]

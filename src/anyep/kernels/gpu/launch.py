@@ -82,8 +82,8 @@ class OnStream:
     def _driver(self) -> Driver:
         with compiling():
             from anyep.kernels.gpu.driver import Driver
-        with torch.cuda.device(self._device):
-            return Driver()
+        assert self._device.index is not None, "kernels are loaded for one device"
+        return Driver(self._device.index)
 
     def _lowered(self, one: Noted) -> Any:
         """Return a launch as the driver takes it. Triton's own parameters come last, and are 0."""

@@ -40,4 +40,5 @@ def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> 
     target = target_of(where)
     launch = OnStream(where, target)
     call_every_variant(GpuKernels(where, target, launch.prepare, num_sms))
+    launch.tape(())  # what plays recordings is compiled, too, before anybody waits for it
     return GpuKernels(where, target, launch, num_sms)
