@@ -246,3 +246,18 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
                     call()
 
     anyep.local_group(2).run(rank_main)
+
+
+@pytest.mark.parametrize("options", [{}, {"eager_bytes": 0}, {"arena_bytes": 1 << 26, "wire": "fp8"}])
+def test_the_account_of_a_device_is_known_before_anything_is_allocated(options):
+    sizes = {"hidden": 512, "num_experts": 8, "num_topk": 4, "max_tokens_per_rank": 100, **options}
+
+    def rank_main(member):
+        with anyep.Buffer(member, **sizes, device="cuda") as ep:
+            end = ep._end
+            slots = 0 if end.padded_slots is None else end.padded_slots.memory.nbytes
+            return ep.explain().memory, end.boards.memory.nbytes + slots
+
+    for rank, (memory, taken) in enumerate(anyep.local_group(3).run(rank_main)):
+        assert memory == anyep.memory_account(3, rank=rank, device="cuda", **sizes)
+        assert memory.committed_bytes == taken

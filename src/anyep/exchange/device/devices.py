@@ -135,11 +135,11 @@ class CudaDevice:
         self.kernels: DeviceKernels = kernels
         self.tape = kernels.tape
         self._us_a_look: float | None = None
-        self._measuring = threading.Lock()
+        self._preparing = threading.Lock()
         self._fetch_words = self._num_fetches = 0
 
     def new_stream(self) -> Stream:
-        """Of high priority: torch's streams come round after 32, and those of callers have the other priority."""
+        """Of high priority: torch hands out 32 streams of a priority in turns, and callers' have the usual one."""
         return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]
 
     def current_stream(self) -> Stream:
@@ -161,14 +161,17 @@ class CudaDevice:
         tensor.record_stream(stream)
 
     def expect_fetches(self, num_words: int, count: int) -> None:
-        """Let torch keep so much pinned memory: to get some more waits until the whole device has nothing to do.
+        """Let torch keep that much pinned memory: to pin more waits until the whole device has nothing to do.
 
-        With ranks on streams of their own it would wait for a kernel which waits for what this thread launches next.
+        With ranks on streams of their own that may never be: a kernel waits for what this thread launches next.
         """
-        with self._measuring, torch.cuda.device(self.where):
+        with self._preparing, torch.cuda.device(self.where):
             self._fetch_words = max(self._fetch_words, num_words)
             self._num_fetches += count
-            [torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)]
+            held = [
+                torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)
+            ]
+            held.clear()  # all at once: torch keeps as many blocks as were held together
 
     def fetch(self, words: torch.Tensor) -> Fetch:
         with torch.cuda.device(self.where):
@@ -185,7 +188,7 @@ class CudaDevice:
 
     def looks_in(self, seconds: float) -> int:
         """Measure how long looks take on this device, once; ranks that are threads ask at the same time."""
-        with self._measuring:
+        with self._preparing:
             us_a_look = self._us_a_look = self._us_a_look or self._measured_us()
         return max(1, int(seconds * 1e6 / us_a_look))
 
@@ -218,11 +221,13 @@ class CudaDevice:
         event.synchronize()
 
 
-def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Device:
+def find_device(
+    name: str, num_sms: int | None = None, at_once: int = 1, sizes: tuple[int, int, int] = (8, 8, 8)
+) -> Device:
     """Return the CUDA device of that name, ready, for ``at_once`` ranks that move rows at a time.
 
-    ``num_sms``: for each of them; None: an equal share, and no bound for one. ValueError for another kind of device,
-    Unavailable where there is none.
+    ``num_sms``: for each of them; None: an equal share, and no bound for one. ``sizes``: K, R and L of the buffer; its
+    kernels are loaded. ValueError for another kind of device, Unavailable where there is none.
     """
     try:
         where = torch.device(name)
@@ -239,7 +244,7 @@ def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Devi
         where = torch.device("cuda", number)
         if num_sms is None and at_once > 1:
             num_sms = max(1, torch.cuda.get_device_properties(where).multi_processor_count // at_once)
-    return CudaDevice(where, load_gpu(where, num_sms))
+    return CudaDevice(where, load_gpu(where, num_sms, sizes))
 
 
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:

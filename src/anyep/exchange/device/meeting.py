@@ -37,10 +37,11 @@ def shares_device(rendezvous: Rendezvous, options: BufferOptions) -> bool:
     return isinstance(rendezvous, Member) and options.transport != SYMMETRIC
 
 
-def find(options: BufferOptions, at_once: int) -> Device:
+def find(options: BufferOptions, num_ranks: int, at_once: int) -> Device:
     """Load a device and its kernels; Unavailable where it lacks what the wire needs."""
     assert options.device is not None
-    device = devices.find_device(options.device, options.num_sms, at_once)
+    most_local = int(options.place_experts(num_ranks).experts_per_rank_R.max())
+    device = devices.find_device(options.device, options.num_sms, at_once, (options.num_topk, num_ranks, most_local))
     if options.wire == "fp8":
         device.check_fp8()
     return device

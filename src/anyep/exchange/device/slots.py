@@ -1,7 +1,7 @@
 """Slots in which a padded batch's rows arrive with their announcement, so that they leave before anybody is awaited.
 
 A *slot* holds what one source sends one receiver in one operation: compact rows, each token once, of which the receiver
-makes the rows of its experts' blocks (``second_half``). As no rank knows the others' counts when it sends, a slot has
+makes the rows of its experts' blocks (``dispatch_form``). As no rank knows the others' counts when it sends, a slot has
 room for all of a rank's tokens, and places are known from the start. Rows are not written over before they are read: a
 rank comes round to a slot again when all ranks have launched the end of the operation that read it, which on streams of
 their own all wait for (``concurrent``).
