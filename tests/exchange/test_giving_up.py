@@ -17,13 +17,13 @@ from anyep.testing.processes import run_processes
 
 
 def _slow_reader() -> None:
-    connect: Any = Combine._connect
+    find_rows: Any = Combine._find_rows
 
     def late(self: Combine, *args: Any) -> None:
-        connect(self, *args)
+        find_rows(self, *args)
         time.sleep(1.0)
 
-    Combine._connect = late  # type: ignore[method-assign]
+    Combine._find_rows = late  # type: ignore[method-assign]
 
 
 def _owner_gives_up(group: Any, rank: int, how: str) -> str:

@@ -32,38 +32,38 @@ def add_tokens(end: Endpoint, back: Returning, entries: Entries, tables: Sequenc
     """Sum the rows of tokens [begin, last) that ``entries`` name, in the peer tables of rows and of weights."""
     plan = back.handle.send
     weights = back.weights_out
-    bias0, bias1 = [*(one.data_ptr() for one in back.bias), 0, 0][:2]
     sums = _Sums(
-        entries=(plan.width, entries.by_rank, entries.rank_addr, entries.row_addr),
-        rows_table=tables[0],
-        weights_table=tables[1],
-        factors_addr=0 if back.factors is None else back.factors.data_ptr(),
-        bias0_addr=bias0,
-        bias1_addr=bias1,
-        out_addr=back.out.data_ptr(),
-        weights_addr=0 if weights is None else weights.data_ptr(),
+        (plan.width, entries.by_rank, entries.rank_addr, entries.row_addr),
+        tables[0],
+        tables[1],
+        0 if back.factors is None else back.factors.data_ptr(),
+        back.bias[0].data_ptr() if back.bias else 0,
+        back.bias[1].data_ptr() if len(back.bias) > 1 else 0,
+        back.out.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
     )
-    if back.group and end.across is None:
+    if back.way.group and end.across is None:
         sum_by_groups(end, back, tables[0], entries.row_addr)
-        _add_weights(end, begin, last, sums)
+        if sums.weights_addr:
+            _add_weights(end, begin, last, sums)
     elif end.workers.num_threads == 1:
         _add_part(end, back, begin, last, sums)
     else:
-        token_bytes = back.row_bytes * plan.width
+        token_bytes = back.way.row_bytes * plan.width
         end.workers.over(last - begin, token_bytes, lambda a, b: _add_part(end, back, begin + a, begin + b, sums))
 
 
 def _add_part(end: Endpoint, back: Returning, first: int, last: int, sums: _Sums) -> None:
     rest = (sums.rows_table, sums.factors_addr, sums.bias0_addr, sums.bias1_addr, sums.out_addr)
-    if back.wire == "none":
+    if back.way.wire == "none":
         end.kernels.reduce(int(ELEMENTS[back.y.dtype]), end.hidden, first, last, *sums.entries, *rest)
     else:
         end.kernels.reduce_logfmt(end.hidden, first, last, *sums.entries, *rest)
-    _add_weights(end, first, last, sums)
+    if sums.weights_addr:
+        _add_weights(end, first, last, sums)
     end.kernels.fence()  # nobody else reads the sums, but the caller may hand them to another thread
 
 
 def _add_weights(end: Endpoint, first: int, last: int, sums: _Sums) -> None:
-    if sums.weights_addr:
-        num_topk, table, out_addr = end.num_topk, sums.weights_table, sums.weights_addr
-        end.kernels.reduce_weights(num_topk, first, last, *sums.entries, table, out_addr)
+    num_topk, table, out_addr = end.num_topk, sums.weights_table, sums.weights_addr
+    end.kernels.reduce_weights(num_topk, first, last, *sums.entries, table, out_addr)

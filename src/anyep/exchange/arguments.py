@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 CPU = torch.device("cpu")
+_Tensor, _STRIDED = torch.Tensor, torch.strided
 
 
 def shape_text(shape: Sequence[object]) -> str:
@@ -24,8 +25,8 @@ def check_tensor(
     name: str,
     value: object,
     *,
-    dtypes: Sequence[torch.dtype],
-    shape: Sequence[int | None],
+    dtypes: Collection[torch.dtype],
+    shape: tuple[int | None, ...],
     legend: str,
     device: torch.device = CPU,
 ) -> torch.Tensor:
@@ -34,14 +35,14 @@ def check_tensor(
     ``legend`` names the expected shape for the message, for example ``"[T, hidden]"``. Raises TypeError for another
     type or dtype, ValueError for another shape, device or memory order.
     """
-    if (
-        type(value) is torch.Tensor
+    if (  # each line costs every tensor of every call
+        type(value) is _Tensor
         and value.dtype in dtypes
-        and (value.is_cpu if device is CPU else value.device == device)
-        and value.layout is torch.strided
+        and value.shape == shape
         and value.is_contiguous()
-        and (value.data_ptr() != 0 or value.numel() == 0)
-        and _fits(value.shape, shape)
+        and (value.is_cpu if device is CPU else value.device == device)
+        and value.layout is _STRIDED
+        and (value.data_ptr() or not value.numel())
     ):
         return value
     _refuse(name, value, dtypes=dtypes, shape=shape, legend=legend, device=device)
@@ -49,8 +50,6 @@ def check_tensor(
 
 
 def _fits(found: torch.Size, wanted: Sequence[int | None]) -> bool:
-    if found == tuple(wanted):  # a loop costs every tensor of every call most of a microsecond
-        return True
     return len(found) == len(wanted) and all(n is None or n == m for n, m in zip(wanted, found, strict=True))
 
 
@@ -58,7 +57,7 @@ def _refuse(
     name: str,
     value: object,
     *,
-    dtypes: Sequence[torch.dtype],
+    dtypes: Collection[torch.dtype],
     shape: Sequence[int | None],
     legend: str,
     device: torch.device,

@@ -49,7 +49,7 @@ class Barrier:
         opened_RW = self._end.hear(self._epoch, step, _HEADER)
         if not self._end.books.agree(opened_RW, _HEADER):
             self._refuse(opened_RW, step)
-        self._end.counters.add(barriers=1)
+        self._end.counters.add(barriers=1, rounds=1)
 
     def _refuse(self, opened_RW: Words, step: str) -> None:
         try:

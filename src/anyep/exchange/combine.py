@@ -27,22 +27,19 @@ from anyep.exchange.desk import Desk
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_from
+from anyep.exchange.frame import frame_of_combine
 from anyep.exchange.handle import Combined
 from anyep.exchange.opening import (
     BODY,
-    COMBINE_WIRE_CODES,
-    LAYOUT_CODES,
-    REDUCE_CODES,
     STATUS,
-    Kind,
     RefusedError,
     check_agreement,
+    naming_handle,
 )
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
 from anyep.exchange.straight_back import StraightBack
-from anyep.exchange.wire import ELEMENTS
-from anyep.transport.base import Words
+from anyep.transport.base import Place, Words
 
 _NO_PLACES: Words = np.array([0, -1, 0, -1, 0], np.int64)
 """Dense or not; segment and offset of the rows; segment and offset of the weights."""
@@ -52,31 +49,20 @@ class Combine:
     """One combine of one rank: :meth:`post` lends or sends the outputs, :meth:`finish` sums and waits for readers."""
 
     label = "combine"
+    _loans: tuple[Loan, ...] = ()
+    _no_memory: CapacityError | None = None
+    _moved_rows: NDArray[np.int32] | None = None
+    _desk: Desk | None = None
+    _straight: StraightBack | None = None
+    _epoch = _frame = _limit_rows = 0
+    _sent = 0, 0, 0
 
     def __init__(self, end: Endpoint, back: Returning) -> None:
         self._end = end
         self._back = back
-        self._epoch = 0
         self._step = self.label
-        self._loans: list[Loan] = []
-        self._no_memory: CapacityError | None = None
         self._expels = end.crowd.expels and back.handle.send.geometry.padded
-        self._limit_rows = 0
-        self._moved_rows: NDArray[np.int32] | None = None
-        self._weights_offset = 0
-        self._offsets = _NO_PLACES[:2]
-        self._straight: StraightBack | None = None
-        self._header = end.handle_header(
-            back.handle.epoch,
-            kind=Kind.COMBINE,
-            layout=LAYOUT_CODES[back.handle.layout],
-            has_weights=back.topk_weights is not None,
-            element=ELEMENTS[back.y.dtype],
-            reduce=REDUCE_CODES[back.reduce],
-            combine_wire=COMBINE_WIRE_CODES[back.wire],
-            row_bytes=back.row_bytes,
-            num_topk=end.num_topk,
-        )
+        self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def wants_background(self) -> bool:
         """Whether there are likely rows to be read where they lie; low latency never computes behind one's back."""
@@ -102,62 +88,42 @@ class Combine:
 
     def post(self, epoch: int) -> None:
         """Say where the rows lie, and let those of small pairs come along."""
-        end, back = self._end, self._back
-        desk = end.desk(epoch)
+        end, back, way = self._end, self._back, self._back.way
+        plan = back.handle.send
+        desk = self._desk = end.desk(epoch)
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
-        slots = end.return_slots(back.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
-        self._weights_offset, self._offsets = slots.weights_offset, slots.offsets
-        if back.wire == "none":
-            self._limit_rows = slots.limit_rows
-        eager_rows, direct_rows, far_rows = self._write_announcement(desk, self._limit_rows)
-        limit = end.rule.settled_limit(self._limit_rows, slots.slot_rows, eager_rows, direct_rows)
-        if limit != self._limit_rows:
-            eager_rows, direct_rows, far_rows = self._write_announcement(desk, limit)
+        slots = end.return_slots(way.row_bytes, 0 if back.topk_weights is None else 4 * end.num_topk)
+        frame = self._frame = frame_of_combine(end, plan.geometry, desk, slots)
+        limit_rows = slots.limit_rows if way.wire == "none" else 0
+        there = self._place()
+        places = _NO_PLACES if there is None else np.array([0, there.segment, there.offset, -1, 0], np.int64)
+        end.books.begin(frame, self._header, places, plan.first_addr, limit_rows, end.far_R)
+        eager_rows, direct_rows, _, _, _, far_rows, self._limit_rows, _ = desk.tally.tolist()
         self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
         straight_rows = 0 if self._straight is None else self._straight.open(desk.back)
         if eager_rows + straight_rows:
             self._send_back(desk)
-        if direct_rows + far_rows - straight_rows:
+        if there is None and direct_rows + far_rows - straight_rows:
             self._lend(desk)
-        end.counters.sent_back(eager_rows, direct_rows, far_rows)
+        self._sent = eager_rows, direct_rows, far_rows
         end.announce(epoch, desk.places_RW, claim=self._expels)
         if self._straight is not None:
             self._straight.send()
 
-    def _write_announcement(self, desk: Desk, limit_rows: int) -> tuple[int, int, int]:
-        """Say whether rows come along, those of pairs up to ``limit_rows``; return how many go which way."""
-        end, plan = self._end, self._back.handle.send
-        self._limit_rows = limit_rows
-        end.books.announce(
-            desk.places_RW,
-            self._header,
-            _NO_PLACES,
-            0,
-            0,
-            plan.field("source_entries"),
-            limit_rows,
-            desk.send_slots_R,
-            self._offsets,
-            desk.back.values,
-            end.far_R,
-            desk.tally,
-        )
-        eager_rows, direct_rows, *_, far_rows = desk.tally.tolist()
-        return eager_rows, direct_rows, far_rows
+    def _place(self) -> Place | None:
+        """Return where all that is lent lies already, if it does."""
+        back = self._back
+        if back.way.wire != "none" or back.topk_weights is not None:
+            return None
+        return self._end.transport.locate(back.y.data_ptr(), back.y.nbytes)
 
     def finish(self) -> torch.Tensor | Combined:
         """Wait for all announcements, sum, and wait for the readers. Raises RefusedError, PeerLost and PeerTimeout."""
-        end, back, desk = self._end, self._back, self._end.desk(self._epoch)
-        before = set(end.crowd.absent)
-        opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        if len(end.crowd.absent) > len(before):
-            forget_rows_from(back.handle.send, set(end.crowd.absent) - before)
-        if not end.books.agree(opened_RW, self._header):
-            self._refuse(opened_RW)
-        if self._straight is not None:
-            self._straight.ask()
-        self._connect(desk, opened_RW)
-        moved, _, num_to, num_from, num_rows, _ = desk.tally.tolist()
+        end, back, desk = self._end, self._back, self._desk
+        assert desk is not None, "it was posted"
+        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
+        self._find_rows(desk, opened_RW)
+        moved, _, num_to, num_from, num_rows, *_ = desk.tally.tolist()
         if end.across is None:
             if back.handle.num_tokens:
                 entries = _own_entries(back, self._rows(desk, moved))
@@ -174,9 +140,16 @@ class Combine:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if num_to:  # a lender that gave up on somebody may have written over what was just read
             end.transport.check(self._epoch, self._step)
-        self._loans = []  # kept until here: peers were reading them
-        end.counters.combined(num_rows, back.row_bytes)
+        self._loans = ()  # kept until here: peers were reading them
+        end.counters.combined(num_rows * back.way.row_bytes, self._sent, 2 if num_from else 1)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)
+
+    def _hear_or_expel(self) -> Words:
+        end = self._end
+        opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
+        if gone:
+            forget_rows_from(self._back.handle.send, gone)
+        return opened_RW
 
     def _refuse(self, opened_RW: Words) -> None:
         try:
@@ -191,11 +164,11 @@ class Combine:
         end, back, plan = self._end, self._back, self._back.handle.send
         bins = (end.num_ranks, plan.geometry.shape.num_recv_bins, plan.field("recv_rows"), plan.field("recv_start"))
         rows_slot, weights_slot = desk.back.addr
-        if back.wire != "none":  # nothing is eager then
+        if back.way.wire != "none":  # nothing is eager then
             assert self._straight is not None
             self._straight.encode()
             return
-        end.kernels.pack(back.row_bytes, *bins, back.y.data_ptr(), rows_slot)
+        end.kernels.pack(back.way.row_bytes, *bins, back.y.data_ptr(), rows_slot)
         if back.topk_weights is not None:
             end.kernels.pack(4 * end.num_topk, *bins, back.topk_weights.data_ptr(), weights_slot)
 
@@ -209,7 +182,7 @@ class Combine:
             self._no_memory = error
             desk.places_RW[:, STATUS] = back.y.nbytes
             return
-        self._loans = [rows, weights]
+        self._loans = rows, weights
         first = BODY + ledger.CAPACITY
         desk.places_RW[:, first : first + len(_NO_PLACES)] = [
             int(rows.dense),
@@ -219,32 +192,23 @@ class Combine:
             weights.place.offset,
         ]
 
-    def _connect(self, desk: Desk, opened_RW: Words) -> None:
-        end, plan = self._end, self._back.handle.send
+    def _find_rows(self, desk: Desk, opened_RW: Words) -> None:
+        """Learn where this rank's rows lie at their owners. Raises RefusedError."""
+        end, ledger_addr, straight = self._end, self._back.handle.send.first_addr, self._straight
+        far_R = end.far_R if straight is None else straight.far_R
         while True:
-            unknown = end.books.connect_back(
-                opened_RW,
-                BODY,
-                end.bases.base_RS,
-                plan.geometry.shape.dims,
-                plan.geometry.shape.offsets,
-                plan.first_addr,
-                end.tables.rank_addr,
-                self._limit_rows,
-                desk.recv_slots_R,
-                self._weights_offset,
-                desk.lent.values,
-                desk.starts_addr,
-                desk.to_R,
-                desk.from_R,
-                end.far_R if self._straight is None else self._straight.far_R,
-                desk.tally,
+            bases_RS = end.bases.base_RS
+            found = end.books.find_rows(
+                self._frame, opened_RW, self._header, bases_RS, ledger_addr, self._limit_rows, far_R
             )
-            if unknown < 0:
+            if found == ledger.ALL_FOUND:
                 break
-            end.bases.look_up(end.transport, unknown >> 32, unknown & 0xFFFFFFFF)
-        if self._straight is not None:
-            self._straight.find(desk.lent)
+            if found == ledger.DISAGREE:
+                self._refuse(opened_RW)
+            end.bases.look_up(end.transport, found >> 32, found & 0xFFFFFFFF)
+        if straight is not None:
+            straight.ask()
+            straight.find(desk.lent)
 
     def _rows(self, desk: Desk, moved: int) -> int:
         """Return where it says where this rank's rows lie, int32 [T, W]: as the dispatch placed them, or moved."""
@@ -267,4 +231,6 @@ class Combine:
 
 
 def _own_entries(back: Returning, rows_addr: int) -> Entries:
-    return Entries(by_rank=int(back.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr)
+    return Entries(
+        by_rank=int(back.way.reduce == "rank"), rank_addr=back.handle.send.entry_rank_addr, row_addr=rows_addr
+    )

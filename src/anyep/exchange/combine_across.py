@@ -99,7 +99,7 @@ class CombineAcross:
 
     def _summed_hosts(self, straight: StraightBack) -> list[int]:
         """Return the hosts whose ranks' rows are summed here as if they crossed."""
-        return [self._across.own_host] * bool(self._back.group) + ([] if self._each else straight.hosts)
+        return [self._across.own_host] * bool(self._back.way.group) + ([] if self._each else straight.hosts)
 
     def _incoming(self, straight: StraightBack) -> dict[int, SumsIn]:
         """Open the streams from other hosts that have rows of this rank's tokens."""
@@ -139,13 +139,13 @@ class CombineAcross:
             across.first_M,
             here_M,
             int(self._each),
-            int(self._back.reduce == "column" and not self._each),
+            int(self._back.way.reduce == "column" and not self._each),
             np.zeros(across.hosts.num_hosts, np.int32),
             keys,
             ranks,
             rows,
         )
-        by_rank = int(self._each and self._back.reduce == "rank")
+        by_rank = int(self._each and self._back.way.reduce == "rank")
         if by_rank:
             self._rename(straight, terms)
         return Entries(by_rank=by_rank, rank_addr=ranks, row_addr=rows), terms
@@ -169,7 +169,7 @@ class CombineAcross:
         ranks = plan.entry_ranks()[tokens]
         ranks = np.where(across.hosts.host_R[ranks] == host, ranks, np.int32(-1))
         rows = near.rows_TW[tokens]
-        entries = (plan.width, int(self._back.reduce == "rank"), address_of(ranks), address_of(rows))
+        entries = (plan.width, int(self._back.way.reduce == "rank"), address_of(ranks), address_of(rows))
         element = int(ELEMENTS[self._back.y.dtype])
         row, kept = self._row, (ranks, rows)
 
@@ -191,7 +191,7 @@ class CombineAcross:
         end, across, plan = self._end, self._across, proxy.plan
         lent, moved_rows = AddressTable(2, end.num_ranks), None
         starts = np.zeros(end.num_ranks + end.placement.num_experts, np.int32)
-        ranks_R, tally = np.zeros(end.num_ranks, np.int64), np.zeros(6, np.int64)
+        ranks_R, tally = np.zeros(end.num_ranks, np.int64), np.zeros(ledger.NUM_TALLY, np.int64)
         while True:
             unknown = end.books.connect_back(
                 opened_RW,

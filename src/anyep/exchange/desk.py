@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.eager import EagerSlots
-from anyep.exchange.ledger import COUNTS, PARTS, ROUTING_OFFSET
+from anyep.exchange.ledger import COUNTS, NUM_TALLY, PARTS, ROUTING_OFFSET
 from anyep.exchange.opening import BODY
 from anyep.layout.placement import Placement
 from anyep.transport.base import Lane, Words
@@ -72,10 +72,10 @@ class Desk:
         """int32 [R + E], for whatever an operation needs"""
         self.to_R: Words = np.zeros(ranks, np.int64)
         self.from_R: Words = np.zeros(ranks, np.int64)
-        self.tally: Words = np.zeros(6, np.int64)
+        self.tally: Words = np.zeros(NUM_TALLY, np.int64)
         self.forwarded = AddressTable(PARTS, ranks)
         """final places at this host's ranks, for rows that are forwarded"""
         self.spare = AddressTable(PARTS, ranks)
         self.spare_R: Words = np.zeros(ranks, np.int64)
-        self.spare_tally: Words = np.zeros(6, np.int64)
-        """what :meth:`Dispatch._connect` also says, and forwarders know already"""
+        self.spare_tally: Words = np.zeros(NUM_TALLY, np.int64)
+        """what connecting also says, and forwarders know already"""

@@ -20,16 +20,16 @@ from typing import NamedTuple
 import torch
 
 from anyep.errors import CapacityError
-from anyep.exchange import ledger
 from anyep.exchange.desk import Desk
 from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_to
+from anyep.exchange.frame import frame_of_dispatch
 from anyep.exchange.handle import Handle, Received
-from anyep.exchange.opening import BODY, RefusedError, check_agreement, check_memory
+from anyep.exchange.opening import BODY, RefusedError, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.places import connect, settle
+from anyep.exchange.places import connect, size_up
 from anyep.exchange.recall import announced_counts, number_of
 from anyep.exchange.receive import (
     NO_PLACES,
@@ -60,7 +60,9 @@ class _Sized(NamedTuple):
     handle: Handle
     num_rows: int
     came_rows: int
+    num_to: int
     num_from: int
+    num_gaps: int
     opened_RW: Words
     offered_RW: Words
     offer: int
@@ -68,6 +70,13 @@ class _Sized(NamedTuple):
 
 class Dispatch:
     """One dispatch of one rank: :meth:`post` sends what needs no answer, :meth:`finish` does the rest."""
+
+    _landing: Landing | None = None
+    _ahead: Ahead | None = None
+    _far: DispatchAcross | None = None
+    _desk: Desk | None = None
+    _sized: _Sized | None = None
+    _epoch = _frame = _eager_rows = _direct_rows = _far_rows = _limit_rows = 0
 
     def __init__(
         self,
@@ -85,16 +94,10 @@ class Dispatch:
         self._buffer = buffer
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
-        self._epoch = 0
         self._geometry = out.geometry
-        self._landing: Landing | None = None
-        self._eager_rows = self._direct_rows = self._far_rows = self._limit_rows = 0
-        self._far: DispatchAcross | None = None
         self._early = early and (out.geometry.padded or out.cached is not None)
         self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
-        self._ahead: Ahead | None = None
-        self._sized: _Sized | None = None
-        self._header = header_of(end, out)
+        self._header = header_of(out)
 
     def wants_background(self) -> bool:
         """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
@@ -140,44 +143,30 @@ class Dispatch:
         """Announce, and let the rows of small pairs come along."""
         end, plan, cached = self._end, self._out.plan, self._out.cached
         geometry, desk = self._geometry, end.desk(epoch)
+        self._desk = desk
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         rows = geometry.expected_rows(plan.num_tokens) if cached is None else cached.num_rows
         landing = self._landing = prepare_landing(end, geometry, rows)
         if self._early and landing is not None:
             self._ahead = look_ahead(end, geometry, landing, rows)
-        words_RW = desk.words_RW if cached is None else desk.places_RW
-        self._write_announcement(desk, words_RW, geometry.limit_rows)
-        limit = end.rule.settled_limit(geometry.limit_rows, geometry.slot_rows, self._eager_rows, self._direct_rows)
-        if limit != geometry.limit_rows:
-            self._write_announcement(desk, words_RW, limit)
+        self._frame = frame_of_dispatch(end, geometry, desk, cached=cached is not None)
+        end.books.begin(
+            self._frame,
+            self._header,
+            NO_PLACES if landing is None else landing.places,
+            plan.first_addr,
+            geometry.limit_rows,
+            end.far_R if plan.crossing is None else plan.crossing.far_tokens_R,
+        )
+        self._eager_rows, self._direct_rows, _, _, _, self._far_rows, self._limit_rows, _ = desk.tally.tolist()
         if end.across is not None:
             self._far = DispatchAcross(end, end.across, self._out, epoch)
         if (self._far is not None and self._far.open(desk.eager)) or self._eager_rows:
             slots = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
             send_rows(end, self._out, slots, desk.eager.addr, geometry.eager_row)
-        end.announce(epoch, words_RW, claim=self._expels)
+        end.announce(epoch, desk.words_RW if cached is None else desk.places_RW, claim=self._expels)
         if self._far is not None:
             self._far.begin()
-
-    def _write_announcement(self, desk: Desk, words_RW: Words, limit_rows: int) -> None:
-        """Say to each rank what concerns it, and whether its rows come along: those of pairs up to ``limit_rows``."""
-        end, plan, cached = self._end, self._out.plan, self._out.cached
-        self._limit_rows = limit_rows
-        end.books.announce(
-            words_RW,
-            self._header,
-            NO_PLACES if self._landing is None else self._landing.places,
-            plan.field("rank_rows"),
-            end.num_ranks + end.placement.num_experts + 1 if cached is None else 0,
-            plan.field("rank_rows"),
-            limit_rows,
-            desk.send_slots_R,
-            self._geometry.slot_offsets,
-            desk.eager.values,
-            end.far_R if plan.crossing is None else plan.crossing.far_tokens_R,
-            desk.tally,
-        )
-        self._eager_rows, self._direct_rows, *_, self._far_rows = desk.tally.tolist()
 
     def size_up(self) -> None:
         """Wait for all announcements, and work out every place. Raises RefusedError, PeerLost and PeerTimeout."""
@@ -189,20 +178,16 @@ class Dispatch:
             raise
 
     def _size_up(self) -> None:
-        end, desk = self._end, self._end.desk(self._epoch)
-        before = set(end.crowd.absent)
-        opened_RW = end.hear(self._epoch, self._step, self._header, expel=self._expels)
-        if len(end.crowd.absent) > len(before):
-            forget_rows_to(end, self._out.plan, set(end.crowd.absent) - before, opened_RW)
-        if not end.books.agree(opened_RW, self._header):
-            check_agreement(self._header, opened_RW, self._step)
-        offered_RW, offer = (
-            (opened_RW, BODY) if settle(end, self._out, opened_RW, self._step) else (self._offer_again(desk), 0)
-        )
+        end, out, desk = self._end, self._out, self._desk
+        assert desk is not None, "it was posted"
+        opened_RW = self._hear_or_expel() if self._expels else end.hear(self._epoch, self._step, self._header)
+        offered_RW, offer = opened_RW, BODY
+        if not size_up(end, out, desk, self._frame, opened_RW, self._header, self._limit_rows, self._step):
+            offered_RW, offer = self._offer_again(desk), 0
+            connect(end, out, desk, opened_RW, offered_RW, offer, limit_rows=self._limit_rows)
         landing = self._landing
         assert landing is not None, "a rank without memory reports it in its offer"
-        connect(end, self._out, desk, opened_RW, offered_RW, offer, limit_rows=self._limit_rows)
-        came_rows, _, _, num_from, num_rows, _ = desk.tally.tolist()
+        came_rows, _, num_to, num_from, num_rows, _, _, num_gaps = desk.tally.tolist()
         self._landing = None
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
@@ -210,16 +195,27 @@ class Dispatch:
             batch, turned = settle_down(end, self._geometry, landing, num_rows, written=written), None
         else:
             batch, turned = self._ahead
-        handle = handle_again(self._out) or self._handle(num_rows, opened_RW)
-        self._sized = _Sized(batch, turned, handle, num_rows, came_rows, num_from, opened_RW, offered_RW, offer)
+        handle = handle_again(out) or self._handle(num_rows, opened_RW)
+        self._sized = _Sized(
+            batch, turned, handle, num_rows, came_rows, num_to, num_from, num_gaps, opened_RW, offered_RW, offer
+        )
+
+    def _hear_or_expel(self) -> Words:
+        end = self._end
+        opened_RW, gone = end.hear_or_expel(self._epoch, self._step, self._header)
+        if gone:
+            forget_rows_to(end, self._out.plan, gone, opened_RW)
+        return opened_RW
 
     def finish(self) -> Received:
         """Size up if nobody has, send and receive the rows. Raises RefusedError, PeerLost and PeerTimeout."""
         if self._sized is None:
             self.size_up()
-        sized, self._sized = self._sized, None
+        sized, desk = self._sized, self._desk
+        self._sized = None
         assert sized is not None
-        end, out, plan, desk = self._end, self._out, self._out.plan, self._end.desk(self._epoch)
+        assert desk is not None
+        end, out, plan = self._end, self._out, self._out.plan
         handle = sized.handle
         if self._far is not None:
             self._cross(self._far, desk, sized)
@@ -228,15 +224,18 @@ class Dispatch:
                 handle = replace(handle, proxies=crossed.proxies, straight_from=crossed.straight_from)
         elif self._direct_rows:
             send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)
-            self._say_done(desk)
+            self._say_done(desk, sized.num_to)
         if sized.came_rows:
             unpack(end, self._geometry, plan, desk, sized.batch)
-        fill_gaps(end, self._geometry, plan, sized.batch)
+        if sized.num_gaps:
+            fill_gaps(end, self._geometry, plan, sized.batch, sized.num_gaps)
         if sized.num_from:
             end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[: sized.num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
-        end.counters.dispatched(self._eager_rows, self._direct_rows, self._far_rows, sized.num_rows, out)
+        rounds = 2 if sized.num_from else 1
+        sent_rows = self._eager_rows, self._direct_rows, self._far_rows
+        end.counters.dispatched(out, sent_rows, sized.num_rows, rounds)
         return wrap(end, sized.batch, handle, self._geometry, sized.turned)
 
     def _final_route(self) -> Route:
@@ -244,9 +243,9 @@ class Dispatch:
         place(self._end, plan)
         return Route(plan.width, plan.entry_rank_addr, plan.entry_row_addr, by_expert=int(self._geometry.by_expert))
 
-    def _say_done(self, desk: Desk) -> None:
+    def _say_done(self, desk: Desk, num_to: int) -> None:
         """Tell those to whom this rank wrote, if there are any."""
-        if num_to := int(desk.tally[ledger.NUM_TO]):
+        if num_to:
             self._end.transport.post(self._end.lanes.done, self._epoch, desk.done_RW, desk.to_R[:num_to])
 
     def _handle(self, num_rows: int, opened_RW: Words) -> Handle:
@@ -272,7 +271,9 @@ class Dispatch:
         near = None
         if self._direct_rows:
             route = self._final_route()
-            near = RowsNear(self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk))
+            near = RowsNear(
+                self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk, sized.num_to)
+            )
         crossing.cross(sized.opened_RW, desk, near, self._step)
 
     def _offer_again(self, desk: Desk) -> Words:
@@ -294,5 +295,5 @@ class Dispatch:
         offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step, end.crowd.present).copy()
         offers_RW[end.crowd.absent] = 0
         check_memory(offers_RW[:, 0], self._step, no_memory)
-        end.counters.add(second_offers=1)
+        end.counters.add(second_offers=1, rounds=1)
         return offers_RW

@@ -78,14 +78,3 @@ class EagerRule:
     def limit_rows(self, row_bytes: int, capacity: int) -> int:
         """Return up to how many rows go eagerly."""
         return min(capacity, self.pair_bytes // max(1, row_bytes))
-
-    def settled_limit(self, limit_rows: int, capacity: int, eager_rows: int, direct_rows: int) -> int:
-        """Return the limit for a rank of whose rows so many would go each way with ``limit_rows``.
-
-        >>> rule = EagerRule(pair_bytes=100, reason="", one_way=True)
-        >>> rule.settled_limit(3, 9, 2, 5), rule.settled_limit(3, 9, 5, 2), rule.settled_limit(3, 9, 5, 0)
-        (0, 9, 3)
-        """
-        if not self.one_way or not eager_rows or not direct_rows:
-            return limit_rows
-        return capacity if eager_rows > direct_rows else 0

@@ -18,8 +18,8 @@ from anyep.exchange.crowd import Crowd
 from anyep.exchange.desk import Desk, Lanes
 from anyep.exchange.eager import EagerRule, EagerSlots
 from anyep.exchange.geometry import Geometry, GeometryKey
-from anyep.exchange.opening import HANDLE_EPOCH, make_header
 from anyep.exchange.stats import Counters
+from anyep.exchange.way_back import WayBack
 from anyep.exchange.wire import Wire
 from anyep.exchange.workers import Workers
 from anyep.kernels.spec import KernelSet
@@ -80,9 +80,11 @@ class SegmentBases:
 
 @dataclass(frozen=True, kw_only=True)
 class Books:
-    """The compiled bookkeeping of operations: exchange/settle.py, exchange/connect.py, exchange/ordering.py."""
+    """The compiled bookkeeping of operations: exchange/halves.py, settle.py, connect.py, ordering.py."""
 
-    announce: Callable[..., None]
+    begin: Callable[..., None]
+    size_up: Callable[..., int]
+    find_rows: Callable[..., int]
     agree: Callable[..., int]
     keep: Callable[..., int]
     settle: Callable[..., int]
@@ -126,8 +128,8 @@ class Endpoint:
     across: Across | None = None
     """what there is besides on several hosts"""
     geometries: dict[tuple[GeometryKey, int], Geometry] = field(default_factory=dict)
-    headers: dict[tuple[tuple[str, int], ...], Words] = field(default_factory=dict)
     returns: dict[tuple[int, int], ReturnSlots] = field(default_factory=dict)
+    ways: dict[tuple[object, ...], WayBack] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -162,8 +164,8 @@ class Endpoint:
             static_rows=static_rows,
             source_tokens=source_tokens,
             geometries={},
-            headers={},
             returns={},
+            ways={},
         )
 
     def desk(self, epoch: int) -> Desk:
@@ -206,16 +208,6 @@ class Endpoint:
             )
         return known
 
-    def handle_header(self, epoch: int, **fields: int) -> Words:
-        """Return the header of an operation that names the dispatch of ``epoch``; ``fields`` as :func:`make_header`."""
-        key = tuple(fields.items())
-        known = self.headers.get(key)
-        if known is None:
-            known = self.headers[key] = make_header(**fields)
-        header: Words = known.copy()
-        header[HANDLE_EPOCH] = epoch
-        return header
-
     def announce(self, epoch: int, words_RW: Words, *, claim: bool = False) -> None:
         """Post the first message of an operation to every rank that takes part.
 
@@ -230,25 +222,26 @@ class Endpoint:
             )
         self.transport.post(self.lanes.open, epoch, words_RW, self.crowd.present)
 
-    def hear(self, epoch: int, step: str, header: Words, *, expel: bool = False) -> Words:
-        """Await the first message of every rank that takes part; the others are spoken for.
+    def hear(self, epoch: int, step: str, header: Words) -> Words:
+        """Await the first message of every rank that takes part; the others are spoken for."""
+        present = self.crowd.present
+        opened_RW = self.transport.wait(self.lanes.open, epoch, f"{step}: announcement", present)
+        return opened_RW if present is None else self.crowd.speak_for_absent(opened_RW, header)
 
-        ``expel``: who does not come takes no part any more.
-        """
-        late = False
+    def hear_or_expel(self, epoch: int, step: str, header: Words) -> tuple[Words, set[int]]:
+        """The same; who does not come takes no part any more. Return also who that is."""
+        before, late = set(self.crowd.absent), False
         while True:
             try:
-                opened_RW = self.wait(self.lanes.open, epoch, step, self.crowd.present)
-                break
+                opened_RW = self.hear(epoch, step, header)
+                return opened_RW, set(self.crowd.absent) - before
             except PeerError as error:
-                if expel and self.crowd.expel(self.transport, error.ranks, epoch):
+                if self.crowd.expel(self.transport, error.ranks, epoch):
                     continue
-                if not expel or late or not isinstance(error, PeerTimeout):
+                if late or not isinstance(error, PeerTimeout):
                     raise
                 late = True  # they began as time ran out: what they post is about to come
-        return opened_RW if self.crowd.present is None else self.crowd.speak_for_absent(opened_RW, header)
 
     def wait(self, lane: Lane, epoch: int, step: str, ranks: Words | None = None) -> Words:
         """Await messages of all ranks, or of some."""
-        self.counters.add(rounds=1)
         return self.transport.wait(lane, epoch, f"{step}: {lane.name}", ranks)

@@ -1,10 +1,10 @@
-"""Results that are still under way."""
+"""Operations, and results that are still under way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anyep.exchange.handle import Handle
 
 Result = TypeVar("Result")
+Out = TypeVar("Out", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +26,30 @@ class Targets:
     topk_weights: torch.Tensor | None = None
     handle: Handle | None = None
     """of a dispatch whose sizes are known"""
+
+
+class Operation(Protocol[Out]):
+    """One rank's part in something that all ranks do together."""
+
+    label: str
+
+    def post(self, epoch: int) -> None: ...
+
+    def wants_background(self) -> bool: ...
+
+    def may_answer(self) -> bool: ...
+
+    def ready(self) -> bool: ...
+
+    def size_up(self) -> None:
+        """Await what says how large the result is; :meth:`finish` does if nobody has. Raises RefusedError."""
+        ...
+
+    def targets(self) -> Targets | None:
+        """Return where the result will stand, if that is known once this is posted, or sized up."""
+        ...
+
+    def finish(self) -> Out: ...
 
 
 class Pending(Generic[Result]):

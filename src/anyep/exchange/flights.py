@@ -13,44 +13,22 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from anyep.errors import ClosedError, PeerError
-from anyep.exchange.event import Pending, Targets
+from anyep.exchange.event import Operation, Pending
 from anyep.exchange.opening import RefusedError
 
 Result = TypeVar("Result")
-Out = TypeVar("Out", covariant=True)
-
-
-class Operation(Protocol[Out]):
-    """One rank's part in something that all ranks do together."""
-
-    label: str
-
-    def post(self, epoch: int) -> None: ...
-
-    def wants_background(self) -> bool: ...
-
-    def may_answer(self) -> bool: ...
-
-    def ready(self) -> bool: ...
-
-    def size_up(self) -> None:
-        """Await what says how large the result is; :meth:`finish` does if nobody has. Raises RefusedError."""
-        ...
-
-    def targets(self) -> Targets | None:
-        """Return where the result will stand, if that is known once this is posted, or sized up."""
-        ...
-
-    def finish(self) -> Out: ...
 
 
 class Flight(Generic[Result]):
     """An operation that was posted, and its outcome. Who takes that lets it ``land``, where an operation can."""
 
-    __slots__ = ("epoch", "error", "future", "label", "land", "operation", "pending", "result", "turn")
+    future: Future[None] | None = None
+    result: Result | None = None
+    error: BaseException | None = None
+    pending: weakref.ref[Pending[Result]] | None = None
 
     def __init__(self, operation: Operation[Result], epoch: int) -> None:
         self.operation: Operation[Result] | None = operation
@@ -58,10 +36,6 @@ class Flight(Generic[Result]):
         self.label = operation.label
         self.epoch = epoch
         self.turn = threading.Lock()
-        self.future: Future[None] | None = None
-        self.result: Result | None = None
-        self.error: BaseException | None = None
-        self.pending: weakref.ref[Pending[Result]] | None = None
 
     @property
     def held(self) -> bool:
@@ -183,9 +157,10 @@ class Flights:
 
     def _check_peers(self) -> None:
         """The same for one that was posted: a peer that an older operation missed is what ends it too."""
-        if isinstance(self.broken, PeerError):
-            raise self.broken
-        self.check_open()
+        if self.broken is not None or self.closed:
+            if isinstance(self.broken, PeerError):
+                raise self.broken
+            self.check_open()
 
     def _closed_error(self) -> ClosedError:
         cause = self.broken
@@ -221,12 +196,12 @@ class Flights:
             if self._flying:
                 self._free_ring(epoch)
             self._epoch = epoch
-            flight = Flight(operation, epoch)
             try:
                 operation.post(epoch)
             except BaseException as error:
                 self._break(error)
                 raise
+            flight = Flight(operation, epoch)
             self._flying.append(flight)
             return flight
 
@@ -245,9 +220,11 @@ class Flights:
         return flight.take()
 
     def _finish_up_to(self, flight: Flight[Any]) -> None:
-        for older in list(self._flying):
+        for older in list(
+            self._flying
+        ):  # also before one of the background: at a peer it may be queued behind this one
             if older.epoch < flight.epoch and older.future is None:
-                self._finish(older)  # also before one of the background: at a peer it may be queued behind this one
+                self._finish(older)
         if flight.future is None:
             self._finish(flight)
         else:
@@ -278,7 +255,9 @@ class Flights:
                 self._break(error)
             if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C, once
                 interruption, flight.error = flight.error, self._closed_error()
-        if not flight.held:  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
+        if (
+            flight.pending is None or not flight.held
+        ):  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
             self._forget(flight)
         if interruption is not None:
             raise interruption

@@ -16,11 +16,14 @@ from anyep.layout.placement import Placement
 from anyep.layout.regions import RowBytes, hit_probability
 
 if TYPE_CHECKING:
+    from anyep.exchange.desk import Desk
+    from anyep.exchange.frame import Frame
     from anyep.exchange.receive import Landing
 
 PADDED = "padded"
 BY_EXPERT = ("expert", PADDED)
 """Layouts with a row for each (token, column)."""
+_ROUNDING = 31
 
 
 class GeometryKey(NamedTuple):
@@ -29,6 +32,20 @@ class GeometryKey(NamedTuple):
     layout: str
     idx_bytes: int
     has_weights: bool
+
+
+class PlanShape(NamedTuple):
+    """What a plan of T tokens takes, and where each of its parts begins, in bytes (exchange/handle.py: SendPlan)."""
+
+    num_words: int
+    """int32, with the ledger that comes first"""
+    idx_bytes: int
+    """of all of topk_idx"""
+    compact_rank: int
+    compact_slot: int
+    entry_rank: int
+    entry_slot: int
+    entry_row: int
 
 
 class Geometry:
@@ -51,6 +68,10 @@ class Geometry:
     ) -> None:
         self.key = key
         self.num_topk = num_topk
+        self.dtype = wire.dtype
+        self.hidden = wire.hidden
+        self.scale_columns = wire.scale_columns
+        self.scale_dtype = wire.scale_dtype
         self.idx_dtype = torch.int64 if key.idx_bytes == 8 else torch.int32
         self.by_expert = key.layout in BY_EXPERT
         self.padded = key.layout == PADDED
@@ -81,7 +102,7 @@ class Geometry:
             block_rows=placement.num_ranks * max_tokens if self.padded else 0,
             static_rows=-1 if static_rows is None or self.padded else static_rows,
         )
-        self.agreed = {
+        agreed = {
             "layout": LAYOUT_CODES[key.layout],
             "idx_bytes": key.idx_bytes,
             "has_weights": int(key.has_weights),
@@ -91,25 +112,50 @@ class Geometry:
             "block_rows": self.shape.block_rows,
             "static_rows": self.shape.static_rows,
         }
-        """what all ranks must have alike, as a header says it"""
-        self.header = make_header(kind=Kind.DISPATCH, **self.agreed)
+        self.header = make_header(kind=Kind.DISPATCH, **agreed)
+        self.cached_header = make_header(kind=Kind.CACHED_DISPATCH, **agreed)
         self.slot_rows = slots.capacity(self.eager_row.sent)
         self.limit_rows = rule.limit_rows(self.eager_row.sent, self.slot_rows)
         self.sent_bytes = self.row.sent
         self.part_sizes = self.row.parts()
         self.part_bytes = np.array(self.part_sizes, np.int64)
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
+        self.compact_width = min(num_topk, placement.num_ranks)
+        self.width = num_topk if self.by_expert else self.compact_width
+        """entries a token"""
+        self._plan_shapes: dict[int, PlanShape] = {}
         self._placement = placement
         self._last_rows: int | None = None
+        self.frames: dict[tuple[Desk, object] | tuple[Desk, int, int], Frame] = {}
+        """of each desk (those of a buffer that has adopted a handle, too); of combines for slots of each kind"""
         self.spare_landings: list[Landing] = []
         """offered before, and not needed then: nobody has written there"""
+
+    def plan_shape(self, num_tokens: int) -> PlanShape:
+        """Return how a plan of so many tokens lies in memory, worked out once."""
+        known = self._plan_shapes.get(num_tokens)
+        if known is None:
+            idx_bytes = num_tokens * self.num_topk * self.key.idx_bytes
+            compact_rank = 4 * self.shape.num_words + idx_bytes
+            compact, entries = 4 * num_tokens * self.compact_width, 4 * num_tokens * self.width
+            first = compact_rank + 2 * compact * self.by_expert
+            known = self._plan_shapes[num_tokens] = PlanShape(
+                num_words=(first + 3 * entries) // 4,
+                idx_bytes=idx_bytes,
+                compact_rank=compact_rank,
+                compact_slot=compact_rank + compact,
+                entry_rank=first,
+                entry_slot=first + entries,
+                entry_row=first + 2 * entries,
+            )
+        return known
 
     def expected_rows(self, num_tokens: int) -> int:
         """Return how many rows to prepare memory for before the counts are known.
 
         The first time as if all ranks had ``num_tokens`` and experts were equally likely; then an eighth more than
-        last time. Too few cost a message more, too many little: of a large batch the
-        rest goes back at once, of a small one with the batch.
+        last time, rounded, so that the next batch often fits where the last but one was. Too few cost a message more,
+        too many little: of a large batch the rest goes back at once, of a small one with the batch.
         """
         if self.padded:
             return self.shape.num_local * self.shape.block_rows
@@ -121,7 +167,7 @@ class Geometry:
             if self.by_expert:
                 reach = self.num_topk * local / experts
             self._last_rows = math.ceil(reach * num_tokens * self._placement.num_ranks)
-        return self._last_rows + self._last_rows // 8 + 8
+        return (self._last_rows + self._last_rows // 8 + 8 + _ROUNDING) & ~_ROUNDING
 
     def note_rows(self, num_rows: int) -> None:
         """Remember a batch's size."""

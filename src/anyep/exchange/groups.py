@@ -17,14 +17,14 @@ from anyep.exchange.wire import ELEMENTS
 def sum_by_groups(end: Endpoint, back: Returning, rows_table_addr: int, entry_row_addr: int) -> None:
     """Write the sums to ``back.out``: bias, then the groups' partial sums in ascending order, in fp32.
 
-    A partial sum is that of ``reduce`` over ``back.group`` consecutive ranks, rounded to the rows' dtype. A group that
+    A partial sum is that of ``reduce`` over ``group`` consecutive ranks, rounded to the rows' dtype. A group that
     has no row of a token adds nothing, not even a zero. Takes memory for a [T, H] a group.
     """
-    plan, group = back.handle.send, back.group
+    plan, group = back.handle.send, back.way.group
     num_tokens, num_groups = plan.num_tokens, -(-end.num_ranks // group)
     element, entries = int(ELEMENTS[back.y.dtype]), plan.entry_ranks()
     partials = fresh((num_groups, num_tokens, end.hidden), back.y.dtype)
-    tables_G = partials.data_ptr() + back.row_bytes * num_tokens * np.arange(num_groups, dtype=np.int64)
+    tables_G = partials.data_ptr() + back.way.row_bytes * num_tokens * np.arange(num_groups, dtype=np.int64)
     served_TG = np.full((num_tokens, num_groups), -1, np.int32)
     for number in range(num_groups):
         inside = (entries >= number * group) & (entries < (number + 1) * group)

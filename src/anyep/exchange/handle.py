@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anyep.exchange.geometry import Geometry
+from anyep.exchange.geometry import Geometry, PlanShape
 
 if TYPE_CHECKING:
     from anyep.exchange.crossing import Crossing
@@ -45,32 +45,25 @@ class SendPlan:
     )
 
     def __init__(
-        self, geometry: Geometry, memory: NDArray[np.int32], first_addr: int, num_tokens: int, compact_width: int
+        self, geometry: Geometry, memory: NDArray[np.int32], first_addr: int, num_tokens: int, shape: PlanShape
     ) -> None:
         self.geometry = geometry
         self.memory = memory
         self.first_addr = first_addr
         self.num_tokens = num_tokens
         self.idx_bytes = geometry.key.idx_bytes
+        self.compact_width = geometry.compact_width
+        self.width = geometry.width
         self.idx_addr = first_addr + 4 * geometry.shape.num_words
         """[T, K] int32 or int64, a copy of the caller's"""
-        compact_bytes = 4 * num_tokens * compact_width
-        self.compact_width = compact_width
-        self.compact_rank_addr = self.idx_addr + num_tokens * geometry.num_topk * self.idx_bytes
+        self.compact_rank_addr = first_addr + shape.compact_rank
         """[T, min(K, R)]"""
-        self.compact_slot_addr = self.compact_rank_addr + compact_bytes
-        rest = self.compact_slot_addr + compact_bytes
-        if geometry.by_expert:
-            self.width = geometry.num_topk
-            self.entry_rank_addr = rest
-            """[T, W]"""
-            self.entry_slot_addr = rest + 4 * num_tokens * self.width
-            self.entry_row_addr = rest + 8 * num_tokens * self.width
-            """from slots when the receivers' rows are known (``placed``)"""
-        else:
-            self.width = compact_width
-            self.entry_rank_addr, self.entry_slot_addr = self.compact_rank_addr, self.compact_slot_addr
-            self.entry_row_addr = rest
+        self.compact_slot_addr = first_addr + shape.compact_slot
+        self.entry_rank_addr = first_addr + shape.entry_rank
+        """[T, W]; in the compact layout the same as before"""
+        self.entry_slot_addr = first_addr + shape.entry_slot
+        self.entry_row_addr = first_addr + shape.entry_row
+        """from slots when the receivers' rows are known (``placed``)"""
         self.placed = False
         self.crossing: Crossing | None = None
         """which tokens go to other hosts, where there are any"""

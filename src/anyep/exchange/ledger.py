@@ -58,6 +58,7 @@ FIELDS = (
     F_GAPS,
     F_SCRATCH,
 ) = range(len(FIELDS))
+NUM_FIELDS = len(FIELDS)
 
 D_RANK, D_RANKS, D_EXPERTS, D_LOCAL, D_BY_EXPERT, D_ALIGNMENT, D_BLOCK_ROWS, D_STATIC_ROWS = range(8)
 PARTS = 5
@@ -71,10 +72,12 @@ STRAIGHT = -2
 """The same, and every smaller number: rows for other hosts go straight to their ranks, none is forwarded."""
 COMES_STRAIGHT, GOES_STRAIGHT = 1, 2
 """Bits of a rank of another host, in a combine: its rows come from it straight; this rank's go to it straight."""
-EAGER_ROWS, DIRECT_ROWS, NUM_TO, NUM_FROM, NUM_ROWS, FAR_ROWS = range(6)
-"""Numbers that announce and connect leave in a tally."""
-SETTLED, STATIC_TOO_SMALL, BLOCK_TOO_SMALL, LANDING_TOO_SMALL = range(4)
-"""What settle found."""
+EAGER_ROWS, DIRECT_ROWS, NUM_TO, NUM_FROM, NUM_ROWS, FAR_ROWS, LIMIT_ROWS, NUM_GAPS, NUM_TALLY = range(9)
+"""Numbers that the bookkeeping leaves in a tally, and how many these are."""
+SETTLED, STATIC_TOO_SMALL, BLOCK_TOO_SMALL, LANDING_TOO_SMALL, UNKNOWN_PLACE = range(5)
+"""What settle found; the last: where a peer has put a batch is not known here yet."""
+ALL_FOUND, DISAGREE = -1, -2
+"""What finding a combine's rows comes to, but for a segment that is to be looked up; the last also a dispatch's."""
 
 
 class LedgerShape:
@@ -115,6 +118,7 @@ class LedgerShape:
         self.offsets = 4 * starts[:-1].astype(np.int64)
         self.bytes_at = {name: int(offset) for name, offset in zip(FIELDS, self.offsets, strict=True)}
         edges = pairwise(starts.tolist())
+        self.tokens_word = int(starts[F_NUM_TOKENS])
         self.words_at = {name: slice(begin, end) for name, (begin, end) in zip(FIELDS, edges, strict=True)}
         self.dims = np.array(
             [rank, ranks, experts, self.num_local, by_expert, alignment, block_rows, static_rows], np.int64

@@ -74,6 +74,13 @@ def make_header(**fields: int) -> Words:
     return np.array([*(_DEFAULTS | fields).values(), 0], np.int64)
 
 
+def naming_handle(header: Words, epoch: int) -> Words:
+    """Return a header for an operation that goes by the handle of dispatch ``epoch``."""
+    named: Words = header.copy()
+    named[HANDLE_EPOCH] = epoch
+    return named
+
+
 _TEXT: dict[str, Callable[[int], str]] = {
     "kind": lambda value: Kind(value).label,
     "layout": lambda value: repr(_LAYOUTS[value]),

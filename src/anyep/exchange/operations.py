@@ -12,7 +12,7 @@ from anyep.exchange.barrier import Barrier
 from anyep.exchange.combine import Combine
 from anyep.exchange.dispatch import Dispatch
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.flights import Operation
+from anyep.exchange.event import Operation
 from anyep.exchange.handle import Combined, Handle, Received
 from anyep.layout.trace_file import TraceRecorder
 

@@ -21,6 +21,7 @@ from anyep.exchange.routing import order_entries, plan_of
 from anyep.exchange.wire import Rows, check_rows
 
 _IDX_DTYPES = (torch.int64, torch.int32)
+_WEIGHTS_DTYPES = (torch.float32,)
 
 
 class Outgoing(NamedTuple):
@@ -56,7 +57,7 @@ def prepare(
             f"x has {num_tokens} tokens, but this buffer was made with max_tokens_per_rank={end.max_tokens}; "
             "split the batch or make a larger buffer"
         )
-    shape = [num_tokens, end.num_topk]
+    shape = (num_tokens, end.num_topk)
     idx = check_tensor("topk_idx", topk_idx, dtypes=_IDX_DTYPES, shape=shape, legend="[T, num_topk]", device=end.where)
     weights = _check_weights(end, topk_weights, shape)
     geometry = end.geometry(layout, idx.itemsize, weights is not None)
@@ -80,7 +81,7 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
     rows = check_rows(end.wire, x, end.where)
     if rows.num_tokens != handle.num_tokens:
         raise ValueError(f"x has {rows.num_tokens} tokens, but the handle's dispatch sent {handle.num_tokens}")
-    weights = _check_weights(end, topk_weights, [handle.num_tokens, end.num_topk])
+    weights = _check_weights(end, topk_weights, (handle.num_tokens, end.num_topk))
     return Outgoing(
         rows=rows,
         topk_weights=weights,
@@ -94,19 +95,19 @@ def prepare_cached(end: Endpoint, x: object, topk_idx: object, topk_weights: obj
 def _check_expert_rows(end: Endpoint, expert_rows: object, geometry: Geometry) -> NDArray[np.int32]:
     if geometry.by_expert:
         raise ValueError("expert_rows goes with layout='compact'; other layouts count what topk_idx says")
-    shape = [end.placement.num_experts]
+    shape = (end.placement.num_experts,)
     counts: NDArray[np.int32] = check_tensor(
-        "expert_rows", expert_rows, dtypes=[torch.int32], shape=shape, legend="[num_experts]"
+        "expert_rows", expert_rows, dtypes=(torch.int32,), shape=shape, legend="[num_experts]"
     ).numpy()
     return counts
 
 
-def _check_weights(end: Endpoint, topk_weights: object, shape: list[int]) -> torch.Tensor | None:
+def _check_weights(end: Endpoint, topk_weights: object, shape: tuple[int, int]) -> torch.Tensor | None:
     if topk_weights is None:
         return None
     legend = "[T, num_topk]"
     return check_tensor(
-        "topk_weights", topk_weights, dtypes=[torch.float32], shape=shape, legend=legend, device=end.where
+        "topk_weights", topk_weights, dtypes=_WEIGHTS_DTYPES, shape=shape, legend=legend, device=end.where
     )
 
 

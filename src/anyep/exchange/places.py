@@ -8,32 +8,31 @@ from anyep.exchange.desk import Desk
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import SendPlan
-from anyep.exchange.opening import BODY, RefusedError
+from anyep.exchange.opening import BODY, RefusedError, check_agreement
 from anyep.exchange.outgoing import Outgoing
 from anyep.transport.base import Words
 
 
-def settle(end: Endpoint, out: Outgoing, opened_RW: Words, step: str) -> bool:
-    """Fill the ledger; False where a rank has to offer more memory. Raises RefusedError, on all ranks."""
+def size_up(
+    end: Endpoint, out: Outgoing, desk: Desk, frame: int, opened_RW: Words, header: Words, limit_rows: int, step: str
+) -> bool:
+    """Fill the ledger and the peer tables of rows up to here; False where a rank has to offer more memory first.
+
+    ``frame``: exchange/frame.py. Raises RefusedError, on all ranks.
+    """
     plan, geometry = out.plan, out.geometry
-    if out.cached is not None:
-        return bool((opened_RW[:, BODY + ledger.CAPACITY] >= plan.numbers("batch_rows")).all())
-    found = end.books.settle(
-        opened_RW,
-        BODY,
-        geometry.shape.dims,
-        geometry.shape.offsets,
-        end.tables.rank_addr,
-        end.tables.local_addr,
-        plan.first_addr,
-        end.counters.rows_by_source,
-        end.counters.rows_by_expert,
-    )
+    found = end.books.size_up(frame, opened_RW, header, end.bases.base_RS, plan.first_addr, limit_rows)
+    if found == ledger.SETTLED:
+        return True
+    if found == ledger.DISAGREE:
+        check_agreement(header, opened_RW, step)
     if found == ledger.STATIC_TOO_SMALL:
         raise RefusedError(CapacityError(f"{step}: {_too_many_rows(geometry, plan)}"))
     if found == ledger.BLOCK_TOO_SMALL:
         raise RefusedError(CapacityError(f"{step}: {_too_many_for_an_expert(geometry)}"))
-    return bool(found == ledger.SETTLED)
+    if found == ledger.UNKNOWN_PLACE:
+        connect(end, out, desk, opened_RW, opened_RW, BODY, limit_rows=limit_rows)
+    return bool(found == ledger.UNKNOWN_PLACE)
 
 
 def _too_many_rows(geometry: Geometry, plan: SendPlan) -> str:

@@ -65,7 +65,7 @@ class Handles:
         """
         end = self._here("recall")
         check_choice("layout", layout, _LAYOUTS)
-        dtypes, shape = (torch.int64, torch.int32), [None, end.num_topk]
+        dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]")
         counts_RC = _check_counts(end, announced)
         plan = make_plan(end, idx, _geometry(end, layout, idx.itemsize, expert_alignment))
@@ -116,7 +116,7 @@ class Handles:
 
 
 def _check_counts(end: Endpoint, announced: object) -> Counts:
-    shape = [end.num_ranks, end.num_counts]
+    shape = (end.num_ranks, end.num_counts)
     legend = "[R, R + num_experts]"
     counts_RC: Counts = check_tensor("announced", announced, dtypes=(torch.int32,), shape=shape, legend=legend).numpy()
     return counts_RC

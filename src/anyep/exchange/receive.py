@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +52,9 @@ def cut_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing:
         offset = 0
         data, routing = end.transport.allocate(region.data_bytes), end.transport.allocate(region.routing_bytes)
     segment, begin = data.place
-    routing_segment, routing_begin = routing.place
+    routing_segment, routing_begin = (segment, begin) if routing is data else routing.place
     places = np.array([capacity, segment, begin, routing_segment, routing_begin + offset], np.int64)
-    return Landing(data=data, routing=routing, routing_offset=offset, capacity=capacity, places=places)
+    return Landing(data, routing, offset, capacity, places)
 
 
 def prepare_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing | None:
@@ -81,28 +82,31 @@ class Batch(NamedTuple):
 
 def settle_down(end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int, *, written: bool) -> Batch:
     """Return the batch of ``num_rows`` rows: where peers write (``written``), else in private memory if it is small."""
-    region, idx_dtype = row_region(geometry.row, num_rows), geometry.idx_dtype
+    region = row_region(geometry.row, num_rows)
     if not written and region.data_bytes <= _SMALL_BYTES:
         geometry.spare_landings.append(landing)
-        return _fresh_batch(end, geometry, num_rows, idx_dtype)
+        return _fresh_batch(geometry, num_rows)
     if landing.routing is not landing.data:
-        if landing.data.num_bytes - region.data_bytes >= _WORTH_TRIMMING_BYTES:
-            end.transport.trim(landing.data, region.data_bytes)
-        if landing.routing.num_bytes - region.routing_bytes >= _WORTH_TRIMMING_BYTES:
-            end.transport.trim(landing.routing, region.routing_bytes)
-    return _batch_on(end, geometry, landing, region, num_rows, idx_dtype)
+        _trim(end, landing.data, region.data_bytes)
+        _trim(end, landing.routing, region.routing_bytes)
+    return _batch_on(geometry, landing, region, num_rows)
 
 
-def _fresh_batch(end: Endpoint, geometry: Geometry, num_rows: int, idx_dtype: torch.dtype) -> Batch:
-    row, wire = geometry.row, end.wire
-    x = fresh((num_rows, wire.hidden), wire.dtype)
-    scales = fresh((num_rows, wire.scale_columns), wire.scale_dtype) if row.scales else None
-    idx = fresh((num_rows, end.num_topk), idx_dtype) if row.topk_idx else None
-    weights = fresh((num_rows, end.num_topk), torch.float32) if row.topk_weights else None
+def _trim(end: Endpoint, block: Block, needed: int) -> None:
+    if block.num_bytes - needed >= _WORTH_TRIMMING_BYTES:
+        end.transport.trim(block, needed)
+
+
+def _fresh_batch(geometry: Geometry, num_rows: int) -> Batch:
+    row = geometry.row
+    x = fresh((num_rows, geometry.hidden), geometry.dtype)
+    scales = fresh((num_rows, geometry.scale_columns), geometry.scale_dtype) if row.scales else None
+    idx = fresh((num_rows, geometry.num_topk), geometry.idx_dtype) if row.topk_idx else None
+    weights = fresh((num_rows, geometry.num_topk), torch.float32) if row.topk_weights else None
     token = fresh((num_rows,), torch.int32) if row.token else None
     parts = (x, scales, idx, weights, token)
     addr = tuple([0 if part is None else part.data_ptr() for part in parts])
-    return Batch(x=x, scales=scales, topk_idx=idx, topk_weights=weights, source_token=token, part_addr=addr)  # type: ignore[arg-type]
+    return Batch(x=x, scales=scales, topk_idx=idx, topk_weights=weights, source_token=token, part_addr=addr)  # type: ignore[arg-type]  # five
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
@@ -110,35 +114,29 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _batch_on(
-    end: Endpoint, geometry: Geometry, landing: Landing, region: RowRegion, num_rows: int, idx_dtype: torch.dtype
-) -> Batch:
-    row, wire, data, routing, offset = geometry.row, end.wire, landing.data, landing.routing, landing.routing_offset
-    routing_addr = routing.address + offset
-    x = tensor_on(data, 0, (num_rows, wire.hidden), wire.dtype)
+def _batch_on(geometry: Geometry, landing: Landing, region: RowRegion, num_rows: int) -> Batch:
+    """Return the batch where peers write; without rows it has no place."""
+    if not num_rows:
+        return _fresh_batch(geometry, 0)
+    row, data, routing, offset = geometry.row, landing.data, landing.routing.memory, landing.routing_offset
+    data_addr, routing_addr, memory = data.address, landing.routing.address + offset, data.memory
     scales = idx = weights = token = None
+    scales_addr = idx_addr = weights_addr = token_addr = 0
+    x = matrix_on(memory, 0, num_rows, geometry.hidden, geometry.dtype)
     if row.scales:
-        scales = tensor_on(data, region.scales_offset, (num_rows, wire.scale_columns), wire.scale_dtype)
+        scales = matrix_on(memory, region.scales_offset, num_rows, geometry.scale_columns, geometry.scale_dtype)
+        scales_addr = data_addr + region.scales_offset
     if row.topk_idx:
-        idx = tensor_on(routing, offset, (num_rows, end.num_topk), idx_dtype)
+        idx = matrix_on(routing, offset, num_rows, geometry.num_topk, geometry.idx_dtype)
+        idx_addr = routing_addr
     if row.topk_weights:
-        weights = tensor_on(routing, offset + region.weights_offset, (num_rows, end.num_topk), torch.float32)
+        weights = matrix_on(routing, offset + region.weights_offset, num_rows, geometry.num_topk, torch.float32)
+        weights_addr = routing_addr + region.weights_offset
     if row.token:
-        token = tensor_on(routing, offset + region.token_offset, (num_rows,), torch.int32)
-    return Batch(
-        x=x,
-        scales=scales,
-        topk_idx=idx,
-        topk_weights=weights,
-        source_token=token,
-        part_addr=(
-            data.address,
-            data.address + region.scales_offset if row.scales else 0,
-            routing_addr if row.topk_idx else 0,
-            routing_addr + region.weights_offset if row.topk_weights else 0,
-            routing_addr + region.token_offset if row.token else 0,
-        ),
-    )
+        token = matrix_on(routing, offset + region.token_offset, num_rows, 1, torch.int32).view(num_rows)
+        token_addr = routing_addr + region.token_offset
+    addr = (data_addr, scales_addr, idx_addr, weights_addr, token_addr)
+    return Batch(x, scales, idx, weights, token, addr)
 
 
 class Ahead(NamedTuple):
@@ -151,7 +149,7 @@ class Ahead(NamedTuple):
 
 def look_ahead(end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int) -> Ahead:
     """Make a batch's tensors where peers write."""
-    batch = _batch_on(end, geometry, landing, row_region(geometry.row, num_rows), num_rows, geometry.idx_dtype)
+    batch = _batch_on(geometry, landing, row_region(geometry.row, num_rows), num_rows)
     return Ahead(batch=batch, turned=room_for_scales(end, geometry) if geometry.padded else None)
 
 
@@ -191,11 +189,8 @@ def unpack(end: Endpoint, geometry: Geometry, plan: SendPlan, desk: Desk, batch:
     )
 
 
-def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch) -> None:
+def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch, num_gaps: int) -> None:
     """Define the rows nobody sends: index -1, everything else 0."""
-    num_gaps = int(plan.numbers("gaps")[0])
-    if not num_gaps:
-        return
     begins = plan.field("gaps") + 4
     gaps = (num_gaps, begins, begins + 4 * (geometry.shape.num_local + 1))
     for base, row_bytes, byte in zip(batch.part_addr, geometry.row.parts(), (0, 0, _MINUS_ONE, 0, 0), strict=True):
@@ -244,11 +239,13 @@ def _wrap_padded(end: Endpoint, batch: Batch, handle: Handle, turned: torch.Tens
     )
 
 
-def tensor_on(block: Block, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on a block's bytes; the tensor keeps the block."""
-    count = 1
-    for size in shape:
-        count *= size
-    if count == 0:
+def matrix_on(memory: memoryview, offset: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor [rows, columns] on a block's bytes, at least one; the tensor keeps the block."""
+    return torch.frombuffer(memory, dtype=dtype, count=rows * columns, offset=offset).view(rows, columns)
+
+
+def tensor_on(block: Block, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor on a block's bytes, if it has any."""
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=offset).view(shape)
+    return torch.frombuffer(block.memory, dtype=dtype, count=prod(shape)).view(shape)

@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from anyep.exchange.opening import Kind
+from anyep.exchange.opening import naming_handle
 
 if TYPE_CHECKING:
     import torch
 
-    from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.handle import Handle
     from anyep.exchange.outgoing import Outgoing
     from anyep.transport.base import Words
 
 
-def header_of(end: Endpoint, out: Outgoing) -> Words:
+def header_of(out: Outgoing) -> Words:
     """Return the header of a dispatch, which names the handle that it goes by."""
     if out.cached is None:
         return out.geometry.header
-    return end.handle_header(out.cached.epoch, kind=Kind.CACHED_DISPATCH, **out.geometry.agreed)
+    return naming_handle(out.geometry.cached_header, out.cached.epoch)
 
 
 def weights_for_combine(out: Outgoing) -> torch.Tensor | None:

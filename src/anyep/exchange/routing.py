@@ -15,15 +15,10 @@ if TYPE_CHECKING:
 
 def plan_of(end: Endpoint, geometry: Geometry, idx_addr: int, num_tokens: int) -> SendPlan:
     """Route ``topk_idx`` [n, K]; ValueError for an expert that does not exist."""
-    num_topk = end.num_topk
-    compact_width = min(num_topk, end.num_ranks)
-    ledger = geometry.shape.num_words
-    idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
-    entries = 2 * compact_width + (3 * num_topk if geometry.by_expert else compact_width)
-    memory = np.empty(ledger + idx_words + num_tokens * entries, np.int32)
-    first_addr = end.books.keep(memory, ledger, idx_addr, 4 * idx_words)
-    plan = SendPlan(geometry, memory, first_addr, num_tokens, compact_width)
-    plan.numbers("num_tokens")[0] = num_tokens
+    shape, ledger = geometry.plan_shape(num_tokens), geometry.shape
+    memory = np.empty(shape.num_words, np.int32)
+    first_addr = end.books.keep(memory, ledger.num_words, idx_addr, shape.idx_bytes, ledger.tokens_word, num_tokens)
+    plan = SendPlan(geometry, memory, first_addr, num_tokens, shape)
     if geometry.by_expert:  # its numbers of rows a rank are not needed, and overwritten
         _route(end, plan, 1, plan.entry_rank_addr, plan.entry_slot_addr)
     _route(end, plan, 0, plan.compact_rank_addr, plan.compact_slot_addr)

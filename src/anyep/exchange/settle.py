@@ -58,11 +58,12 @@ def agree(opened_RW: Any, header: Any) -> int:
     return 1
 
 
-@compiled("int64(int32[::1], int64, int64, int64)")
-def keep(memory: Any, first_word: int, source_addr: int, num_bytes: int) -> int:
-    """Copy bytes to word ``first_word`` of ``memory``, and return the address of its beginning."""
+@compiled("int64(int32[::1], int64, int64, int64, int64, int64)")
+def keep(memory: Any, first_word: int, source_addr: int, num_bytes: int, count_word: int, count: int) -> int:
+    """Copy bytes to word ``first_word`` of ``memory``, write how many, and return the address of its beginning."""
     base: int = memory.ctypes.data
     copy_bytes(base + 4 * first_word, source_addr, num_bytes)
+    memory[count_word] = count
     return base
 
 

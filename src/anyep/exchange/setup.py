@@ -181,9 +181,11 @@ def load_books() -> Books:
     from anyep.machine.compiler import compiling
 
     with compiling():
-        from anyep.exchange import connect, fold, ordering, settle
+        from anyep.exchange import connect, fold, halves, ordering, settle
     return Books(
-        announce=settle.announce,
+        begin=halves.begin,
+        size_up=halves.size_up,
+        find_rows=halves.find_rows,
         agree=settle.agree,
         keep=settle.keep,
         settle=settle.settle,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,18 @@ class Stats:
     """int64 [L]: rows received for each local expert"""
 
 
+_Ended = tuple[int, tuple[int, int, int], int, int, int, int]
+"""Kind, rows each way, rounds of messages, rows received or bytes read back, rows and bytes sent."""
+_DISPATCH, _CACHED, _COMBINE = range(3)
+_MOST_NOTES = 1024
+
+
 class Counters:
     """Counts in place, from the caller's thread and the background."""
 
     def __init__(self, num_ranks: int, num_local: int) -> None:
         self._adding = threading.Lock()
+        self._ended: deque[_Ended] = deque()
         self.dispatches = 0
         self.cached_dispatches = 0
         self.combines = 0
@@ -100,24 +108,44 @@ class Counters:
             self.message_rounds += rounds
             self.straight_rows += straight_rows
 
-    def dispatched(self, eager_rows: int, direct_rows: int, far_rows: int, received: int, out: Outgoing) -> None:
-        """Count one dispatch; rows of all three ways count each token once a rank."""
+    def dispatched(self, out: Outgoing, sent_rows: tuple[int, int, int], received: int, rounds: int) -> None:
+        """Note one dispatch; ``sent_rows``: eager, direct and far, which count each token once a rank."""
         plan = out.plan
-        rows = eager_rows + direct_rows + far_rows
-        sent = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else rows
-        with self._adding:
-            if out.cached is not None:
-                self.cached_dispatches += 1
+        rows = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else sum(sent_rows)
+        if out.cached is not None:
+            with self._adding:
                 self.rows_by_source += plan.numbers("source_entries")
                 self.rows_by_expert += plan.numbers("counts")
-            else:
-                self.dispatches += 1
+        kind = _DISPATCH if out.cached is None else _CACHED
+        self._note((kind, sent_rows, rounds, received, rows, rows * out.geometry.sent_bytes))
+
+    def combined(self, bytes_read: int, sent_rows: tuple[int, int, int] = (0, 0, 0), rounds: int = 1) -> None:
+        """Note one combine: bytes that this rank read back, rows that it let others have."""
+        self._note((_COMBINE, sent_rows, rounds, bytes_read, 0, 0))
+
+    def _note(self, ended: _Ended) -> None:
+        """Keep it for later: adding up would cost every operation more than the note."""
+        self._ended.append(ended)
+        if len(self._ended) >= _MOST_NOTES:
+            with self._adding:
+                self._add_up()
+
+    def _add_up(self) -> None:
+        while self._ended:
+            kind, (eager_rows, direct_rows, far_rows), rounds, came, rows, num_bytes = self._ended.popleft()
+            self.dispatches += kind == _DISPATCH
+            self.cached_dispatches += kind == _CACHED
+            self.combines += kind == _COMBINE
             self.eager_rows += eager_rows
             self.direct_rows += direct_rows
             self.far_rows += far_rows
-            self.rows_sent += sent
-            self.rows_received += received
-            self.bytes_sent += sent * out.geometry.sent_bytes
+            self.message_rounds += rounds
+            self.rows_sent += rows
+            self.bytes_sent += num_bytes
+            if kind == _COMBINE:
+                self.bytes_combined += came
+            else:
+                self.rows_received += came
 
     def dispatched_on_device(self, *, cached: bool, rows: int) -> None:
         """Count one dispatch; ``rows`` that were received, 0 where the host does not know."""
@@ -125,22 +153,12 @@ class Counters:
             self.cached_dispatches += cached
             self.dispatches += not cached
             self.rows_received += rows
-
-    def sent_back(self, eager_rows: int, direct_rows: int, far_rows: int) -> None:
-        """Count the first half of a combine."""
-        with self._adding:
-            self.far_rows += far_rows
-            self.eager_rows += eager_rows
-            self.direct_rows += direct_rows
-
-    def combined(self, num_rows: int, row_bytes: int) -> None:
-        """Count the rows of a finished combine."""
-        with self._adding:
-            self.combines += 1
-            self.bytes_combined += row_bytes * num_rows
+            self.message_rounds += 1
 
     def snapshot(self, waited_ns_R: Words, network_bytes: int = 0) -> Stats:
         """Return a copy of all counters."""
+        with self._adding:
+            self._add_up()
         counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         by_source = torch.from_numpy(waited_ns_R.astype(np.float64) / 1e9)
         return Stats(

@@ -51,14 +51,14 @@ class BackRow(NamedTuple):
 
 
 def back_row(end: Endpoint, back: Returning) -> BackRow:
-    row = back.row_bytes if back.wire == "none" else logfmt_row_bytes(end.hidden)
+    row = back.way.row_bytes if back.way.wire == "none" else logfmt_row_bytes(end.hidden)
     return BackRow(row, 0 if back.topk_weights is None else 4 * end.num_topk)
 
 
 def each_by_itself(back: Returning) -> bool:
     """Whether rows cross one by one; otherwise a host's sum does."""
-    by_columns = back.reduce == "column" and not back.group
-    return by_columns or back.reduce == "expert" or back.handle.send.geometry.padded
+    by_columns = back.way.reduce == "column" and not back.way.group
+    return by_columns or back.way.reduce == "expert" or back.handle.send.geometry.padded
 
 
 class Terms(NamedTuple):
@@ -86,7 +86,7 @@ def terms_of(proxy: Proxy, back: Returning, moved_rows: NDArray[np.int32] | None
         numbers = ranks[named].astype(np.int64) * ROWS_A_RANK + rows[named]
         rows_n = (plan.entry_ranks() >= 0).sum(axis=1)
         return Terms(rows_n=rows_n, entries=(0, 0, 0, 0), numbers=numbers, kept=())
-    entries = (plan.width, int(back.reduce == "rank"), address_of(ranks), address_of(rows))
+    entries = (plan.width, int(back.way.reduce == "rank"), address_of(ranks), address_of(rows))
     return Terms(rows_n=np.ones(plan.num_tokens, np.int64), entries=entries, numbers=None, kept=(ranks, rows))
 
 

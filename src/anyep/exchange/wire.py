@@ -118,11 +118,15 @@ def check_rows(wire: Wire, x: object, device: torch.device = CPU) -> Rows:
         return _check_quantised(wire, x, device)
     if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn and wire.scale_format is not None:
         raise TypeError("x is float8_e4m3fn without scales; pass the pair (x, scales), or x in bfloat16")
-    dtypes = tuple(ELEMENTS) if wire.scale_format is not None else (wire.dtype,)
-    checked = check_tensor("x", x, dtypes=dtypes, shape=[None, wire.hidden], legend="[T, hidden]", device=device)
-    return Rows(
-        x=checked, scales=None, quantise_from=ELEMENTS[checked.dtype] if wire.scale_format is not None else None
-    )
+    quantised = wire.scale_format is not None
+    dtypes = ELEMENTS if quantised else (wire.dtype,)
+    checked = check_tensor("x", x, dtypes=dtypes, shape=_rows_of(x, wire), legend="[T, hidden]", device=device)
+    return Rows(checked, None, ELEMENTS[checked.dtype] if quantised else None)
+
+
+def _rows_of(x: object, wire: Wire) -> tuple[int | None, int]:
+    """Return [T, H], with T as ``x`` has it, if it has any."""
+    return (x.shape[0] if isinstance(x, torch.Tensor) and x.ndim else None), wire.hidden
 
 
 def _check_quantised(wire: Wire, pair: tuple[object, ...], device: torch.device) -> Rows:
@@ -138,7 +142,7 @@ def _check_pair(wire: Wire, pair: object, device: torch.device, *, wanted: str, 
     if not isinstance(pair, tuple) or len(pair) != 2:
         came = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else type(pair).__name__
         raise TypeError(f"x must be {wanted}, got {came}")
-    shape = [None, wire.hidden]
+    shape = _rows_of(pair[0], wire)
     rows = check_tensor("x[0]", pair[0], dtypes=[wire.dtype], shape=shape, legend="[T, hidden]", device=device)
     if not isinstance(pair[1], torch.Tensor):
         raise TypeError(f"x[1] must be a {dtype_text(wire.scale_dtype)} tensor {legend}, got {type(pair[1]).__name__}")
@@ -146,7 +150,7 @@ def _check_pair(wire: Wire, pair: object, device: torch.device, *, wanted: str, 
         "x[1]",
         pair[1].contiguous(),  # grouped-matmul libraries keep scales column-major; copying T * G numbers is cheap
         dtypes=[wire.scale_dtype],
-        shape=[rows.shape[0], wire.scale_columns],
+        shape=(rows.shape[0], wire.scale_columns),
         legend=legend,
         device=device,
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from typing import NamedTuple
 
 ALIGNMENT_BYTES = 128
 """Every array in an arena begins at a multiple of this: two cache lines, the pair that prefetchers fetch."""
 
+_BELOW_ALIGNMENT = ALIGNMENT_BYTES - 1
+
 
 def aligned(num_bytes: int) -> int:
     """Round up to the arena's alignment."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return (num_bytes + _BELOW_ALIGNMENT) & -ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,7 @@ class RowBytes:
         return [self.x, self.scales, self.topk_idx, self.topk_weights, self.token]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowRegion:
+class RowRegion(NamedTuple):
     """The arrays of a received batch: rows with their scales in one block, their routing in another.
 
     Two blocks, so that keeping the weights of a batch (autograd does) does not keep its rows.
@@ -56,16 +58,12 @@ def row_region(row: RowBytes, num_rows: int) -> RowRegion:
     >>> row_region(RowBytes(x=100, scales=4, topk_idx=16, topk_weights=8, token=0, y=200), 3)
     RowRegion(scales_offset=384, data_bytes=396, weights_offset=128, token_offset=256, routing_bytes=256)
     """
-    scales_offset = aligned(row.x * num_rows)
-    weights_offset = aligned(row.topk_idx * num_rows)
-    token_offset = aligned(weights_offset + row.topk_weights * num_rows)
-    return RowRegion(
-        scales_offset=scales_offset,
-        data_bytes=scales_offset + row.scales * num_rows,
-        weights_offset=weights_offset,
-        token_offset=token_offset,
-        routing_bytes=token_offset + row.token * num_rows,
-    )
+    up, mask = _BELOW_ALIGNMENT, -ALIGNMENT_BYTES  # aligned(), without a call: every dispatch comes here twice
+    scales_offset = (row.x * num_rows + up) & mask
+    weights_offset = (row.topk_idx * num_rows + up) & mask
+    token_offset = (weights_offset + row.topk_weights * num_rows + up) & mask
+    data_bytes, routing_bytes = scales_offset + row.scales * num_rows, token_offset + row.token * num_rows
+    return RowRegion(scales_offset, data_bytes, weights_offset, token_offset, routing_bytes)
 
 
 def hit_probability(num_experts: int, local_experts: int, num_topk: int) -> float:

@@ -86,6 +86,12 @@ load_i32, store_i32 = _loader(_I32), _storer(_I32)
 load_i64, store_i64 = _loader(_I64), _storer(_I64)
 
 
+@instruction(types.CPointer(types.int64), _address)
+def words_at(builder: Any, address: Any) -> Any:
+    """Return the pointer from which ``numba.carray`` makes an array of int64."""
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
 @instruction(types.void, _address, _address, types.int64)
 def copy_bytes(builder: Any, destination: Any, source: Any, num_bytes: Any) -> None:
     """Copy through the caches (memcpy)."""

@@ -162,9 +162,9 @@ class Arena:
             self._check_open()
             if num_bytes == 0:
                 return ArenaBlock(0, self.segments[0].address, 0, memoryview(bytearray()))
-            if self._returned:
-                self._take_back()
-            position = self._heap.take(whole_bytes)
+            position = self._take_again(whole_bytes) if self._returned else None
+            if position is None:
+                position = self._heap.take(whole_bytes)
             if position is None:
                 position = self._grow(whole_bytes)
             return self._cut(position, num_bytes, whole_bytes)
@@ -221,6 +221,16 @@ class Arena:
         if self._poison:
             array.fill(_POISON)
         return ArenaBlock(position, self.segments[segment].address + offset, num_bytes, memoryview(array))
+
+    def _take_again(self, whole_bytes: int) -> int | None:
+        """Take back what has returned; a last block of that size is handed out again, without the heap's search."""
+        position = self._returned.popleft()
+        if not self._returned and self._out[position][1] == whole_bytes:
+            del self._out[position]
+            return position
+        self._returned.appendleft(position)
+        self._take_back()
+        return None
 
     def _take_back(self) -> None:
         while self._returned:

@@ -70,9 +70,12 @@ class Waiter:
         timeout_s: float,
     ) -> None:
         self._signals = signals
+        self._await_each = signals.await_each
         self._rank = rank
         self._doorbell = doorbell
         self._timeout_s = timeout_s
+        self._timeout_ns = max(1, int(timeout_s * 1e9))
+        self._first_slice_ns = min(SLICE_NS, self._timeout_ns)
         self.sleeps = bool(signals.HAS_FUTEX)
         self.waited_ns: Words = np.zeros(num_ranks, np.int64)
         """[R]: how much later than a wait's begin each rank's messages were posted"""
@@ -81,25 +84,19 @@ class Waiter:
 
     def look(self, slot: Slot, epoch: int, ranks: Ranks, began_ns: int) -> int:
         """Look, let others run, sleep up to one slice; return how many messages are missing, -1 if a rank is none."""
-        return self._await(slot, epoch, ranks, SPINS, YIELDS, began_ns, began_ns)
+        until_ns = began_ns + self._first_slice_ns if self.sleeps else 0
+        missing: int = self._await_each(
+            self._doorbell, slot.first, slot.stride, ranks, epoch, SPINS, YIELDS, until_ns, began_ns, self.waited_ns
+        )
+        return missing
 
-    def _await(self, slot: Slot, epoch: int, ranks: Ranks, spins: int, yields: int, began_ns: int, now_ns: int) -> int:
-        """Look, and sleep up to one slice; return how many messages are missing."""
+    def _sleep(self, slot: Slot, epoch: int, ranks: Ranks, began_ns: int, now_ns: int) -> int:
+        """Sleep up to one slice; return how many messages are missing."""
         waited_ns = now_ns - began_ns
-        left_ns = max(1, int(self._timeout_s * 1e9) - waited_ns)
-        slice_ns = min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns)
-        deadline_ns = now_ns + slice_ns if self.sleeps else 0
-        missing: int = self._signals.await_each(
-            self._doorbell,
-            slot.first,
-            slot.stride,
-            ranks,
-            epoch,
-            spins,
-            yields,
-            deadline_ns,
-            began_ns,
-            self.waited_ns,
+        left_ns = max(1, self._timeout_ns - waited_ns)
+        until_ns = now_ns + min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns) if self.sleeps else 0
+        missing: int = self._await_each(
+            self._doorbell, slot.first, slot.stride, ranks, epoch, 0, 0, until_ns, began_ns, self.waited_ns
         )
         return missing
 
@@ -124,7 +121,7 @@ class Waiter:
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = self.facts(opened, epoch, step, missing, arrived, elapsed_s)
                 raise lost(wait, departures) or silent(wait)
-            if self._await(slot, epoch, ranks, 0, 0, began_ns, now_ns) == 0:
+            if self._sleep(slot, epoch, ranks, began_ns, now_ns) == 0:
                 return
             if not self.sleeps:
                 time.sleep(NAP_S)

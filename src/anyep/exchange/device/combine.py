@@ -18,7 +18,7 @@ from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Combined
-from anyep.exchange.opening import BODY, check_agreement
+from anyep.exchange.opening import BODY, check_agreement, naming_handle
 from anyep.exchange.returning import Returning
 from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
 from anyep.numerics.logfmt import logfmt_row_bytes
@@ -41,13 +41,13 @@ class DeviceCombine:
         self._copies = self._rooms()
         self._bases: Sequence[int] = ()
         self._visit: Visit | None = None
-        self._header = self._form.header(back.handle.epoch)
+        self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def _allocate(self) -> Scratch:
         end, plan = self._end, self._plan
         device, account = end.device, end.account.__str__
         words = allocate(device, (NUM_PLACES * end.num_ranks + SUMMARY_WORDS,), torch.int64, account)
-        if self._back.wire == "none":
+        if self._back.way.wire == "none":
             return Scratch(words=words, encoded=None, rows=None)
         shape = plan.geometry.shape
         most = end.num_ranks * end.max_tokens * min(end.num_topk, shape.num_local)
@@ -57,7 +57,7 @@ class DeviceCombine:
 
     def _rooms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Make room for outputs and weights where others can reach it, where they do not lie there."""
-        if self._back.wire != "none":
+        if self._back.way.wire != "none":
             return None, None
         return self._room(self._back.y), self._room(self._back.topk_weights)
 
@@ -145,5 +145,5 @@ class DeviceCombine:
         if end.order.is_concurrent:
             end.faults.ask()
         visit.end([back.out, back.weights_out])
-        end.counters.combined(0, back.row_bytes)
+        end.counters.combined(0)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)

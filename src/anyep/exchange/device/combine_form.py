@@ -17,18 +17,10 @@ from anyep.exchange.device.devices import Tape
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.plan import PLAN, DevicePlan, PlanMap, address_of
 from anyep.exchange.device.reach import NOWHERE
-from anyep.exchange.opening import (
-    COMBINE_WIRE_CODES,
-    HANDLE_EPOCH,
-    LAYOUT_CODES,
-    REDUCE_CODES,
-    Kind,
-)
 from anyep.exchange.returning import Returning
 from anyep.exchange.wire import ELEMENTS
 from anyep.kernels.spec_device import SUMMARY_WORDS, DeviceKernels
 from anyep.kernels.tapes import counted_from
-from anyep.transport.base import Words
 
 _Y, _FACTORS, _BIAS0, _BIAS1, _OUT, _WEIGHTS_OUT, _WORDS, _ENCODED, _ROWS = range(PLAN + 1, PLAN + 10)
 _MESSAGES, _BOARD, _PLACE0, _PLACE1 = range(_ROWS + 1, _ROWS + 5)
@@ -40,7 +32,6 @@ class CombineKey(NamedTuple):
     """All that what a combine launches depends on, besides addresses."""
 
     plan: PlanMap
-    layout: str
     dtype: torch.dtype
     reduce: str
     wire: str
@@ -61,30 +52,13 @@ class Scratch(NamedTuple):
 
 
 class CombineForm:
-    """Recordings of one form, and the header of its combines but for the handle."""
+    """Recordings of one form."""
 
-    def __init__(self, end: DeviceEndpoint, key: CombineKey, row_bytes: int) -> None:
+    def __init__(self, end: DeviceEndpoint, key: CombineKey) -> None:
         self._end = end
         self._key = key
-        self._header = end.handle_header(
-            0,
-            kind=Kind.COMBINE,
-            layout=LAYOUT_CODES[key.layout],
-            has_weights=key.has_weights,
-            element=ELEMENTS[key.dtype],
-            reduce=REDUCE_CODES[key.reduce],
-            combine_wire=COMBINE_WIRE_CODES[key.wire],
-            row_bytes=row_bytes,
-            num_topk=end.num_topk,
-        )
         self.first: Tape = end.device.tape(self._first_half)
         self.sums: Tape = end.device.tape(self._second_half)
-
-    def header(self, epoch: int) -> Words:
-        """Return the header of a combine with the handle of dispatch ``epoch``."""
-        header: Words = self._header.copy()
-        header[HANDLE_EPOCH] = epoch
-        return header
 
     def bases(
         self, back: Returning, plan: DevicePlan, epoch: int, scratch: Scratch, places: tuple[int, int]
@@ -157,12 +131,11 @@ def combine_form_of(end: DeviceEndpoint, back: Returning, plan: DevicePlan) -> C
     """Return the form of a combine, made once."""
     key = CombineKey(
         plan=plan.map,
-        layout=back.handle.layout,
         dtype=back.y.dtype,
-        reduce=back.reduce,
-        wire=back.wire,
+        reduce=back.way.reduce,
+        wire=back.way.wire,
         has_factors=back.factors is not None,
         num_biases=len(back.bias),
         has_weights=back.topk_weights is not None,
     )
-    return end.forms.get(key, lambda: CombineForm(end, key, back.row_bytes))
+    return end.forms.get(key, lambda: CombineForm(end, key))

@@ -31,7 +31,7 @@ from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.opening import BODY, STATUS, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.remembered import handle_again
+from anyep.exchange.remembered import handle_again, header_of
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
 
@@ -59,7 +59,7 @@ class DeviceDispatch:
         self._waits = self._form.waits
         self._launching = threading.Lock()
         self._launched = self._offered = False
-        self._header = self._form.header(out)
+        self._header = header_of(out)
 
     def wants_background(self) -> bool:
         """Nothing is computed on the host."""
@@ -227,7 +227,7 @@ class DeviceDispatch:
         if heard_RW[:, 0].any():
             end.order.drop(turn)
             check_memory(heard_RW[:, 0], self._step, self._no_memory)
-        end.counters.add(second_offers=1)
+        end.counters.add(second_offers=1, rounds=1)
         end.order.launch(turn)
 
     def _handle(self, num_rows: int) -> Handle:

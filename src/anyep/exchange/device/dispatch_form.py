@@ -25,15 +25,12 @@ from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.ledger import D_ALIGNMENT
-from anyep.exchange.opening import HANDLE_EPOCH
 from anyep.exchange.outgoing import Outgoing
-from anyep.exchange.remembered import header_of
 from anyep.exchange.scatter import Route
 from anyep.kernels.spec_device import NUM_PLACES, DeviceKernels
 from anyep.kernels.tapes import counted_from
 from anyep.layout.regions import RowBytes
 from anyep.numerics.formats import Element
-from anyep.transport.base import Words
 
 _X, _SCALES, _MESSAGES, _BOARD, _SLOTS, _HERE, _CAPACITY, _ROWS, _TURNED, _PART = range(3, 13)
 _PLACE = _PART + NUM_PLACES
@@ -57,7 +54,7 @@ class FormKey(NamedTuple):
 class DispatchForm:
     """Recordings of one form, and what else its dispatches have in common."""
 
-    def __init__(self, end: DeviceEndpoint, key: FormKey, out: Outgoing, *, waits: bool) -> None:
+    def __init__(self, end: DeviceEndpoint, key: FormKey, *, waits: bool) -> None:
         self._end = end
         self._key = key
         self._map = key.plan
@@ -68,21 +65,12 @@ class DispatchForm:
         if geometry.padded and geometry.row.scales:
             self.turned_shape = (geometry.shape.num_local, end.wire.scale_columns, geometry.shape.block_rows)
         self.waits = waits
-        self._header = header_of(end, out)
         tape = end.device.tape
         self.first: Tape = tape(self._first_half)
         self.again: Tape | None = tape(self._announce) if waits else None
         self.places: Tape | None = tape(self._find_places) if waits else None
         self.rows: Tape = tape(self._move if waits else self._find_places_and_move)
         self.turn: Tape | None = tape(self._turn) if self.turned_shape is not None and self.slots is None else None
-
-    def header(self, out: Outgoing) -> Words:
-        """Return the header of a dispatch, which names the handle that it goes by."""
-        if out.cached is None:
-            return self._header
-        header: Words = self._header.copy()
-        header[HANDLE_EPOCH] = out.cached.epoch
-        return header
 
     def bases(
         self,
@@ -263,7 +251,7 @@ def form_of(end: DeviceEndpoint, out: Outgoing, plan: DevicePlan) -> DispatchFor
     key = FormKey(
         out.geometry, plan.map, rows.quantise_from, rows.scales is not None, is_cached, is_routed=plan.routes is None
     )
-    return end.forms.get(key, lambda: DispatchForm(end, key, out, waits=waits_for_counts(end, out)))
+    return end.forms.get(key, lambda: DispatchForm(end, key, waits=waits_for_counts(end, out)))
 
 
 def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:

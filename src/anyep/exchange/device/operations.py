@@ -16,7 +16,7 @@ from anyep.exchange.device.dispatch import DeviceDispatch
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import make_plan
-from anyep.exchange.flights import Operation
+from anyep.exchange.event import Operation
 from anyep.exchange.handle import Combined, Handle, Received
 from anyep.exchange.opening import RefusedError
 from anyep.layout.trace_file import TraceRecorder

@@ -52,22 +52,20 @@ class PlanMap(SendPlan):
     def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
         self.num_ranks = ranks = end.num_ranks
         self.keeps_weights = keeps_weights
-        width, num_topk, ledger_words = min(end.num_topk, ranks), end.num_topk, geometry.shape.num_words
         first_word = SUMMARY_WORDS + 1 + NUM_PLACES * ranks
-        idx_words = num_tokens * num_topk * geometry.key.idx_bytes // 4
-        entries = 2 * width + (3 * num_topk if geometry.by_expert else width)
-        self.first_behind = 2 * first_word + ledger_words + idx_words + num_tokens * entries
+        shape = geometry.plan_shape(num_tokens)
+        self.first_behind = 2 * first_word + shape.num_words
         """in int32: padded, where each source's rows begin in each block, and how many [L, R]; the caller's weights"""
         num_sources = 2 * ranks * geometry.shape.num_local if geometry.padded else 0
-        num_weights = num_tokens * num_topk if keeps_weights else 0
+        num_weights = num_tokens * end.num_topk if keeps_weights else 0
         self.num_words = self.first_behind + num_sources + num_weights
-        self.num_record_words = first_word + ledger_words // 2
+        self.num_record_words = first_word + geometry.shape.num_words // 2
         self.summary_addr = counted_from(PLAN)
         self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
         self.tables_addr = self.verdict_addr + 8
         behind_addr = self.summary_addr + 4 * self.first_behind
         self.weights_addr = behind_addr + 4 * num_sources if keeps_weights else 0
-        super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, width)
+        super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, shape)
 
     def first(self, addr: int) -> int:
         """Return which int32 of the plan's memory an address is."""

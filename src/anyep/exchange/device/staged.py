@@ -30,7 +30,7 @@ from anyep.exchange.device.staged_halves import StagedCombine, StagedDispatch, d
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.dispatch import Dispatch
 from anyep.exchange.endpoint import Endpoint
-from anyep.exchange.flights import Operation
+from anyep.exchange.event import Operation
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import Combined, Handle, Received, SendPlan
 from anyep.exchange.outgoing import Outgoing

@@ -11,8 +11,7 @@ from anyep.exchange.combine import Combine
 from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.pinned import Move
 from anyep.exchange.device.streams import Visit
-from anyep.exchange.event import Targets
-from anyep.exchange.flights import Operation
+from anyep.exchange.event import Operation, Targets
 from anyep.exchange.handle import Combined, Handle, Received
 from anyep.exchange.returning import Returning
 
