@@ -7,13 +7,18 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
+from anyep.kernels.spec_device import DeviceKernels
 from benchmarks.gpu.stopwatch import GpuStopwatch, HostStopwatch
 
 Stopwatch = GpuStopwatch | HostStopwatch
 Act = Callable[[], object]
+COPY = ("copy", "device to device")
+LAUNCH = ("launch", "100 kernels, graph")
+_TICKS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,19 @@ class Row:
     floor_us: float | None
     """what a copy takes for as many bytes"""
     copy_share: float | None
+    launches: int
+    """kernels that follow one another in it; 0 where nobody counted"""
+    launch_us: float | None
+    """what as many kernels take that do nothing, in a graph"""
     rounds: int
+
+
+class _Act(NamedTuple):
+    work: str
+    what: str
+    spent: Callable[[], float]
+    num_bytes: int
+    launches: int
 
 
 class Contest:
@@ -41,7 +58,7 @@ class Contest:
         self.problems: list[str] = []
         """what went wrong, and in what"""
         self._rounds = rounds
-        self._acts: list[tuple[str, str, Callable[[], float], int]] = []
+        self._acts: list[_Act] = []
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
@@ -52,33 +69,39 @@ class Contest:
         if len(self.problems) == before:
             print(f"{what}: right", flush=True)
 
-    def add(self, work: str, what: str, act: Act, num_bytes: int = 0) -> None:
-        self._acts.append((work, what, lambda: self.stopwatch.us(act), num_bytes))
+    def add(self, work: str, what: str, act: Act, num_bytes: int = 0, launches: int = 0) -> None:
+        self._acts.append(_Act(work, what, lambda: self.stopwatch.us(act), num_bytes, launches))
 
     def add_host(self, work: str, what: str, act: Act, calls: int) -> None:
         """Time the host instead, by call."""
-        self._acts.append((work, what, lambda: self.stopwatch.host_us(act) / calls, 0))
+        self._acts.append(_Act(work, what, lambda: self.stopwatch.host_us(act) / calls, 0, 0))
 
-    def run(self, copy: tuple[str, str] = ("copy", "device to device")) -> list[Row]:
+    def run(self) -> list[Row]:
         """Return a row an act; shares are of the copy that took part. An act that fails has no row."""
         shuffler = random.Random(0)
         times: dict[int, list[float]] = {number: [] for number in range(len(self._acts))}
         for turn in range(self._rounds + 1):
             for number in shuffler.sample(sorted(times), len(times)):
-                work, what, spent, _ = self._acts[number]
+                act = self._acts[number]
                 before = len(self.problems)
-                with self._noting(f"{work}, {what}, round {turn}"):
-                    us = spent()
+                with self._noting(f"{act.work}, {act.what}, round {turn}"):
+                    us = act.spent()
                 if len(self.problems) > before:
                     del times[number]
                 elif turn:
                     times[number].append(us)
-        rates = [
-            act[3] / statistics.median(times[number])
-            for number, act in enumerate(self._acts)
-            if number in times and (act[0], act[1]) == copy
-        ]
-        return [self._row(self._acts[number], us, rates[0]) for number, us in times.items() if rates]
+        medians = {number: statistics.median(us) for number, us in times.items() if us}
+        copy_us = self._yardstick(medians, COPY)
+        launch_us = self._yardstick(medians, LAUNCH)
+        return [] if copy_us is None else [self._row(number, times[number], copy_us, launch_us) for number in medians]
+
+    def _yardstick(self, medians: dict[int, float], name: tuple[str, str]) -> float | None:
+        """Return what a byte, or a launch, of a yardstick took; None where it did not take part."""
+        for number, us in medians.items():
+            act = self._acts[number]
+            if (act.work, act.what) == name:
+                return us / (act.num_bytes or act.launches)
+        return None
 
     @contextmanager
     def _noting(self, what: str) -> Iterator[None]:
@@ -89,19 +112,21 @@ class Contest:
             print(self.problems[-1], flush=True)
             self.stopwatch.settle()
 
-    def _row(self, act: tuple[str, str, Callable[[], float], int], us: list[float], bytes_per_us: float) -> Row:
-        work, what, _, num_bytes = act
+    def _row(self, number: int, us: list[float], us_a_byte: float, us_a_launch: float | None) -> Row:
+        act = self._acts[number]
         median = statistics.median(us)
-        floor = num_bytes / bytes_per_us if num_bytes else None
+        floor = act.num_bytes * us_a_byte if act.num_bytes else None
         return Row(
-            work=work,
-            what=what,
+            work=act.work,
+            what=act.what,
             us_median=median,
             us_min=min(us),
             us_p90=statistics.quantiles(us, n=10)[-1] if len(us) > 1 else us[0],
-            bytes=num_bytes,
+            bytes=act.num_bytes,
             floor_us=floor,
             copy_share=None if floor is None else floor / median,
+            launches=act.launches,
+            launch_us=None if us_a_launch is None or not act.launches else us_a_launch * act.launches,
             rounds=len(us),
         )
 
@@ -110,7 +135,22 @@ def add_copy(contest: Contest, num_bytes: int) -> None:
     """Add the yardstick: torch's copy between two tensors."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=contest.stopwatch.device)
     target = torch.empty_like(source)
-    contest.add("copy", "device to device", lambda: target.copy_(source), 2 * num_bytes)
+    contest.add(*COPY, lambda: target.copy_(source), 2 * num_bytes)
+
+
+def add_launches(contest: Contest, kernels: DeviceKernels) -> None:
+    """Add the other yardstick: kernels that do next to nothing, one behind the other in a graph."""
+    words = torch.zeros(2, dtype=torch.int64, device=contest.stopwatch.device)
+    clock, epoch = words.data_ptr(), words.data_ptr() + 8
+
+    def tick() -> torch.Tensor:
+        for _ in range(_TICKS):
+            kernels.tick(clock, epoch)
+        return words
+
+    with contest.noting("launches in a graph"):
+        replay, _ = contest.stopwatch.graph(tick)
+        contest.add(*LAUNCH, replay, launches=_TICKS)
 
 
 def as_json(rows: list[Row]) -> list[dict[str, object]]:

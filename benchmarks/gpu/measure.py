@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 
 import torch
 
@@ -15,6 +16,8 @@ from benchmarks.gpu.torch_ops import Piece
 from benchmarks.gpu.work import Inputs, Ranks, Work
 
 SCALE_BYTES, ROUTING_BYTES = 4, 12
+SENDS, RECEIVES, COMBINES = 3, 3, 3
+"""Kernels of a rank: halves of a padded dispatch, and a combine (tests/gpu/test_launch_counts.py)."""
 Sums = list[torch.Tensor]
 
 
@@ -25,6 +28,17 @@ def bytes_of(work: Work, pieces: list[list[Piece]]) -> tuple[int, int]:
     row_bytes = work.hidden + work.hidden // 128 * SCALE_BYTES
     routing = 4 if work.layout == "padded" else ROUTING_BYTES * work.topk
     return 2 * work.hidden * tokens + (row_bytes + routing) * rows, 2 * work.hidden * (rows + tokens)
+
+
+def bytes_of_halves(work: Work, inputs: Inputs, pieces: list[list[Piece]]) -> tuple[int, int]:
+    """Return the same for the halves of a padded dispatch: tokens to slots, once a receiver; and slots to blocks."""
+    local = work.experts // work.ranks
+    owners = [torch.zeros(work.tokens, work.ranks, dtype=torch.bool, device=idx.device) for idx in inputs.topk_idx]
+    pairs = sum(int(hit.scatter_(1, idx // local, 1).sum()) for hit, idx in zip(owners, inputs.topk_idx, strict=True))
+    rows = sum(len(piece.row) for own in pieces for piece in own)
+    row_bytes = work.hidden + work.hidden // 128 * SCALE_BYTES
+    slots = pairs * (row_bytes + 8 * work.topk + 4)
+    return 2 * work.hidden * work.ranks * work.tokens + slots, slots + rows * (row_bytes + 4)
 
 
 class Measured:
@@ -67,6 +81,9 @@ class Measured:
         self._add_torch(received, outputs)
         with self._contest.noting(f"{self.name}, graph"):
             self._replayed(ranks, received, outputs, expected)
+        if self.work.layout == "padded":
+            with self._contest.noting(f"{self.name}, halves in graphs"):
+                self._halved(ranks)
 
     def _replayed(self, ranks: Ranks, received: list[anyep.Received], outputs: Sums, expected: Sums) -> None:
         graph = self._contest.stopwatch.graph
@@ -75,7 +92,22 @@ class Measured:
         self._contest.add(self.name, "dispatch, graph", replay, self._sent)
         replay_sum, sums = graph(lambda: ranks.combine(outputs, received))
         self._check_summed(lambda: (replay_sum(), sums)[1], expected)
-        self._contest.add(self.name, "combine, graph", replay_sum, self._summed)
+        self._contest.add(self.name, "combine, graph", replay_sum, self._summed, COMBINES * self.work.ranks)
+
+    def _halved(self, ranks: Ranks) -> None:
+        """Sends and receives of all ranks in a graph each."""
+        stopwatch, ranks_num = self._contest.stopwatch, self.work.ranks
+        calls: list[anyep.Pending[anyep.Received]] = []
+
+        def send() -> object:
+            calls[:] = ranks.send(self.inputs)
+            return calls
+
+        send_again, receive_again, received = stopwatch.halves(send, lambda: ranks.receive(calls))
+        self._check_dispatched(lambda: (send_again(), receive_again(), received)[2])
+        sent, arrived = bytes_of_halves(self.work, self.inputs, self.pieces)
+        self._contest.add(self.name, "all sends, graph", send_again, sent, SENDS * ranks_num)
+        self._contest.add(self.name, "all receives, graph", receive_again, arrived, RECEIVES * ranks_num)
 
     def _counted(self) -> None:
         """The host waits for the number of rows."""
@@ -99,8 +131,8 @@ class Measured:
         hidden = self.work.hidden
         rows = [torch.zeros_like(one.x.view(torch.uint8).view(-1, hidden)) for one in received]
         out = [(x, torch.zeros(len(x), hidden // 128, device=x.device)) for x in rows]
-        by_torch = lambda: torch_ops.dispatch(self.inputs, self.pieces, out)  # noqa: E731
-        self._contest.add(self.name, "dispatch, torch", by_torch, self._sent)
+        dispatch = partial(torch_ops.dispatch, self.inputs, self.pieces, out)
+        self._contest.add(self.name, "dispatch, torch", dispatch, self._sent)
         self._contest.add(self.name, "combine, torch", lambda: self._torch_sums(outputs), self._summed)
 
     def _check_dispatched(self, act: Callable[[], list[anyep.Received]]) -> list[anyep.Received]:

@@ -6,10 +6,12 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TypeVar
 
 import torch
 
 Act = Callable[[], object]
+T = TypeVar("T")
 
 SETTLING = 3
 """Calls before a graph is recorded: what is made on first use is made then."""
@@ -62,6 +64,19 @@ class GpuStopwatch:
             result = act()
         return graph.replay, result
 
+    def halves(self, begin: Act, end: Callable[[], T]) -> tuple[Act, Act, T]:
+        """Record what begins something and what ends it, as two graphs; they are replayed in turns."""
+        for _ in range(SETTLING):
+            begin()
+            end()
+        torch.cuda.synchronize()
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first):
+            begin()
+        with torch.cuda.graph(second):
+            result = end()
+        return first.replay, second.replay, result
+
     def facts(self) -> dict[str, object]:
         """Return what measured: the device, its driver, and versions."""
         properties = torch.cuda.get_device_properties(self.device)
@@ -95,6 +110,11 @@ class HostStopwatch:
 
     def graph(self, act: Act) -> tuple[Act, object]:
         return act, act()
+
+    def halves(self, begin: Act, end: Callable[[], T]) -> tuple[Act, Act, T]:
+        """Replay nothing: an operation that was begun is ended once."""
+        begin()
+        return lambda: None, lambda: None, end()
 
     def facts(self) -> dict[str, object]:
         return {"gpu": "none: a test", **_versions()}

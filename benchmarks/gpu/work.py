@@ -68,9 +68,26 @@ class Ranks:
         self.buffers = anyep.local_group(work.ranks, timeout_s=600).run(make)
 
     def dispatch(self, inputs: Inputs) -> list[anyep.Received]:
-        batches = zip(self.buffers, inputs.x, inputs.topk_idx, inputs.topk_weights, strict=True)
-        calls = [ep.dispatch(x, idx, w, layout=self.work.layout, wait=False) for ep, x, idx, w in batches]
+        return [call.wait() for call in self._begin(inputs)]
+
+    def send(self, inputs: Inputs) -> list[anyep.Pending[anyep.Received]]:
+        """Do all first halves, and let the caller's stream go on behind them: a part of a graph of its own."""
+        calls = self._begin(inputs)
+        for ep in self.buffers:
+            device, exchange = ep._end.device, ep._end.stream
+            device.follow(device.current_stream(), device.mark(exchange))
+        return calls
+
+    def receive(self, calls: Sequence[anyep.Pending[anyep.Received]]) -> list[anyep.Received]:
+        """Do all second halves of what was sent, behind what the caller's stream has launched."""
+        for ep in self.buffers:
+            device, exchange = ep._end.device, ep._end.stream
+            device.follow(exchange, device.mark(device.current_stream()))
         return [call.wait() for call in calls]
+
+    def _begin(self, inputs: Inputs) -> list[anyep.Pending[anyep.Received]]:
+        batches = zip(self.buffers, inputs.x, inputs.topk_idx, inputs.topk_weights, strict=True)
+        return [ep.dispatch(x, idx, w, layout=self.work.layout, wait=False) for ep, x, idx, w in batches]
 
     def combine(self, outputs: Sequence[torch.Tensor], received: Sequence[anyep.Received]) -> list[torch.Tensor]:
         rows = zip(self.buffers, outputs, received, strict=True)

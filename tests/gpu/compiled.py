@@ -77,13 +77,16 @@ def _nvidia(ptx, cubin):
     }
 
 
+_NUMBERS = "v_fma|v_fmac|v_mac|v_pk_fma|v_div|v_rcp|v_rsq|v_sqrt|v_exp|v_log"
+
+
 def _amd(assembly):
     names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     numbers = {name: int(number) for name, number in re.findall(rf"\.({names}):\s*(\d+)", assembly)}
     return {
         "registers": numbers["vgpr_count"],
         "memory": numbers["private_segment_fixed_size"] + numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
-        "instructions": sorted(set(re.findall(r"\b(?:global|buffer|flat|v_fma|v_div)_\w+", assembly))),
+        "instructions": sorted(set(re.findall(rf"\b(?:global|buffer|flat|{_NUMBERS})_\w+", assembly))),
     }
 
 

@@ -1,6 +1,6 @@
 """A process that counts what each call of a buffer launches on a device, in the interpreter.
 
-Prints one JSON object: for each call the kernels, in order.
+Prints one JSON object: for each call the kernels, in order; and which forms of kernels no buffer of that size loads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import warnings
 import torch
 
 import anyep
+from anyep.kernels.gpu.kernels import GpuKernels
+from anyep.kernels.gpu.target import SM_90
+from anyep.kernels.gpu.variants import SMALL_SIZES, Sizes, call_every_variant
 from anyep.testing.interpreter import interpreted_kernels
 from anyep.testing.pretend_device import PretendDevice, pretended
 
@@ -21,12 +24,13 @@ class Counting(PretendDevice):
     """Notes launches, and what is fetched."""
 
     def __init__(self):
-        self.noted, kernels = [], interpreted_kernels()
+        self.noted, self.forms, kernels = [], set(), interpreted_kernels()
         inner = kernels._launch_one
 
-        def launch(kernel, *arguments):
+        def launch(kernel, grid, numbers, constants, threads):
             self.noted.append(kernel.__name__)
-            inner(kernel, *arguments)
+            self.forms.add(form(kernel, constants, threads))
+            inner(kernel, grid, numbers, constants, threads)
 
         kernels._launch_one = launch
         super().__init__(kernels)
@@ -39,6 +43,37 @@ class Counting(PretendDevice):
         self.noted.clear()
         result = act()
         return result, list(self.noted)
+
+
+def form(kernel, constants, threads):
+    return f"{kernel.__name__} {threads} {sorted(constants.items())}"
+
+
+def loaded(sizes):
+    """Return the forms that a buffer of these sizes loads when it is made."""
+    forms = set()
+
+    def note(kernel, grid, numbers, constants, threads):
+        forms.add(form(kernel, constants, threads))
+
+    for each in (SMALL_SIZES, sizes):
+        call_every_variant(GpuKernels(torch.device("cpu"), SM_90, note), each)
+    return forms
+
+
+def large(member, device, told):
+    """More columns and experts than 8, and more entries than are placed where bins are settled."""
+    sizes = {"hidden": 128, "num_experts": 40, "num_topk": 32, "max_tokens_per_rank": 130}
+    idx = torch.arange(32)[None, :] + torch.arange(130)[:, None] % 9
+    x, weights = torch.ones(130, 128, dtype=torch.bfloat16), torch.ones(130, 32)
+    device.forms.clear()
+    with anyep.Buffer(member, **sizes, wire="fp8", static_rows=5000, device="cuda") as ep:
+        _, told["expert, many entries"] = device.of(lambda: ep.dispatch(x, idx, weights, layout="expert"))
+    with anyep.Buffer(member, **sizes | {"max_tokens_per_rank": 4}, wire="bf16", device="cuda") as ep:
+        for layout in ("compact", "padded"):
+            got = ep.dispatch(x[:4], idx[:4], weights[:4], layout=layout)
+            ep.combine(torch.ones_like(got.x), got.handle, wire="logfmt10" if layout == "padded" else None)
+    told["loaded later"] = sorted(device.forms - loaded(Sizes(num_topk=32, num_ranks=1, num_local=40)))
 
 
 def rank_main(member, device, told):
@@ -56,6 +91,7 @@ def rank_main(member, device, told):
     with anyep.Buffer(member, **SIZES, wire="bf16", device="cuda", concurrent=True) as ep:
         got, told["concurrent"] = device.of(lambda: ep.dispatch(x, idx, weights, layout="padded"))
         _, told["concurrent, combine"] = device.of(lambda: ep.combine(got.x, got.handle))
+    large(member, device, told)
 
 
 def main():

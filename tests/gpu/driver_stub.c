@@ -1,7 +1,8 @@
 /* A CUDA driver without a device: it loads anything, and notes what is launched instead of running it.
 
    Handles of kernels are their names. Each launch is a line on the file that ANYEP_TEST_LAUNCHES names:
-   kernel, grid, threads, stream, and the first four arguments as int64. */
+   kernel, grid, threads, stream, and the first four arguments as int64. A thread without a context launches nothing,
+   nor does stream 13. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,8 +27,9 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
          : attribute == MULTIPROCESSORS ? 132 : 65536;
   return 0;
 }
-CUresult cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-CUresult cuCtxSetCurrent(void *context) { return 0; }
+static __thread void *current;
+CUresult cuCtxGetCurrent(void **context) { *context = current; return 0; }
+CUresult cuCtxSetCurrent(void *context) { current = context; return 0; }
 CUresult cuCtxGetDevice(int *device) { *device = 0; return 0; }
 CUresult cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return 0; }
 CUresult cuCtxSetLimit(int limit, size_t value) { return 0; }
@@ -48,7 +50,11 @@ CUresult cuOccupancyMaxActiveClusters(int *clusters, void *function, const void 
 CUresult cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 CUresult cuTensorMapEncodeTiled(void) { return 1; }
 CUresult cuTensorMapEncodeIm2col(void) { return 1; }
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, void *function, void **arguments, void **extra) {
+CUresult cuCtxPushCurrent_v2(void *context) { current = context; return 0; }
+CUresult cuCtxPopCurrent_v2(void **context) { *context = current; current = NULL; return 0; }
+static CUresult note(const CUlaunchConfig *config, void *function, void **arguments) {
+  if (current == NULL) return 201;
+  if (config->stream == (void *)13) return 700;
   const char *name = getenv("ANYEP_TEST_LAUNCHES");
   if (name == NULL) return 0;
   FILE *file = fopen(name, "a");
@@ -58,4 +64,12 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, void *function, void **a
   fprintf(file, "\n");
   fclose(file);
   return 0;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, void *function, void **arguments, void **extra) {
+  return note(config, function, arguments);
+}
+CUresult cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned two,
+                        unsigned three, unsigned shared, void *stream, void **arguments, void **extra) {
+  CUlaunchConfig config = {{x, y, z}, {threads, two, three}, shared, stream, NULL, 0};
+  return note(&config, function, arguments);
 }

@@ -43,7 +43,7 @@ def play_mapped(group, rank, cases, seed):
     """Play cases one after the other, on a device of this process alone."""
     cuda_symmetric.open_heap = map_heap
     device = LazyDevice(seed + rank)
-    devices.find_device = lambda name, num_sms=None, at_once=1: device
+    devices.find_device = lambda name, num_sms=None, at_once=1, sizes=(8, 8, 8): device
     outcomes = []
     for case in cases:
         with open_buffer(case, group, device="cuda", arena_bytes=8 << 20) as ep:
@@ -55,7 +55,7 @@ def fall_silent(group, rank, case):
     """Rank 1 ends in the middle; the others say what they got."""
     cuda_symmetric.open_heap = map_heap
     device = LazyDevice(rank)
-    devices.find_device = lambda name, num_sms=None, at_once=1: device
+    devices.find_device = lambda name, num_sms=None, at_once=1, sizes=(8, 8, 8): device
     with open_buffer(case, group, device="cuda", arena_bytes=8 << 20) as ep:
         if rank == 1:
             os._exit(3)

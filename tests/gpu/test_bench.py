@@ -29,8 +29,9 @@ def test_without_a_gpu_nothing_is_written_and_the_reason_is_said(tmp_path, capsy
 
 def _measure(layout, wrong=()):
     contest = Contest(HostStopwatch(), 2)
-    with pretended(PretendDevice()):
-        rows = bench.measure(contest, [Work(name="small", layout=layout, **SMALL)], copy_bytes=1 << 10)
+    with pretended(PretendDevice()) as device:
+        works = [Work(name="small", layout=layout, **SMALL)]
+        rows = bench.measure(contest, works, device.kernels, copy_bytes=1 << 10)
     assert [problem for problem in contest.problems if not problem.startswith(tuple(wrong))] == []
     assert len(contest.problems) == len(wrong)
     return {row.what: row for row in rows if row.work == "small 2 x 5"}, rows, contest
@@ -45,6 +46,9 @@ def test_works_are_checked_against_torch_and_timed_beside_it(layout):
     } <= named.keys()
     assert ("dispatch, host waits for counts" in named) == (layout == "compact")
     assert named["dispatch, graph"].bytes == named["dispatch, torch"].bytes > 2 * 5 * 2 * 256
+    assert ({"all sends, graph", "all receives, graph"} <= named.keys()) == (layout == "padded")
+    assert named["combine, graph"].launches == 6
+    assert named["combine, graph"].launch_us > 0
     assert all(row.rounds == 2 for row in rows)
     assert "small 2 x 5" in bench.table(rows)
 
@@ -60,14 +64,14 @@ def test_a_wrong_row_is_named_and_not_timed(monkeypatch):
     wrong = [f"small 2 x 5, {how}: AssertionError: small: rows from 0" for how in ("launched", "host waits for counts")]
     named, rows, _ = _measure("compact", wrong)
     assert named == {}
-    assert [row.work for row in rows] == ["copy"]
+    assert [row.work for row in rows] == ["copy", "launch"]
 
 
 def test_a_wrong_graph_is_named_and_the_rest_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(HostStopwatch, "graph", lambda self, act: (lambda: None, [-one for one in act()]))
     named, rows, contest = _measure("padded", ["small 2 x 5, graph: TypeError"])
     assert {"dispatch, launched", "combine, launched"} <= named.keys()
-    assert not any("graph" in what for what in named)
+    assert named.keys().isdisjoint({"dispatch, graph", "combine, graph"})
     bench.write(tmp_path / "results" / "gpu.json", contest, rows)
     told = json.loads((tmp_path / "results" / "gpu.json").read_text())
     assert told["problems"] == contest.problems

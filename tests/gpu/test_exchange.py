@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import anyep
-from anyep.errors import Unavailable
+from anyep.errors import CapacityError, Unavailable
+from anyep.testing.lazy_device import LazyDevice
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.exchange.cases import cases
 from tests.exchange.rounds import ReceivedCopy, check, check_received, expected_sum, open_buffer, play
@@ -78,6 +80,63 @@ def test_a_batch_larger_than_the_forecast_is_offered_memory_again():
     outcomes, offers = zip(*anyep.local_group(2).run(rank_main), strict=True)
     check(case, list(outcomes))
     assert offers == (1, 1)
+
+
+def one_by_one(calls):
+    received = {rank: calls[rank].wait() for rank in (1, 0)}
+    return [received[0], received[1]]
+
+
+def by_two_threads(calls):
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call.wait(), calls))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "wait"),
+    [
+        (PretendDevice, {}, one_by_one),
+        (lambda: LazyDevice(0), {}, one_by_one),
+        (lambda: LazyDevice(1), {}, by_two_threads),
+        (lambda: LazyDevice(2), {"concurrent": True}, by_two_threads),
+    ],
+)
+def test_one_thread_that_plays_all_ranks_offers_for_all_of_them(make, options, wait):
+    case = replace(draw(0), num_tokens=(40, 40), num_experts=8, num_topk=1, skew=0.05, spare_rows=None, hidden=8)
+    with pretended(make()):
+        buffers = anyep.local_group(2).run(lambda member: open_buffer(case, member, device="cuda", **options))
+        for _ in range(2):  # as many rows again fit what is offered first
+            calls = [
+                ep.dispatch(batch.x, batch.topk_idx, batch.topk_weights, layout="compact", wait=False)
+                for ep, batch in zip(buffers, case.batches, strict=True)
+            ]
+            for rank, (ep, received) in enumerate(zip(buffers, wait(calls), strict=True)):
+                check_received(case, rank, ReceivedCopy.of(received))
+                assert ep.stats().second_offers == 1
+        for ep in buffers:
+            ep.close()
+
+
+@pytest.mark.parametrize("waiting", [(0, 1), (1, 0)])
+def test_one_thread_that_plays_all_ranks_refuses_where_one_lacks_memory(monkeypatch, waiting):
+    case = replace(draw(0), num_tokens=(40, 40), num_experts=8, num_topk=1, skew=0.05, spare_rows=None, hidden=8)
+    buffers = anyep.local_group(2).run(lambda member: open_buffer(case, member, device="cuda"))
+
+    def begin():
+        return [ep.dispatch(b.x, b.topk_idx, wait=False) for ep, b in zip(buffers, case.batches, strict=True)]
+
+    def full(*_):
+        raise CapacityError("full")
+
+    calls = begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("anyep.exchange.device.dispatch.cut_landing", full)
+        for rank in waiting:
+            with pytest.raises(CapacityError, match="could not allocate"):
+                calls[rank].wait()
+    assert [len(call.wait().x) for call in begin()] == [len(call.wait().x) for call in begin()]
+    for ep in buffers:
+        ep.close()
 
 
 @pytest.mark.parametrize("layout", ["compact", "expert", "padded"])
@@ -187,3 +246,18 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
                     call()
 
     anyep.local_group(2).run(rank_main)
+
+
+@pytest.mark.parametrize("options", [{}, {"eager_bytes": 0}, {"arena_bytes": 1 << 26, "wire": "fp8"}])
+def test_the_account_of_a_device_is_known_before_anything_is_allocated(options):
+    sizes = {"hidden": 512, "num_experts": 8, "num_topk": 4, "max_tokens_per_rank": 100, **options}
+
+    def rank_main(member):
+        with anyep.Buffer(member, **sizes, device="cuda") as ep:
+            end = ep._end
+            slots = 0 if end.padded_slots is None else end.padded_slots.memory.nbytes
+            return ep.explain().memory, end.boards.memory.nbytes + slots
+
+    for rank, (memory, taken) in enumerate(anyep.local_group(3).run(rank_main)):
+        assert memory == anyep.memory_account(3, rank=rank, device="cuda", **sizes)
+        assert memory.committed_bytes == taken

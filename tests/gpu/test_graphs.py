@@ -102,6 +102,26 @@ def record(device, kept, act):
     return replay, result
 
 
+def test_halves_of_a_padded_dispatch_are_graphs_of_their_own(world):
+    device, ranks, kept = world
+
+    def begin():
+        batches = zip(ranks.buffers, ranks.x, ranks.idx, strict=True)
+        return [ep.dispatch(x, idx, layout="padded", wait=False) for ep, x, idx in batches]
+
+    send, calls = record(device, kept, begin)
+    receive, received = record(device, kept, lambda: [call.wait() for call in calls])
+    for turn in range(3):
+        ranks.change(turn)
+        send()
+        receive()
+        replayed = [(list(one.counts), one.x.clone()) for one in received]
+        for (counts, x), again in zip(replayed, ranks.dispatch("padded"), strict=True):
+            assert counts == list(again.counts)
+            for expert, count in enumerate(counts):
+                assert torch.equal(x[expert, :count], again.x[expert, :count])
+
+
 @pytest.mark.parametrize("layout", ["compact", "expert", "padded"])
 def test_graphs_of_one_buffer_replay_on_other_tokens_and_experts(world, layout):
     device, ranks, kept = world

@@ -11,6 +11,7 @@ CONCURRENT = ["find_entries", "number_entries", "send", "tick", "signal", "wait"
 WANTED = {
     "compact": [*COUNTED, "fill_gaps", "fetch"],
     "expert": [*COUNTED, "fill_gaps", "fetch"],
+    "expert, many entries": ["find_entries", "number_entries", "settle", "place", "send", "fill_gaps", "fetch"],
     "padded": ["find_entries", "number_entries", "send", "settle", "expand", "transpose_scales", "fetch"],
     "compact, cached": ["announce", "connect", "send", "fill_gaps"],
     "expert, cached": ["announce", "connect", "send", "fill_gaps"],
@@ -34,3 +35,8 @@ def counted(tmp_path_factory):
 @pytest.mark.parametrize("call", WANTED)
 def test_a_call_launches_these_kernels_and_no_more(counted, call):
     assert counted[call] == WANTED[call]
+
+
+@needs_triton
+def test_no_kernel_is_compiled_after_a_buffer_was_made_for_its_sizes(counted):
+    assert counted["loaded later"] == []

@@ -36,11 +36,19 @@ def driver(tmp_path_factory):
 @pytest.mark.parametrize("how", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_launch_hands_the_driver_grid_threads_stream_and_numbers(driver, how, tmp_path):
     told = {"ANYEP_TEST_LAUNCHES": str(tmp_path / "launches")}
-    copy, again, pack, fill = run_program("launched", how, cache=tmp_path, also=driver | told, timeout=900)
+    found = run_program("launched", how, cache=tmp_path, also=driver | told, timeout=900)
+    copy, again, pack, fill = found["launched"]
     assert copy == f"copy 3 1 1 128 77 {1 << 40} {3 << 40} 5000 3"
     assert again == copy
     assert pack == f"pack 8 32 {PROGRAMS // 256} 128 77 4096 32 1 2"
     assert fill == f"fill_rows 3 {PROGRAMS // 3} 1 128 77 {2**62} 7168 -5 6"
+    for stream, played in ((5, found["played"][:2]), (77, found["played"][2:])):
+        assert played == [
+            f"copy 3 1 1 128 {stream} {5 << 40} {(1 << 40) + 64} 5000 3",
+            f"fill_rows 3 {PROGRAMS // 3} 1 128 {stream} {1 << 40} 7168 -5 6",
+        ]
+    assert found["errors"] == ["CUDA driver: an error (700)"]
+    assert found["differ"] == []
 
 
 @needs_triton

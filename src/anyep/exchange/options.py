@@ -218,10 +218,13 @@ def memory_account(
     max_in_flight: int = 4,
     eager_bytes: int | None = None,
     ranks_per_host: int | None = None,
+    device: object = None,
 ) -> MemoryAccount:
     """Return the memory that :class:`anyep.Buffer` with these arguments commits on ``rank``, without allocating it.
 
-    ``ranks_per_host``: where ranks live on several hosts, in order. TypeError and ValueError as the buffer's.
+    ``ranks_per_host``: where ranks live on several hosts, in order. ``device``: as the buffer's; no GPU is asked.
+    Between hosts it is the account of the host's memory, with what is pinned there. TypeError and ValueError as the
+    buffer's.
 
     >>> account = memory_account(8, hidden=7168, num_experts=256, num_topk=8, max_tokens_per_rank=4096, wire="fp8")
     >>> account.step.balanced_rows, account.step.worst_rows, account.committed_bytes >> 20
@@ -242,11 +245,17 @@ def memory_account(
         arena_bytes=arena_bytes,
         max_in_flight=max_in_flight,
         eager_bytes=eager_bytes,
+        device=device_name(None, device),
+        kernels=kernels_for(None, device),
     )
     options.check()
     check_integer("num_ranks", num_ranks, at_least=1)
     check_integer("rank", rank, at_least=0, at_most=num_ranks - 1)
-    account = options.account(num_ranks, rank)
+    if ranks_per_host is None and options.device is not None:
+        from anyep.exchange.device.setup import device_account
+
+        return device_account(options, num_ranks, rank)
+    account = replace(options, device=None, kernels="cpu").account(num_ranks, rank)
     if ranks_per_host is None:
         return account
     check_integer("ranks_per_host", ranks_per_host, at_least=1)
@@ -258,4 +267,8 @@ def memory_account(
         max_tokens=max_tokens_per_rank,
         straight_bytes=most_bytes_for(num_ranks),
     )
+    if options.device is not None:
+        from anyep.exchange.device.pinned import NUM_SLOTS, SLOT_BYTES
+
+        account = replace(account, pinned_bytes=NUM_SLOTS * SLOT_BYTES)
     return replace(account, crossing_bytes=crossing_bytes)

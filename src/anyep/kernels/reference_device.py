@@ -67,10 +67,8 @@ class ReferenceDeviceKernels(ReferenceAnnouncing):
     ) -> None:
         messages = range(board_addr, board_addr + num_ranks * message_bytes, message_bytes)
         told = [read(one + 8 * HEAD_WORDS, torch.int32, num_ranks + num_experts) for one in messages]
-        rank_rows_RR, expert_rows_RE = (
-            torch.stack([one[:num_ranks] for one in told]),
-            torch.stack([one[num_ranks:] for one in told]),
-        )
+        rank_rows_RR = torch.stack([one[:num_ranks] for one in told])
+        expert_rows_RE = torch.stack([one[num_ranks:] for one in told])
         owner_E = read(expert_rank_addr, torch.int32, num_experts).tolist()
         total_E = expert_rows_RE.sum(dim=0, dtype=torch.int32)
         own = [expert for expert in range(num_experts) if owner_E[expert] == rank]
@@ -106,14 +104,8 @@ class ReferenceDeviceKernels(ReferenceAnnouncing):
         )
         heads = [read(one, torch.int64, HEAD_WORDS).tolist() for one in messages]
         batch_R = filled_R if static_rows < 0 else [static_rows] * num_ranks
-        if block_rows and int(total_E.max()) > block_rows:
-            code = BLOCK_TOO_SMALL
-        elif any(rows > room for rows, room in zip(filled_R, batch_R, strict=True)):
-            code = STATIC_TOO_SMALL
-        elif any(rows > head[CAPACITY] for rows, head in zip(batch_R, heads, strict=True)):
-            code = LANDING_TOO_SMALL
-        else:
-            code = SETTLED
+        crowded = block_rows and int(total_E.max()) > block_rows
+        code = BLOCK_TOO_SMALL if crowded else _fit(filled_R, batch_R, heads)
         code = _conclude(heads, code, batch_R[rank], base_addr, tables_addr, summary_addr, fault_addr)
         if code != SETTLED and by_expert:
             put(gap_begin_addr, [0] * num_local)
@@ -146,6 +138,15 @@ class ReferenceDeviceKernels(ReferenceAnnouncing):
         code = _conclude(heads, SETTLED, num_rows, base_addr, tables_addr, summary_addr, fault_addr)
         if code != SETTLED:
             put(entry_rank_addr, [-1] * num_entries)
+
+
+def _fit(filled_R: list[int], batch_R: list[int], heads: Lists) -> int:
+    """Return whether every rank's rows fit its batch, and every batch the memory that its rank offers."""
+    if any(rows > room for rows, room in zip(filled_R, batch_R, strict=True)):
+        return STATIC_TOO_SMALL
+    if any(rows > head[CAPACITY] for rows, head in zip(batch_R, heads, strict=True)):
+        return LANDING_TOO_SMALL
+    return SETTLED
 
 
 def _conclude(

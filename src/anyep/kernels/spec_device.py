@@ -94,6 +94,10 @@ class DeviceKernels(PlaceKernels, KernelSet, Protocol):
 
         ``scale_format`` -1: rows of ``hidden`` bytes are written as they are; ``element`` and ``peer_scales`` are not
         used. Else numbers ``element`` [T, hidden] are quantised. Then ``scatter_routing``; a table of 0: not wanted.
+
+        >>> # R=2, T=2, W=1, rows of hidden=2 bytes x=[[1, 2], [3, 4]], scale_format=-1, entry_rank=[[1], [0]],
+        >>> # entry_row=[[5], [0]], peer_x=[a, b], peer_token=[c, d], idx and weights not wanted
+        >>> # b + 5 * 2: [1, 2]  a + 0 * 2: [3, 4]  d: int32 [5] is 0  c: int32 [0] is 1
         """
         ...
 
@@ -145,5 +149,9 @@ class DeviceKernels(PlaceKernels, KernelSet, Protocol):
         errors_addr: int,
         error_bytes: int,
     ) -> None:
-        """``signal`` and then ``wait``, without counts, in one launch."""
+        """``signal`` and then ``wait``, without counts, in one launch.
+
+        >>> # R=2, epoch=[3], limit=2, error_bytes=8, peer_word=[a, b], words=[3 << 32, 1 << 32]
+        >>> # words at a and b: 3 << 32; errors=[., (3 << 32) + 1]
+        """
         ...

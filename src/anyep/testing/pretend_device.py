@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 
 from anyep.exchange.device import devices
-from anyep.exchange.device.devices import Event, Fetch, Stream
+from anyep.exchange.device.devices import Event, Fetch, Stream, Tape
 from anyep.kernels.gpu.target import SM_90
 from anyep.kernels.reference_device import ReferenceDeviceKernels
 from anyep.kernels.spec_device import DeviceKernels
+from anyep.kernels.tapes import Act, play_again, recorded
 from anyep.transport.base import Words
 
 NAP_S = 0.0005
@@ -53,6 +54,13 @@ class PretendDevice:
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def tape(self, act: Act) -> Tape:
+        return recorded(act)
+
+    def play(self, tape: Tape, bases: Sequence[int], stream: Stream) -> None:
+        with self.on(stream):
+            play_again(self.kernels, tape, bases)
 
     def mark(self, stream: Stream) -> Event:
         return None
@@ -114,7 +122,7 @@ class _OneByOne:
 def pretended(device: devices.Device) -> Iterator[devices.Device]:
     """Let buffers that are made with ``device="cuda"`` meanwhile find ``device``."""
     original = devices.find_device
-    devices.find_device = lambda name, num_sms=None, at_once=1: device
+    devices.find_device = lambda name, num_sms=None, at_once=1, sizes=(8, 8, 8): device
     try:
         yield device
     finally:

@@ -10,7 +10,7 @@ checks          outgoing, returning, wire                        the same, for t
 memory          the transport's arena                            of the device, within peers' ``reach`` (``landing``)
 routing         kernels: route                                   begin_route, which nobody waits for (``plan``)
 counts          travel with the announcement                     announce_counts, to the *board* of every rank
-places          compiled settle and connect                      kernels settle, or connect (``second_half``)
+places          compiled settle and connect                      kernels settle, or connect (``dispatch_form``)
 rows            scatter, quantise_scatter, scatter_routing       send: the same at once, on tables in device memory
 eager rows      of small pairs, to slots, then expand            of every padded batch where slots fit (``slots``)
 sums            reduce, reduce_weights, reduce_logfmt            the same kernels

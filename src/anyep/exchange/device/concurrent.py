@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from anyep.exchange.device.boards import Boards
-from anyep.exchange.device.devices import Device, Stream
+from anyep.exchange.device.devices import Device, Stream, Tape
 from anyep.exchange.device.order import Half, Turn
 from anyep.exchange.device.reach import Reach
-from anyep.kernels.spec_device import FAULT
+from anyep.kernels.spec_device import FAULT, DeviceKernels
+from anyep.kernels.tapes import Act
 
 _ANNOUNCED, _DONE = 0, 1
 _STAGES = 2
@@ -45,6 +46,7 @@ class Concurrent:
         self._limit = limit
         self._late_addr = late_addr
         self._halves: dict[Turn, Half] = {}
+        self._tapes: dict[tuple[str, int, int], Tape] = {}
         self.words = reach.room((_MOST_TURNS, _STAGES, boards.num_ranks), torch.int64, lambda: "words").zero_()
         self.first_addr = self.words.data_ptr()
         self._clock = torch.zeros(1 + boards.ring, dtype=torch.int64, device=device.where)
@@ -62,22 +64,29 @@ class Concurrent:
         self._halves[turn] = half
         if turn.number == 0:
             self.pass_by(turn)
-        with self._device.on(self._stream):
-            self._signal(turn, _ANNOUNCED)
+        self._play("announced", turn, lambda kernels: self._signal(kernels, turn, _ANNOUNCED))
 
     def pass_by(self, turn: Turn) -> None:
         """Count an operation in which there is nothing to launch: all ranks count alike, whatever each calls."""
-        with self._device.on(self._stream):
-            self._device.kernels.tick(self._clock.data_ptr(), self._epoch_addr(turn))
+        clock, epoch = self._clock.data_ptr(), self._epoch_addr(turn)
+        self._play("begun", turn, lambda kernels: kernels.tick(clock, epoch))
 
     def launch(self, turn: Turn) -> None:
         """Launch this rank's half between waits for all ranks."""
         half = self._halves.pop(turn)
         boards = self._boards
-        with self._device.on(self._stream):
-            self._wait(turn, _ANNOUNCED, boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
-            half()
-            self._meet(turn, _DONE, self._late_addr, 8)
+        message = (boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
+        self._play("wait", turn, lambda kernels: self._wait(kernels, turn, _ANNOUNCED, *message))
+        half()
+        self._play("meet", turn, lambda kernels: self._meet(kernels, turn, _DONE, self._late_addr, 8))
+
+    def _play(self, what: str, turn: Turn, act: Act) -> None:
+        """Launch ``act``, which is recorded once for each operation in flight."""
+        key = what, turn.epoch % self._boards.ring, turn.number
+        tape = self._tapes.get(key)
+        if tape is None:
+            tape = self._tapes[key] = self._device.tape(act)
+        self._device.play(tape, (), self._stream)
 
     def drop(self, turn: Turn) -> None:
         """Forget what was handed in: all ranks refuse the operation."""
@@ -95,17 +104,17 @@ class Concurrent:
         assert turn.number < _MOST_TURNS, "the second offer is large enough"
         return 8 * self._boards.num_ranks * (turn.number * _STAGES + stage)
 
-    def _signal(self, turn: Turn, stage: int) -> None:
+    def _signal(self, kernels: DeviceKernels, turn: Turn, stage: int) -> None:
         peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
-        self._device.kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
+        kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
 
-    def _meet(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
+    def _meet(self, kernels: DeviceKernels, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
         """Signal, and wait for all."""
         ranks, kind_bytes = self._boards.num_ranks, self._kind_bytes(turn, stage)
         addresses = (self._peers.data_ptr() + kind_bytes, self.first_addr + kind_bytes)
-        self._device.kernels.meet(*addresses, ranks, self._epoch_addr(turn), self._limit, errors_addr, error_bytes)
+        kernels.meet(*addresses, ranks, self._epoch_addr(turn), self._limit, errors_addr, error_bytes)
 
-    def _wait(self, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
+    def _wait(self, kernels: DeviceKernels, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
         words = self.first_addr + self._kind_bytes(turn, stage)
         ranks = self._boards.num_ranks
-        self._device.kernels.wait(words, ranks, self._epoch_addr(turn), self._limit, 0, errors_addr, error_bytes)
+        kernels.wait(words, ranks, self._epoch_addr(turn), self._limit, 0, errors_addr, error_bytes)

@@ -13,10 +13,12 @@ import torch
 from anyep.errors import CapacityError, Unavailable
 from anyep.kernels.gpu.target import target_of
 from anyep.kernels.spec_device import DeviceKernels
+from anyep.kernels.tapes import Act, TapedKernels
 from anyep.transport.base import Words
 
 Stream = Any
 Event = Any
+Tape = Any
 
 _MEASURED_LOOKS = 20_000
 
@@ -49,6 +51,14 @@ class Device(Protocol):
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         """Let kernels that this thread launches meanwhile go to ``stream``."""
+        ...
+
+    def tape(self, act: Act) -> Tape:
+        """Record what ``act`` launches (kernels/tapes.py); nothing runs."""
+        ...
+
+    def play(self, tape: Tape, bases: Sequence[int], stream: Stream) -> None:
+        """Launch on ``stream`` what was recorded, its numbers counted from ``bases``."""
         ...
 
     def mark(self, stream: Stream) -> Event:
@@ -120,15 +130,16 @@ class _PinnedFetch:
 class CudaDevice:
     """A CUDA or HIP device. ``kernels`` are loaded for it."""
 
-    def __init__(self, where: torch.device, kernels: DeviceKernels) -> None:
+    def __init__(self, where: torch.device, kernels: TapedKernels) -> None:
         self.where = where
-        self.kernels = kernels
+        self.kernels: DeviceKernels = kernels
+        self.tape = kernels.tape
         self._us_a_look: float | None = None
-        self._measuring = threading.Lock()
+        self._preparing = threading.Lock()
         self._fetch_words = self._num_fetches = 0
 
     def new_stream(self) -> Stream:
-        """Of high priority: torch's streams come round after 32, and those of callers have the other priority."""
+        """Of high priority: torch hands out 32 streams of a priority in turns, and callers' have the usual one."""
         return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]
 
     def current_stream(self) -> Stream:
@@ -136,6 +147,9 @@ class CudaDevice:
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return cast("AbstractContextManager[object]", torch.cuda.stream(stream))
+
+    def play(self, tape: Tape, bases: Sequence[int], stream: Stream) -> None:
+        tape(bases, stream.cuda_stream)
 
     def mark(self, stream: Stream) -> Event:
         return stream.record_event()
@@ -147,14 +161,17 @@ class CudaDevice:
         tensor.record_stream(stream)
 
     def expect_fetches(self, num_words: int, count: int) -> None:
-        """Let torch keep so much pinned memory: to get some more waits until the whole device has nothing to do.
+        """Let torch keep that much pinned memory: to pin more waits until the whole device has nothing to do.
 
-        With ranks on streams of their own it would wait for a kernel which waits for what this thread launches next.
+        With ranks on streams of their own that may never be: a kernel waits for what this thread launches next.
         """
-        with self._measuring, torch.cuda.device(self.where):
+        with self._preparing, torch.cuda.device(self.where):
             self._fetch_words = max(self._fetch_words, num_words)
             self._num_fetches += count
-            [torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)]
+            held = [
+                torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)
+            ]
+            held.clear()  # all at once: torch keeps as many blocks as were held together
 
     def fetch(self, words: torch.Tensor) -> Fetch:
         with torch.cuda.device(self.where):
@@ -171,7 +188,7 @@ class CudaDevice:
 
     def looks_in(self, seconds: float) -> int:
         """Measure how long looks take on this device, once; ranks that are threads ask at the same time."""
-        with self._measuring:
+        with self._preparing:
             us_a_look = self._us_a_look = self._us_a_look or self._measured_us()
         return max(1, int(seconds * 1e6 / us_a_look))
 
@@ -204,11 +221,13 @@ class CudaDevice:
         event.synchronize()
 
 
-def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Device:
+def find_device(
+    name: str, num_sms: int | None = None, at_once: int = 1, sizes: tuple[int, int, int] = (8, 8, 8)
+) -> Device:
     """Return the CUDA device of that name, ready, for ``at_once`` ranks that move rows at a time.
 
-    ``num_sms``: for each of them; None: an equal share, and no bound for one. ValueError for another kind of device,
-    Unavailable where there is none.
+    ``num_sms``: for each of them; None: an equal share, and no bound for one. ``sizes``: K, R and L of the buffer; its
+    kernels are loaded. ValueError for another kind of device, Unavailable where there is none.
     """
     try:
         where = torch.device(name)
@@ -225,13 +244,13 @@ def find_device(name: str, num_sms: int | None = None, at_once: int = 1) -> Devi
         where = torch.device("cuda", number)
         if num_sms is None and at_once > 1:
             num_sms = max(1, torch.cuda.get_device_properties(where).multi_processor_count // at_once)
-    return CudaDevice(where, load_gpu(where, num_sms))
+    return CudaDevice(where, load_gpu(where, num_sms, sizes))
 
 
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
     """Return a tensor with any content, on this thread's stream; CapacityError with ``account()`` without memory."""
     try:
-        return torch.empty(tuple(shape), dtype=dtype, device=device.where)
+        return torch.empty(shape, dtype=dtype, device=device.where)
     except torch.OutOfMemoryError as error:
         needed = prod(shape) * dtype.itemsize
         raise CapacityError(

@@ -12,28 +12,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 
 from anyep.errors import CapacityError, PeerTimeout
-from anyep.exchange.device.arrival import arrive, wrap
-from anyep.exchange.device.devices import Fetch
+from anyep.exchange.device.arrival import wrap
+from anyep.exchange.device.devices import Fetch, allocate
+from anyep.exchange.device.dispatch_form import form_of
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.faults import refusal
-from anyep.exchange.device.landing import Landing, cut_landing, room_to_turn
+from anyep.exchange.device.landing import Landing, cut_landing
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan
-from anyep.exchange.device.second_half import SecondHalf
-from anyep.exchange.device.sending import send
-from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
 from anyep.exchange.opening import BODY, STATUS, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.remembered import handle_again, header_of
-from anyep.exchange.scatter import Route
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
 
@@ -46,9 +44,9 @@ class DeviceDispatch:
         self._end = end
         self._out = out
         self._plan = out.plan
+        self._form = form_of(end, out, out.plan)
         self._geometry = out.geometry
         self._buffer = buffer
-        self._slots = end.slots_of(out.geometry, out.plan.max_tokens)
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
@@ -57,7 +55,10 @@ class DeviceDispatch:
         self._turned: torch.Tensor | None = None
         self._visit: Visit | None = None
         self._record: Fetch | None = None
-        self._waits = waits_for_counts(end, out)
+        self._bases: Sequence[int] = ()
+        self._waits = self._form.waits
+        self._launching = threading.Lock()
+        self._launched = self._offered = False
         self._header = header_of(out)
 
     def wants_background(self) -> bool:
@@ -80,11 +81,9 @@ class DeviceDispatch:
         if self._landing is None or not self._geometry.padded:
             return None
         x, _, _, _, token = self._landing.parts
-        shape = (self._geometry.shape.num_local, self._geometry.shape.block_rows)
         assert x is not None
-        assert token is not None
         scales = None if self._turned is None else self._turned.transpose(1, 2)
-        return Targets(x=x.view(*shape, self._end.hidden), scales=scales, source_token=token.view(shape))
+        return Targets(x=x, scales=scales, source_token=token)
 
     def post(self, epoch: int) -> None:
         """Allocate the batch and launch the announcement, and rows that go with it; then tell the others."""
@@ -96,10 +95,11 @@ class DeviceDispatch:
         self._prepare_landing(words_RW)
         self._visit = Visit.begin(end.device, end.stream)
         self._visit.borrow(self._plan.device_memory, self._plan.home)
-        self._announce()
-        if self._slots is not None:
-            self._send_ahead(self._slots)
+        self._bases = self._form.bases(self._out, self._plan, epoch, self._landing, self._turned)
+        end.device.play(self._form.first, self._bases, end.stream)
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
+        if self._waits:
+            end.offers.enter(epoch, end.rank, self._offer_again)
         end.announce(epoch, words_RW)
 
     def _prepare_landing(self, words_RW: Words) -> None:
@@ -107,133 +107,122 @@ class DeviceDispatch:
         cached = self._out.cached
         rows = self._geometry.expected_rows(self._plan.num_tokens) if cached is None else cached.num_rows
         try:
-            self._landing = cut_landing(self._end, self._geometry, rows)
-            if self._geometry.padded:
-                self._turned = room_to_turn(self._end, self._geometry)
+            self._landing = cut_landing(self._end, self._form.parts, rows)
+            if self._form.turned_shape is not None:
+                end, shape = self._end, self._form.turned_shape
+                self._turned = allocate(end.device, shape, end.wire.scale_dtype, end.account.__str__)
         except CapacityError as error:
             self._no_memory = error
             words_RW[:, STATUS] = max(1, rows * self._geometry.row.sent)
 
-    def _announce(self) -> None:
-        """Launch this rank's message to all boards, with its counts if they are not known."""
-        end, plan, landing, kernels = self._end, self._plan, self._landing, self._end.device.kernels
-        places = self._places()
-        messages_addr, ranks, experts = end.boards.messages_addr(self._epoch), end.num_ranks, end.placement.num_experts
-        capacity = -1 if landing is None else landing.capacity
-        with end.device.on(end.stream):
-            if self._out.cached is not None:
-                kernels.announce(ranks, messages_addr, capacity, *places, 0, 0, 0)
-                return
-            kernels.announce_counts(
-                *(plan.idx_addr, plan.idx_bytes, plan.num_tokens, end.num_topk, experts, ranks),
-                *(
-                    int(self._geometry.by_expert),
-                    plan.entry_rank_addr,
-                    plan.entry_slot_addr,
-                    *plan.compact_entries(end),
-                ),
-                *(plan.field("rank_rows"), plan.field("expert_rows"), plan.verdict_addr),
-                *(messages_addr, capacity, *places),
-            )
-
-    def _places(self) -> tuple[int, int, int, int, int]:
-        """Return what this rank announces: where the others write, or where parts of its rows stand in slots."""
-        if self._slots is not None:
-            return self._slots.places
-        return (-1, -1, -1, -1, -1) if self._landing is None else self._landing.places(self._end.reach)
-
-    def _send_ahead(self, slots: SlotKind) -> None:
-        """Launch the rows, each token once a receiver, to this rank's slots: nobody's counts are needed for that."""
-        plan = self._plan
-        route = Route(plan.compact_width, plan.compact_rank_addr, plan.compact_slot_addr, by_expert=0)
-        with self._end.device.on(self._end.stream):
-            send(self._end, self._out, route, slots.table_addr(self._epoch), self._geometry.eager_row)
-
     def _second_half(self) -> None:
         """Launch places and rows; whoever comes first does so for every rank."""
-        landing, out = self._landing, self._out
-        assert landing is not None, "a rank without memory makes all ranks refuse"
-        with self._end.device.on(self._end.stream):
-            half = SecondHalf(self._end, out, self._plan, landing, self._epoch)
-            if out.cached is None:
-                half.settle(withdraws=not self._waits)
-                if self._waits:
-                    self._record = self._end.device.fetch(self._plan.record)
-            else:
-                half.connect_cached(out.cached.num_rows)
-            if self._slots is None:
-                half.send()
-            else:
-                half.expand()
-            half.fill_gaps()
+        assert self._landing is not None, "a rank without memory makes all ranks refuse"
+        device, stream, form = self._end.device, self._end.stream, self._form
+        if form.places is not None:
+            device.play(form.places, self._bases, stream)
+            with device.on(stream):
+                self._record = device.fetch(self._plan.record)
+        device.play(form.rows, self._bases, stream)
 
     def finish(self) -> Received:
         """Wait for all announcements, and for the counts where they are not known. Errors as a host's dispatch."""
         assert self._visit is not None, "what was posted has begun"
-        with self._visit.cleared(self, self._end.abandoned):
-            return self._finish(self._visit)
+        try:
+            with self._visit.cleared(self, self._end.abandoned):
+                return self._finish(self._visit)
+        finally:
+            if self._waits:
+                self._end.offers.leave(self._epoch, self._end.rank)
 
     def _finish(self, visit: Visit) -> Received:
-        end, geometry = self._end, self._geometry
-        opened_RW = end.hear(self._epoch, self._step, self._header)
-        turn = Turn(self._epoch, 0)
-        if not end.books.agree(opened_RW, self._header):
-            end.order.drop(turn)
-            check_agreement(self._header, opened_RW, self._step, self._no_memory)
-        end.order.launch(turn)
+        end = self._end
+        self._launch()
         rows = self._rows_known() if self._out.cached is None else self._out.cached.num_rows
         assert self._landing is not None
         batch = self._landing.cut(rows)
-        with end.device.on(end.stream):
-            if self._turned is not None:
-                arrive(end, self._plan, geometry, batch, self._turned)
-            if end.order.is_concurrent or (not self._waits and self._out.cached is None):
-                end.faults.ask(end.limits)
+        if self._form.turn is not None:
+            end.device.play(self._form.turn, self._bases, end.stream)
+        if end.order.is_concurrent or (not self._waits and self._out.cached is None):
+            end.faults.ask(end.limits)
         visit.end([*batch.parts, self._turned])
+        self._plan.routes = None
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
-        handle = handle_again(self._out) or self._handle(rows)
-        return wrap(end, batch, handle, self._plan, self._turned)
+        handle = self._handle(rows) if self._out.cached is None else handle_again(self._out)
+        assert handle is not None, "a cached dispatch goes by one"
+        return wrap(batch, handle, self._plan, self._turned)
+
+    def _launch(self) -> None:
+        """Await all announcements, and launch the second half: once, whoever comes to it."""
+        with self._launching:
+            if self._launched:
+                return
+            end, turn = self._end, Turn(self._epoch, 0)
+            opened_RW = end.hear(self._epoch, self._step, self._header)
+            if not end.books.agree(opened_RW, self._header):
+                end.order.drop(turn)
+                check_agreement(self._header, opened_RW, self._step, self._no_memory)
+            end.order.launch(turn)
+            self._launched = True
 
     def _rows_known(self) -> int:
         """Return the number of rows of the batch; where counts decide it, wait for them."""
-        assert self._landing is not None
-        if self._record is None:
+        if not self._waits:
+            assert self._landing is not None
             return self._landing.capacity
-        number = 0
-        while True:
-            words = self._record.wait()
-            summary = words[:SUMMARY_WORDS]
-            error = refusal(self._step, summary, self._end.limits)
-            if isinstance(error, PeerTimeout):
-                raise error
-            if error is not None:
-                raise RefusedError(error)
-            self._plan.keep_record(words)
-            rows = int(summary[1])
-            self._geometry.note_rows(rows)
-            if summary[0] != LANDING_TOO_SMALL:
+        if not self._offered:
+            code, rows = self._counted()
+            if code != LANDING_TOO_SMALL:
                 return rows
-            number += 1
-            self._offer_again(rows, number)
+            self._end.offers.make(self._epoch, self._end.rank)
+        self._take_offers()
+        code, rows = self._counted()
+        assert code != LANDING_TOO_SMALL, "what is offered again is large enough"
+        return rows
 
-    def _offer_again(self, needed: int, number: int) -> None:
-        """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
-        end, landing = self._end, self._landing
-        assert landing is not None
+    def _counted(self) -> tuple[int, int]:
+        """Wait for the record; return what settle found, and the number of rows. Raises what refuses the batch."""
+        assert self._record is not None, "the second half was launched"
+        words = self._record.wait()
+        summary = words[:SUMMARY_WORDS]
+        error = refusal(self._step, summary, self._end.limits)
+        if isinstance(error, PeerTimeout):
+            raise error
+        if error is not None:
+            raise RefusedError(error)
+        self._plan.keep_record(words)
+        rows = int(summary[1])
+        self._geometry.note_rows(rows)
+        return int(summary[0]), rows
+
+    def _offer_again(self) -> None:
+        """Make room for what has turned out to come, and announce it: in whichever rank's ``wait()`` (``offers``)."""
+        if self._offered:
+            return
+        end, visit = self._end, self._visit
+        assert visit is not None
+        self._launch()
+        _, needed = self._counted()
         offers_RW = end.desk(self._epoch).offers_RW
         offers_RW[:] = 0
-        try:
-            if landing.capacity < needed:
-                self._landing = cut_landing(end, self._geometry, needed)
-        except CapacityError as error:
-            self._no_memory = error
-            offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)
-        assert self._visit is not None
-        self._visit.again()
-        self._announce()
-        turn = Turn(self._epoch, number)
-        end.order.hand_in(turn, end.rank, self._second_half)
+        with visit.returned():
+            try:
+                assert self._landing is not None
+                if self._landing.capacity < needed:
+                    self._landing = cut_landing(end, self._form.parts, needed)
+            except CapacityError as error:
+                self._no_memory = error
+                offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)
+            visit.again()
+        self._bases = self._form.bases(self._out, self._plan, self._epoch, self._landing, None)
+        end.device.play(self._form.again, self._bases, end.stream)
+        end.order.hand_in(Turn(self._epoch, 1), end.rank, self._second_half)
         end.transport.post(end.lanes.offer, self._epoch, offers_RW)
+        self._offered = True
+
+    def _take_offers(self) -> None:
+        """Await every rank's offer, and launch the second half again; all refuse together where one has no memory."""
+        end, turn = self._end, Turn(self._epoch, 1)
         heard_RW = end.wait(end.lanes.offer, self._epoch, self._step)
         if heard_RW[:, 0].any():
             end.order.drop(turn)
@@ -260,8 +249,3 @@ class DeviceDispatch:
             counts: list[int] = self._plan.numbers("counts").tolist()
             return counts
         return DeviceCounts(self._plan)
-
-
-def waits_for_counts(end: DeviceEndpoint, out: Outgoing) -> bool:
-    """Return whether the number of rows is known only when all ranks have counted."""
-    return out.cached is None and end.static_rows is None and not out.geometry.padded

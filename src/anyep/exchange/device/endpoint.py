@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults, Limits
+from anyep.exchange.device.forms import Forms
+from anyep.exchange.device.offers import Offers
 from anyep.exchange.device.order import Order
 from anyep.exchange.device.reach import Reach
 from anyep.exchange.device.slots import SlotKind, Slots
@@ -25,6 +28,7 @@ class DeviceEndpoint(Endpoint):
     stream: Stream
     """the stream of the exchange: one for all ranks, or this rank's own"""
     order: Order
+    offers: Offers
     boards: Boards
     reach: Reach
     padded_slots: Slots | None
@@ -37,6 +41,8 @@ class DeviceEndpoint(Endpoint):
     """int32 [E] on the device: which rank has each expert"""
     abandoned: list[object] = field(default_factory=list)
     """operations that broke off, whose memory peers may still write to"""
+    forms: Forms = field(default_factory=Forms, init=False)
+    """of this rank's calls with rows of this kind"""
     kept: tuple[torch.Tensor, ...]
     """tables on the device, whose addresses are known elsewhere"""
 
@@ -50,7 +56,7 @@ class DeviceEndpoint(Endpoint):
     def where(self) -> torch.device:
         return self.device.where
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """What a batch must fit."""
         return Limits(

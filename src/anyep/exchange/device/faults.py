@@ -43,13 +43,14 @@ class Faults:
         """int64 [R]: ``epoch << 32 | the epoch that a silent rank has reached``"""
 
     def ask(self, limits: Limits | None = None) -> None:
-        """Begin to bring the words over, behind what was launched on this thread's stream. Not in a graph.
+        """Begin to bring the words over, behind what the exchange has launched. Not in a graph.
 
         ``limits``: those of the batch that may have broken them; of several kinds of batches the last one's are told.
         """
         self.limits = self.limits if limits is None else limits
         if not self._device.capturing() and (self._coming is None or self._coming.done()):
-            self._coming = self._device.fetch(self.words)
+            with self._device.on(self._stream):
+                self._coming = self._device.fetch(self.words)
 
     def look(self) -> None:
         """Raise what an earlier call met, if that is known by now; waits for nothing. Once for each.
@@ -57,7 +58,11 @@ class Faults:
         But not of a silent rank: :meth:`check_silence` does, where the buffer ends by it.
         """
         words = self._known()
-        if words is not None and _silence(words, self.limits) is None:
+        if words is None:
+            return
+        if not words.any():
+            self._coming = None
+        elif _silence(words, self.limits) is None:
             self._raise(words)
 
     def check_silence(self) -> None:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.reach import NOWHERE, Reach
 from anyep.exchange.geometry import Geometry
 
 
+class PartShape(NamedTuple):
+    """An array of a batch: numbers a row, () for one, and their dtype. ``blocks``: of a padded batch [L, R * Tmax]."""
+
+    blocks: tuple[int, ...]
+    columns: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def part_shapes(end: DeviceEndpoint, geometry: Geometry) -> tuple[PartShape | None, ...]:
+    """Return the parts of a batch: x, scales, topk_idx, topk_weights, source token; None for what rows do not have."""
+    row, wire, shape = geometry.row, end.wire, geometry.shape
+    blocks = (shape.num_local, shape.block_rows) if geometry.padded else ()
+    return (
+        PartShape(blocks, (wire.hidden,), wire.dtype),
+        PartShape(blocks, (wire.scale_columns,), wire.scale_dtype) if row.scales else None,
+        PartShape(blocks, (end.num_topk,), geometry.idx_dtype) if row.topk_idx else None,
+        PartShape(blocks, (end.num_topk,), torch.float32) if row.topk_weights else None,
+        PartShape(blocks, (), torch.int32) if row.token else None,
+    )
+
+
 class Landing(NamedTuple):
-    """Room for ``capacity`` rows: x, scales, topk_idx, topk_weights, source token; None for what rows do not have."""
+    """Room for ``capacity`` rows of the parts of :func:`part_shapes`, in blocks or one behind the other."""
 
     parts: tuple[torch.Tensor | None, ...]
     capacity: int
 
-    def places(self, reach: Reach) -> tuple[int, int, int, int, int]:
-        """Return what peers are told: the place of each part."""
-        x, scales, idx, weights, token = (NOWHERE if part is None else _known(reach.place(part)) for part in self.parts)
-        return x, scales, idx, weights, token
+    def addresses(self, reach: Reach) -> tuple[int, Sequence[int], Sequence[int]]:
+        """Return for how many rows there is room, where each part lies, and what peers are told of it."""
+        where = [0 if part is None else part.data_ptr() for part in self.parts]
+        return self.capacity, where, [NOWHERE if part is None else _known(reach.place(part)) for part in self.parts]
 
     def cut(self, num_rows: int) -> Landing:
         """Return the first ``num_rows`` rows."""
@@ -30,29 +51,14 @@ class Landing(NamedTuple):
         return Landing(parts=tuple(None if part is None else part[:num_rows] for part in self.parts), capacity=num_rows)
 
 
-def cut_landing(end: DeviceEndpoint, geometry: Geometry, capacity: int) -> Landing:
+def cut_landing(end: DeviceEndpoint, shapes: Sequence[PartShape | None], capacity: int) -> Landing:
     """Allocate room for ``capacity`` rows on the caller's stream; CapacityError where the device has none."""
-    row, wire = geometry.row, end.wire
+    room, account = end.reach.room, end.account.__str__
 
-    def room(wanted: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        return end.reach.room(shape, dtype, end.account.__str__) if wanted else None
+    def part(one: PartShape | None) -> torch.Tensor | None:
+        return None if one is None else room((*(one.blocks or (capacity,)), *one.columns), one.dtype, account)
 
-    parts = (
-        room(1, (capacity, wire.hidden), wire.dtype),
-        room(row.scales, (capacity, wire.scale_columns), wire.scale_dtype),
-        room(row.topk_idx, (capacity, end.num_topk), geometry.idx_dtype),
-        room(row.topk_weights, (capacity, end.num_topk), torch.float32),
-        room(row.token, (capacity,), torch.int32),
-    )
-    return Landing(parts=parts, capacity=capacity)
-
-
-def room_to_turn(end: DeviceEndpoint, geometry: Geometry) -> torch.Tensor | None:
-    """Return memory for a padded batch's scales in column-major order, [L, G, R * Tmax]; None where rows have none."""
-    if not geometry.row.scales:
-        return None
-    shape = (geometry.shape.num_local, end.wire.scale_columns, geometry.shape.block_rows)
-    return allocate(end.device, shape, end.wire.scale_dtype, end.account.__str__)
+    return Landing(tuple(map(part, shapes)), capacity)
 
 
 def _known(place: int | None) -> int:

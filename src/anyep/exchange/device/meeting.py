@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anyep.exchange.device import devices
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.concurrent import Concurrent
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.faults import Faults
+from anyep.exchange.device.offers import Offers
 from anyep.exchange.device.order import Order, PhaseSplit
 from anyep.exchange.device.reach import OneDevice, OwnDevices, Reach
 from anyep.exchange.options import BufferOptions
@@ -22,12 +23,13 @@ SYMMETRIC = "cuda_symmetric"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ground:
-    """What one rank stands on. ``order`` is None where each rank has its own."""
+    """What one rank stands on. ``order`` is None where each rank has its own; ``offers`` are of all this process's."""
 
     device: Device
     reach: Reach
     stream: Stream
     order: PhaseSplit | None
+    offers: Offers
 
 
 def shares_device(rendezvous: Rendezvous, options: BufferOptions) -> bool:
@@ -35,10 +37,11 @@ def shares_device(rendezvous: Rendezvous, options: BufferOptions) -> bool:
     return isinstance(rendezvous, Member) and options.transport != SYMMETRIC
 
 
-def find(options: BufferOptions, at_once: int) -> Device:
+def find(options: BufferOptions, num_ranks: int, at_once: int) -> Device:
     """Load a device and its kernels; Unavailable where it lacks what the wire needs."""
     assert options.device is not None
-    device = devices.find_device(options.device, options.num_sms, at_once)
+    most_local = int(options.place_experts(num_ranks).experts_per_rank_R.max())
+    device = devices.find_device(options.device, options.num_sms, at_once, (options.num_topk, num_ranks, most_local))
     if options.wire == "fp8":
         device.check_fp8()
     return device
@@ -53,18 +56,20 @@ def common_ground(member: Member, device: Device | None, options: BufferOptions)
             reach=OneDevice(device, member.size),
             stream=device.new_stream(),
             order=PhaseSplit(member.size),
+            offers=Offers(),
         )
     ground: Ground = member.exchange(mine)[0]
     if not options.concurrent:
         return ground
-    return Ground(device=ground.device, reach=ground.reach, stream=ground.device.new_stream(), order=None)
+    return replace(ground, stream=ground.device.new_stream(), order=None)
 
 
 def own_ground(rendezvous: Rendezvous, device: Device, heap_bytes: int) -> Ground:
     """Stand on this rank's device, and map a heap of every other's. Collective."""
     most = max(tell(rendezvous, heap_bytes))
     heap = cuda_symmetric.open_heap(rendezvous, most, device.where)
-    return Ground(device=device, reach=OwnDevices(device, heap), stream=device.new_stream(), order=None)
+    reach = OwnDevices(device, heap)
+    return Ground(device=device, reach=reach, stream=device.new_stream(), order=None, offers=Offers())
 
 
 def tell(rendezvous: Rendezvous, number: int) -> list[int]:

@@ -8,7 +8,7 @@ brings over in one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from anyep.errors import Unavailable
 from anyep.exchange.device.devices import allocate
 from anyep.exchange.geometry import Geometry
 from anyep.exchange.handle import SendPlan
-from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS
+from anyep.kernels.spec_device import NUM_PLACES, SUMMARY_WORDS, DeviceKernels
+from anyep.kernels.tapes import counted_from
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
     from anyep.exchange.device.endpoint import DeviceEndpoint
     from anyep.exchange.endpoint import Endpoint
 
+PLAN, IDX, WEIGHTS = range(3)
+"""Bases (kernels/tapes.py) of what routes: the plan's memory, the caller's topk_idx and topk_weights."""
 _KNOWN = (
     "rank_rows",
     "expert_rows",
@@ -38,45 +41,35 @@ _KNOWN = (
 """Fields of the ledger that a device fills."""
 
 
-class DevicePlan(SendPlan):
-    """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
+class PlanMap(SendPlan):
+    """Where everything lies in the memory of plans of one size: addresses are counted from a base."""
 
     __slots__ = (
-        *("changes", "device_memory", "first_behind", "home", "num_ranks", "num_record_words"),
+        *("first_behind", "keeps_weights", "num_ranks", "num_record_words", "num_words"),
         *("summary_addr", "tables_addr", "verdict_addr", "weights_addr"),
     )
 
     def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
         self.num_ranks = ranks = end.num_ranks
+        self.keeps_weights = keeps_weights
         first_word = SUMMARY_WORDS + 1 + NUM_PLACES * ranks
         shape = geometry.plan_shape(num_tokens)
         self.first_behind = 2 * first_word + shape.num_words
         """in int32: padded, where each source's rows begin in each block, and how many [L, R]; the caller's weights"""
         num_sources = 2 * ranks * geometry.shape.num_local if geometry.padded else 0
         num_weights = num_tokens * end.num_topk if keeps_weights else 0
-        words = (self.first_behind + num_sources + num_weights + 1) // 2
-        self.device_memory = allocate(end.device, (words,), torch.int64, end.account.__str__)
-        self.home = end.device.current_stream()
-        """the stream on which it was allocated"""
-        self.changes = end.device.capturing()
-        """whether it belongs to a graph, whose replays write it again"""
+        self.num_words = self.first_behind + num_sources + num_weights
         self.num_record_words = first_word + geometry.shape.num_words // 2
-        self.summary_addr = self.device_memory.data_ptr()
+        self.summary_addr = counted_from(PLAN)
         self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
         self.tables_addr = self.verdict_addr + 8
         behind_addr = self.summary_addr + 4 * self.first_behind
         self.weights_addr = behind_addr + 4 * num_sources if keeps_weights else 0
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, shape)
 
-    @property
-    def max_tokens(self) -> int:
-        """How many tokens a rank may have had, in the padded layout; with a handle others may be allowed now."""
-        return self.geometry.shape.block_rows // self.num_ranks
-
-    @property
-    def record(self) -> torch.Tensor:
-        """int64: summary, verdict, tables, and the ledger as int32; a view."""
-        return self.device_memory[: self.num_record_words]
+    def first(self, addr: int) -> int:
+        """Return which int32 of the plan's memory an address is."""
+        return (addr - self.summary_addr) // 4
 
     @property
     def table_addr(self) -> list[int]:
@@ -85,7 +78,7 @@ class DevicePlan(SendPlan):
 
     @property
     def source_addr(self) -> tuple[int, int]:
-        """Where a padded batch's :meth:`sources` lie."""
+        """Where the numbers of :meth:`DevicePlan.sources` lie."""
         begin = self.summary_addr + 4 * self.first_behind
         return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
 
@@ -95,23 +88,56 @@ class DevicePlan(SendPlan):
             return 0, 0
         return self.compact_rank_addr, self.compact_slot_addr
 
+
+class DevicePlan(SendPlan):
+    """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
+
+    __slots__ = ("changes", "device_memory", "home", "map", "routes")
+
+    def __init__(self, end: DeviceEndpoint, plan_map: PlanMap) -> None:
+        self.map = plan_map
+        self.geometry = plan_map.geometry
+        self.num_tokens = plan_map.num_tokens
+        self.by_column = False
+        self.memory = _NOT_HERE
+        self.device_memory = allocate(end.device, (plan_map.num_words,), torch.int32, end.account.__str__)
+        self.home = end.device.current_stream()
+        """the stream on which it was allocated"""
+        self.changes = end.device.capturing()
+        """whether it belongs to a graph, whose replays write it again"""
+        self.routes: torch.Tensor | None = None
+        """the caller's topk_idx, until what routes it was launched and is followed by the caller's stream"""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is set in no plan of its own: that of the map, addresses in this plan's memory."""
+        value = getattr(self.map, name)
+        if value and name.endswith("_addr"):
+            return value - self.map.summary_addr + self.device_memory.data_ptr()
+        return value
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a rank may have had, in the padded layout; with a handle others may be allowed now."""
+        return self.geometry.shape.block_rows // self.map.num_ranks
+
+    @property
+    def record(self) -> torch.Tensor:
+        """int64: summary, verdict, tables, and the ledger as int32; a view."""
+        return self.device_memory[: 2 * self.map.num_record_words].view(torch.int64)
+
     def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
-        shape = (2, self.geometry.shape.num_local, self.num_ranks)
-        begin, count = self._behind(0, shape[0] * shape[1] * shape[2]).view(shape)
-        return begin, count
+        experts, ranks = self.geometry.shape.num_local, self.map.num_ranks
+        numbers, first, strides = self.device_memory, self.map.first_behind, (ranks, 1)
+        begin = numbers.as_strided((experts, ranks), strides, first)
+        return begin, numbers.as_strided((experts, ranks), strides, first + experts * ranks)
 
     def kept_weights(self) -> torch.Tensor | None:
         """Return the copy of the caller's weights, fp32 [T, K], for combine; None unless padded. A view."""
-        if not self.weights_addr:
+        if not self.map.keeps_weights:
             return None
-        first = (self.weights_addr - self.summary_addr) // 4 - self.first_behind
-        weights = self._behind(first, self.num_tokens * self.geometry.num_topk).view(torch.float32)
-        return weights.view(self.num_tokens, self.geometry.num_topk)
-
-    def _behind(self, first: int, count: int) -> torch.Tensor:
-        begin = self.first_behind + first
-        return self.device_memory.view(torch.int32)[begin : begin + count]
+        num_topk, first = self.geometry.num_topk, self.map.first(self.map.weights_addr)
+        return self.device_memory.view(torch.float32).as_strided((self.num_tokens, num_topk), (num_topk, 1), first)
 
     def keep_record(self, words: Words) -> None:
         """Take the record that came to the host."""
@@ -128,57 +154,65 @@ class DevicePlan(SendPlan):
     def topk_idx(self) -> torch.Tensor:
         """Return topk_idx [T, K] on the device, -2 for an index that names no expert; a view."""
         geometry = self.geometry
-        first = (self.idx_addr - self.summary_addr) // 4
+        first = self.map.first(self.map.idx_addr)
         words = self.num_tokens * geometry.num_topk * self.idx_bytes // 4
-        numbers = self.device_memory.view(torch.int32)[first : first + words]
+        numbers = self.device_memory[first : first + words]
         return numbers.view(geometry.idx_dtype).view(self.num_tokens, geometry.num_topk)
 
 
 _NOT_HERE: NDArray[np.int32] = np.zeros(0, np.int32)
 
 
-def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_weights: torch.Tensor | None) -> SendPlan:
-    """Copy what the caller may change, and begin to route, on the caller's stream.
+def map_of(end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> PlanMap:
+    """Return where everything lies in plans of that size, made once."""
+    key = geometry, num_tokens, keeps_weights
+    return end.forms.get(key, lambda: PlanMap(end, geometry, num_tokens, keeps_weights=keeps_weights))
 
-    A bad expert is found when all ranks are.
+
+def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_weights: torch.Tensor | None) -> SendPlan:
+    """Make room for a plan of what the caller wants sent; the first half of the dispatch routes it.
+
+    A bad expert is found when all ranks are. Entries that shall stand in the order of columns are routed at once, on
+    the caller's stream.
     """
     from anyep.exchange.device.endpoint import DeviceEndpoint
 
     assert isinstance(end, DeviceEndpoint), "plans of a device are made on its endpoint"
     keeps = geometry.padded and topk_weights is not None
-    plan = DevicePlan(end, geometry, topk_idx.shape[0], keeps_weights=keeps)
-    end.device.kernels.begin_route(
-        topk_idx.data_ptr(),
-        plan.idx_bytes,
-        plan.num_tokens,
-        end.num_topk,
-        end.placement.num_experts,
-        end.num_ranks,
-        end.tables.rank_addr,
-        int(geometry.by_expert),
-        address_of(topk_weights) if keeps else 0,
-        plan.idx_addr,
-        plan.weights_addr,
-        plan.entry_rank_addr,
-        plan.entry_slot_addr,
-        *plan.compact_entries(end),
-    )
+    plan = DevicePlan(end, map_of(end, geometry, topk_idx.shape[0], keeps_weights=keeps))
     if end.wire.by_column and not geometry.by_expert:
+        bases = [plan.device_memory.data_ptr(), topk_idx.data_ptr(), address_of(topk_weights)]
+        device, where = end.device, plan.map
+        route = end.forms.get(("route", where), lambda: device.tape(lambda kernels: route_on(kernels, end, where)))
+        device.play(route, bases, plan.home)
         _sort_by_column(plan, topk_idx, end.owner_E)
+    else:
+        plan.routes = topk_idx
     return plan
+
+
+def route_on(kernels: DeviceKernels, end: DeviceEndpoint, plan: PlanMap) -> None:
+    """Begin to route: copy what the caller may change, and find entries."""
+    kernels.begin_route(
+        *(counted_from(IDX), plan.idx_bytes, plan.num_tokens, end.num_topk),
+        *(end.placement.num_experts, end.num_ranks, end.tables.rank_addr, int(plan.geometry.by_expert)),
+        *(counted_from(WEIGHTS) if plan.keeps_weights else 0, plan.idx_addr, plan.weights_addr),
+        *(plan.entry_rank_addr, plan.entry_slot_addr, *plan.compact_entries(end)),
+    )
 
 
 def _sort_by_column(plan: DevicePlan, topk_idx: torch.Tensor, owner_E: torch.Tensor) -> None:
     """Let each token's entries stand in the order of the last column that each serves (exchange/ordering.py)."""
     plan.by_column = True
-    numbers, shape = plan.device_memory.view(torch.int32), (plan.num_tokens, plan.width)
+    where = plan.map
+    numbers, shape = plan.device_memory, (plan.num_tokens, where.width)
     num_topk = plan.geometry.num_topk
 
     def entries(addr: int) -> torch.Tensor:
-        first = (addr - plan.summary_addr) // 4
-        return numbers[first : first + plan.num_tokens * plan.width].view(shape)
+        first = where.first(addr)
+        return numbers[first : first + plan.num_tokens * where.width].view(shape)
 
-    ranks_TW, slots_TW = entries(plan.entry_rank_addr), entries(plan.entry_slot_addr)
+    ranks_TW, slots_TW = entries(where.entry_rank_addr), entries(where.entry_slot_addr)
     idx = topk_idx.long()
     owner_TK = torch.where(idx < 0, -1, owner_E[idx.clamp(0, owner_E.numel() - 1)])
     serves_TWK = owner_TK[:, None, :] == ranks_TW[:, :, None]
@@ -202,7 +236,7 @@ class DeviceCounts(Sequence[int]):
 
     def __init__(self, plan: DevicePlan) -> None:
         self._memory = plan.device_memory
-        self._first = (plan.field("counts") - plan.summary_addr) // 4
+        self._first = plan.map.first(plan.map.field("counts"))
         self._count = plan.geometry.shape.num_local
         self._changes = plan.changes
         self._numbers: list[int] | None = None
@@ -210,7 +244,7 @@ class DeviceCounts(Sequence[int]):
     @property
     def tensor(self) -> torch.Tensor:
         """int32 [L]: what kernels read, without waiting."""
-        return self._memory.view(torch.int32)[self._first : self._first + self._count]
+        return self._memory[self._first : self._first + self._count]
 
     def _known(self) -> list[int]:
         if self._numbers is None or self._changes:

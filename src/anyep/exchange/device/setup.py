@@ -51,7 +51,7 @@ def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host
         _check_what_devices_do(options)
         shared = shares_device(rendezvous, options)
         if rendezvous.rank == 0 or not shared:
-            found.append(find(options, rendezvous.size if shared and options.concurrent else 1))
+            found.append(find(options, rendezvous.size, rendezvous.size if shared and options.concurrent else 1))
         host.load_books()
         told = {name: repr(value) for name, value in asdict(options).items() if name not in PRIVATE}
         return told if shared else told | {"device": "one for each rank"}
@@ -158,6 +158,7 @@ def _on_device(
         device=device,
         stream=ground.stream,
         order=order,
+        offers=ground.offers,
         boards=boards,
         reach=reach,
         padded_slots=slots,

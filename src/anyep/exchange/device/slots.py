@@ -1,7 +1,7 @@
 """Slots in which a padded batch's rows arrive with their announcement, so that they leave before anybody is awaited.
 
 A *slot* holds what one source sends one receiver in one operation: compact rows, each token once, of which the receiver
-makes the rows of its experts' blocks (``second_half``). As no rank knows the others' counts when it sends, a slot has
+makes the rows of its experts' blocks (``dispatch_form``). As no rank knows the others' counts when it sends, a slot has
 room for all of a rank's tokens, and places are known from the start. Rows are not written over before they are read: a
 rank comes round to a slot again when all ranks have launched the end of the operation that read it, which on streams of
 their own all wait for (``concurrent``).
@@ -126,10 +126,9 @@ class SlotKind:
         self._there = there  # int64 [ring, NUM_PLACES, R]
         self._first, self._step = there.data_ptr(), 8 * there.size(2)
 
-    def table_addr(self, epoch: int) -> list[int]:
-        """Return, for each part of a row, where the peer table of this rank's slots lies."""
-        first = self._first + epoch % self._slots.ring * NUM_PLACES * self._step
-        return [first + part * self._step for part in range(NUM_PLACES)]
+    def first_table_addr(self, epoch: int) -> int:
+        """Return where the peer table of the first part of this rank's slots lies; those of the others follow."""
+        return self._first + epoch % self._slots.ring * NUM_PLACES * self._step
 
     def receiving_addr(self, epoch: int) -> int:
         """Return where int64 [R] lies: where each source's slot begins here."""

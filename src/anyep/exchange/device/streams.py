@@ -35,6 +35,12 @@ class Visit:
         if tensor is not None and home != self._caller:
             self._device.lend(tensor, self._exchange)
 
+    @contextmanager
+    def returned(self) -> Iterator[None]:
+        """Let what is allocated and marked meanwhile be the caller's, in whose thread and stream ever this runs."""
+        with self._device.on(self._caller):
+            yield
+
     def again(self) -> None:
         """Let it see what has been launched since then, in the stream that is current now."""
         self._device.follow(self._exchange, self._device.mark(self._device.current_stream()))

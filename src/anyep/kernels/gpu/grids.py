@@ -21,9 +21,9 @@ def power_of_two(n: int, least: int) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def divided_up(n: int, parts: int) -> int:
-    """Return how many parts hold ``n``; Triton's own function takes microseconds."""
-    return -(-n // parts)
+def parts(n: int, size: int) -> int:
+    """Return how many parts of ``size`` hold ``n``; Triton's own function takes microseconds."""
+    return -(-n // size)
 
 
 class Launches:
@@ -37,6 +37,7 @@ class Launches:
         self.device = device
         self.target = target
         self._launch_one = launch
+        self._num_sms = num_sms
         self._most = None if num_sms is None else num_sms * PROGRAMS_A_UNIT
 
     def _launch(

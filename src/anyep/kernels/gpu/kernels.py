@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from anyep.kernels.gpu import flags
+from anyep.kernels.gpu.launch import Constants, Noted, OnStream
 from anyep.kernels.gpu.number_launches import NumberLaunches
 from anyep.kernels.gpu.send_launches import SendLaunches
 from anyep.kernels.gpu.settle_launches import SettleLaunches
+from anyep.kernels.tapes import Act, Play
 
 _ONE_WARP = 64
 """Threads of the smallest program that every target can launch."""
@@ -19,6 +23,19 @@ class GpuKernels(NumberLaunches, SettleLaunches, SendLaunches):
     """
 
     name = "gpu"
+
+    def tape(self, act: Act) -> Play:
+        """Record what ``act`` launches (kernels/tapes.py). Of kernels that are launched on a device."""
+        assert isinstance(self._launch_one, OnStream), "only what comes onto a device is played there"
+        noted: list[Noted] = []
+
+        def note(
+            kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int
+        ) -> None:
+            noted.append(Noted(kernel, grid, numbers, constants, threads))
+
+        act(GpuKernels(self.device, self.target, note, self._num_sms))
+        return self._launch_one.tape(noted)
 
     def tick(self, clock_addr: int, epoch_addr: int) -> None:
         self._launch(flags.tick, (1,), clock_addr, epoch_addr, threads=_ONE_WARP)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import triton
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import Target
+from anyep.kernels.tapes import Play, placed, split
+from anyep.machine.compiler import compiling
+
+if TYPE_CHECKING:
+    from anyep.kernels.gpu.driver import Driver
 
 Constants = dict[str, int]
 
@@ -19,6 +26,16 @@ class Launch(Protocol):
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int
     ) -> object: ...
+
+
+class Noted(NamedTuple):
+    """The arguments of a launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
+    constants: Constants
+    threads: int
 
 
 def options_of(target: Target, threads: int) -> dict[str, int | bool]:
@@ -47,6 +64,43 @@ class OnStream:
         else:
             with torch.cuda.device(self._device):
                 compiled[(*grid, 1, 1)[:3]](*numbers, *last)
+
+    def tape(self, launches: Sequence[Noted]) -> Play:
+        """Make all ready to be launched at once, on a stream that is named then; numbers are counted from bases."""
+        if torch.version.hip is None:
+            return self._driver.tape([self._lowered(one) for one in launches])
+        runs = [(*self.prepare(*one), (*one.grid, 1, 1)[:3], [split(n) for n in one.numbers]) for one in launches]
+
+        def play(bases: Sequence[int], stream: int) -> None:
+            with torch.cuda.device(self._device):
+                for compiled, last, grid, numbers in runs:
+                    compiled[grid](*(placed(number, bases) for number in numbers), *last, stream=stream)
+
+        return play
+
+    @cached_property
+    def _driver(self) -> Driver:
+        with compiling():
+            from anyep.kernels.gpu.driver import Driver
+        assert self._device.index is not None, "kernels are loaded for one device"
+        return Driver(self._device.index)
+
+    def _lowered(self, one: Noted) -> Any:
+        """Return a launch as the driver takes it. Triton's own parameters come last, and are 0."""
+        from anyep.kernels.gpu.driver import Launched, hidden_parameters
+
+        compiled, _ = self.prepare(*one)
+        made = compiled.metadata
+        assert (made.num_ctas, made.launch_cooperative_grid, made.global_scratch_size) == (1, False, 0), "plain kernels"
+        hidden = hidden_parameters(compiled.asm["ptx"], len(one.numbers))
+        x, y, z = (*one.grid, 1, 1)[:3]
+        return Launched(
+            function=compiled.function,
+            grid=(x, y, z),
+            threads=one.threads,
+            shared_bytes=made.shared,
+            numbers=(*(split(number) for number in one.numbers), *[(0, 0)] * hidden),
+        )
 
     def prepare(
         self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], constants: Constants, threads: int

@@ -8,13 +8,17 @@ import torch
 
 from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import target_of
-from anyep.kernels.spec_device import DeviceKernels
+from anyep.kernels.tapes import TapedKernels
 
 _OTHERS = "kernels='cpu' works on every machine"
 
 
-def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> DeviceKernels:
+def load_gpu(
+    device: torch.device | None = None, num_sms: int | None = None, sizes: tuple[int, int, int] = (8, 8, 8)
+) -> TapedKernels:
     """Return the kernels of ``device`` (torch's current one), compiled, on ``num_sms`` of its multiprocessors (all).
+
+    ``sizes`` (K, R, L): those for which no kernel is to be compiled later, beside all that are smaller than 8.
 
     Raises Unavailable with what is missing.
     """
@@ -34,10 +38,12 @@ def load_gpu(device: torch.device | None = None, num_sms: int | None = None) -> 
         )
     from anyep.kernels.gpu.kernels import GpuKernels
     from anyep.kernels.gpu.launch import OnStream
-    from anyep.kernels.gpu.variants import call_every_variant
+    from anyep.kernels.gpu.variants import SMALL_SIZES, Sizes, call_every_variant
 
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     target = target_of(where)
     launch = OnStream(where, target)
-    call_every_variant(GpuKernels(where, target, launch.prepare, num_sms))
+    for each in (SMALL_SIZES, Sizes(*sizes)):
+        call_every_variant(GpuKernels(where, target, launch.prepare, num_sms), each)
+    launch.tape(())  # what plays recordings is compiled, too, before anybody waits for it
     return GpuKernels(where, target, launch, num_sms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyep.kernels.gpu import decode, encode, logfmt_rows, logfmt_sums, sums
-from anyep.kernels.gpu.grids import divided_up, power_of_two
+from anyep.kernels.gpu.grids import parts, power_of_two
 from anyep.kernels.gpu.row_launches import RowLaunches
 from anyep.kernels.gpu.target import Fp8
 from anyep.kernels.spec import Element
@@ -22,7 +22,7 @@ _ENCODING, _DECODING = 128, 64
 
 
 def pieces_of(hidden: int, groups: int) -> int:
-    return divided_up(hidden, groups * CHANNELS_PER_SCALE)
+    return parts(hidden, groups * CHANNELS_PER_SCALE)
 
 
 class NumberLaunches(RowLaunches):
@@ -110,7 +110,7 @@ class NumberLaunches(RowLaunches):
         out_addr: int,
     ) -> None:
         block, threads = (_FEW, CONVERTING) if hidden <= _FEW else (_BLOCK, _SUMMING)
-        pieces = divided_up(hidden, block)
+        pieces = parts(hidden, block)
         step = self._step(last_token - first_token, pieces)
         self._launch(
             sums.reduce,

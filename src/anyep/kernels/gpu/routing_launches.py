@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from anyep.kernels.gpu import routing
-from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, divided_up, power_of_two
+from anyep.kernels.gpu.grids import NUMBER_BLOCK, SMALL, Launches, parts, power_of_two
 from anyep.kernels.spec_device import NO_FAULT
 
 _ROUTE_BLOCK = 4096
@@ -41,7 +41,7 @@ class RoutingLaunches(Launches):
         entries = (entry_rank_addr, entry_slot_addr)
         self._launch(
             routing.find_entries,
-            (divided_up(num_tokens, tokens),),
+            (parts(num_tokens, tokens),),
             *(topk_idx_addr, num_tokens, num_topk, num_experts, _width(num_topk, num_ranks, 0)),
             *(expert_rank_addr, topk_weights_addr, kept_idx_addr, kept_weights_addr, *entries),
             *((compact_rank_addr, compact_slot_addr) if by_expert else entries),
@@ -151,7 +151,7 @@ class RoutingLaunches(Launches):
     ) -> None:
         self._launch(
             routing.place,
-            (divided_up(num_entries, NUMBER_BLOCK),),
+            (parts(num_entries, NUMBER_BLOCK),),
             *(entry_rank_addr, entry_slot_addr, num_entries, topk_idx_addr, start_addr, entry_row_addr, refusal_addr),
             IDX_BYTES=idx_bytes,
             BY_EXPERT=by_expert,

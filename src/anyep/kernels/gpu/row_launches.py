@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from anyep.kernels.gpu import expansion, rows, transposition
-from anyep.kernels.gpu.grids import NUMBER_BLOCK, PIECE, divided_up, power_of_two
+from anyep.kernels.gpu.grids import NUMBER_BLOCK, PIECE, parts, power_of_two
 from anyep.kernels.gpu.routing_launches import RoutingLaunches
 from anyep.kernels.spec_device import NO_FAULT
 
@@ -27,7 +27,7 @@ class RowLaunches(RoutingLaunches):
         entry_row_addr: int,
         peer_addr: int,
     ) -> None:
-        pieces = divided_up(row_bytes, PIECE)
+        pieces = parts(row_bytes, PIECE)
         step = self._step(last_token - first_token, pieces)
         self._launch(
             rows.scatter,
@@ -110,7 +110,7 @@ class RowLaunches(RoutingLaunches):
     ) -> None:
         self._launch(
             transposition.transpose_scales,
-            (num_blocks, divided_up(block_rows, _TILE), divided_up(columns, _TILE)),
+            (num_blocks, parts(block_rows, _TILE), parts(columns, _TILE)),
             *(block_rows, columns, counts_addr, source_addr, destination_addr),
             TILE=_TILE,
         )
@@ -126,7 +126,7 @@ class RowLaunches(RoutingLaunches):
         out_addr: int,
     ) -> None:
         """Do what ``gather`` does with numbers that are right, without waiting for the device."""
-        step = divided_up(row_bytes, PIECE)
+        step = parts(row_bytes, PIECE)
         numbers = (row_bytes, index_addr, rows_per_rank, peer_addr, out_addr, step)
         self._launch(rows.gather, (num_rows, step), *numbers, IDX_BYTES=idx_bytes, PIECE=PIECE)
 
@@ -134,7 +134,7 @@ class RowLaunches(RoutingLaunches):
         """Let int64 ``verdict`` take the minimum of itself and the first position of a number outside [0, most)."""
         self._launch(
             rows.check_numbers,
-            (divided_up(num_rows, NUMBER_BLOCK),),
+            (parts(num_rows, NUMBER_BLOCK),),
             *(index_addr, num_rows, most, verdict_addr),
             IDX_BYTES=idx_bytes,
             BLOCK=NUMBER_BLOCK,
@@ -161,7 +161,7 @@ class RowLaunches(RoutingLaunches):
         return -1
 
     def copy(self, source_addr: int, destination_addr: int, num_bytes: int) -> None:
-        step = min(self._share(1), divided_up(num_bytes, PIECE))
+        step = min(self._share(1), parts(num_bytes, PIECE))
         self._launch(rows.copy, (step,), source_addr, destination_addr, num_bytes, step, PIECE=PIECE)
 
     def fill_rows(

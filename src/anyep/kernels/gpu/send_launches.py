@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyep.kernels.gpu import sending
-from anyep.kernels.gpu.grids import NUM_THREADS, PIECE, Launches, divided_up, power_of_two
+from anyep.kernels.gpu.grids import NUM_THREADS, PIECE, Launches, parts, power_of_two
 from anyep.kernels.gpu.number_launches import CONVERTING, GROUPS, pieces_of
 from anyep.kernels.gpu.target import Fp8
 
@@ -37,7 +37,7 @@ class SendLaunches(Launches):
         plain = scale_format < 0
         if not plain:
             self.target.check_fp8()
-        pieces = divided_up(hidden, PIECE) if plain else pieces_of(hidden, GROUPS)
+        pieces = parts(hidden, PIECE) if plain else pieces_of(hidden, GROUPS)
         step = self._step(num_tokens, pieces + 1)
         self._launch(
             sending.send,
@@ -73,5 +73,5 @@ class SendLaunches(Launches):
         bytes4: int,
     ) -> None:
         step = self._share(5 * num_gaps)
-        parts = (base0, bytes0, base1, bytes1, base2, bytes2, base3, bytes3, base4, bytes4)
-        self._launch(sending.fill_gaps, (num_gaps, step, 5), gap_begin_addr, gap_end_addr, *parts, step, PIECE=PIECE)
+        arrays = (base0, bytes0, base1, bytes1, base2, bytes2, base3, bytes3, base4, bytes4)
+        self._launch(sending.fill_gaps, (num_gaps, step, 5), gap_begin_addr, gap_end_addr, *arrays, step, PIECE=PIECE)
