@@ -15,7 +15,7 @@ from anyep.errors import CapacityError, ClosedError, PeerLost, PeerTimeout
 from anyep.machine import linux, room
 from anyep.testing.processes import RankProcesses
 from anyep.transport import waiting
-from anyep.transport.base import Lane
+from anyep.transport.base import Blame, Lane
 from anyep.transport.inprocess import InProcessTransport, local_group
 from tests.transport import ranks
 from tests.transport.ranks import LANES, exchange
@@ -348,6 +348,34 @@ def test_leaving_under_a_wait_ends_it():
     thread.join(20)
     assert not thread.is_alive()
     assert len(failures) == 1
+    for transport in transports:
+        transport.close()
+
+
+def test_who_waits_for_the_culprit_is_not_named(monkeypatch):
+    """Ranks 1 and 2 owe a message as time is up; rank 2 has waited for rank 1, and is about to say so."""
+    monkeypatch.setattr(waiting, "GRACE_NS", 20_000_000_000)
+    group = local_group(3)
+    transports = group.run(lambda member: open_on(member, timeout_s=0.2))
+    transports[0].post(LANES[0], 0, np.zeros((3, 1), np.int64))
+    later = threading.Timer(0.5, transports[2].leave, [Blame(ranks=(1,), timeout=True)])
+    later.start()
+    with pytest.raises(PeerTimeout) as caught:
+        transports[0].wait(LANES[0], 0, "waiting")
+    assert caught.value.ranks == (1,)
+    assert "rank 2 said" in str(caught.value)
+    later.join(20)
+    for transport in transports:
+        transport.close()
+
+
+def test_several_silent_ranks_are_all_named():
+    group = local_group(3)
+    transports = group.run(lambda member: open_on(member, timeout_s=0.1))
+    transports[0].post(LANES[0], 0, np.zeros((3, 1), np.int64))
+    with pytest.raises(PeerTimeout) as caught:
+        transports[0].wait(LANES[0], 0, "waiting")
+    assert caught.value.ranks == (1, 2)
     for transport in transports:
         transport.close()
 

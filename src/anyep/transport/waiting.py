@@ -20,6 +20,8 @@ from anyep.transport.slots import Slot
 SLICE_NS, LONGEST_SLICE_NS = 20_000_000, 100_000_000
 """How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed: a quarter of what it
 has waited so far, between these two."""
+GRACE_NS = LONGEST_SLICE_NS
+"""How much longer than its limit a wait for several ranks lasts: one may wait for another, and is about to say so."""
 SPINS, YIELDS = 64, 16
 """Looks before a wait sleeps: some with a pause (about 1 us in all), some that let others run."""
 NAP_S = 0.0005
@@ -93,8 +95,9 @@ class Waiter:
     def _sleep(self, slot: Slot, epoch: int, ranks: Ranks, began_ns: int, now_ns: int) -> int:
         """Sleep up to one slice; return how many messages are missing."""
         waited_ns = now_ns - began_ns
-        left_ns = max(1, self._timeout_ns - waited_ns)
-        until_ns = now_ns + min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns) if self.sleeps else 0
+        left_ns = self._timeout_ns - waited_ns
+        longest_ns = left_ns if left_ns > 0 else SLICE_NS  # time is up, but for the grace
+        until_ns = now_ns + min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, longest_ns) if self.sleeps else 0
         missing: int = self._await_each(
             self._doorbell, slot.first, slot.stride, ranks, epoch, 0, 0, until_ns, began_ns, self.waited_ns
         )
@@ -113,13 +116,14 @@ class Waiter:
             departures = departures_of(self._signals, opened)
             open_now()
             now_ns = time.monotonic_ns()
-            elapsed_s = (now_ns - began_ns) / 1e9
-            overdue = elapsed_s >= self._timeout_s
+            late_ns = now_ns - began_ns - self._timeout_ns
+            overdue = late_ns >= 0
             missing = self.missing(slot, epoch, ranks) if departures or overdue else []
             arrived = sorted({*ranks.tolist()}.difference(missing))
             missing = self._answerable(opened, missing, departures)
+            overdue = late_ns >= (GRACE_NS if len(missing) > 1 else 0)
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
-                wait = self.facts(opened, epoch, step, missing, arrived, elapsed_s)
+                wait = self.facts(opened, epoch, step, missing, arrived, (now_ns - began_ns) / 1e9)
                 raise lost(wait, departures) or silent(wait)
             if self._sleep(slot, epoch, ranks, began_ns, now_ns) == 0:
                 return
