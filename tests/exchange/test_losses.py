@@ -66,7 +66,7 @@ def state_of(pid):
     """Return the letter by which the kernel says what a process does; X where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # between its end and its burial, reading finds nobody
         return "X"
 
 

@@ -77,10 +77,9 @@ class KnownLayout(NamedTuple):
 def ask_everybody(ep: Calls, topk_idx: torch.Tensor, layout: str) -> Handle:
     """Return a handle for rows that went the way of ``topk_idx``: all ranks tell each other, and nobody reads the rows.
 
-    What follows is wider than the rows that ask, and is forwarded between hosts whatever its size. On a device ``ep``
-    sends rows of one uint8.
+    ``ep`` sends rows of one uint8. What follows is wider, and is forwarded between hosts whatever its size.
     """
-    if topk_idx.is_cpu:
+    if ep.num_hosts > 1:
         return ep.handles.ask(topk_idx, layout=layout)
     x = torch.zeros((topk_idx.size(0), 1), dtype=torch.uint8, device=topk_idx.device)
     return ep.dispatch(x, topk_idx, layout=layout).handle
