@@ -61,6 +61,17 @@ def test_choice_and_weights_are_the_published_ones(scoring, groups, norm):
     assert torch.allclose(found.topk_weights, weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_a_rank_without_tokens_chooses_nothing(scoring, groups):
+    n_group, topk_group = groups
+    gate = router(scoring=scoring, n_group=n_group, topk_group=topk_group)
+    chosen = gate(torch.empty(0, H, requires_grad=True))
+    assert chosen.topk_idx.shape == chosen.topk_weights.shape == (0, K)
+    chosen.topk_weights.sum().backward()
+    assert not gate.weight.grad.any()
+
+
 def test_a_bias_chooses_and_does_not_weigh():
     gate = router(scoring="sigmoid", norm_topk_prob=False)
     gate.bias[5] = 100.0
@@ -144,6 +155,15 @@ def test_load_is_summed_over_ranks():
 
 def test_the_bias_is_saved_and_the_load_is_not():
     assert set(router().state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("shape", [(0, E), (2, 0, E), (0, 5, E)])
+def test_a_rank_without_tokens_adds_nothing_to_balance_losses(shape):
+    scores = torch.empty(shape, requires_grad=True)
+    idx = torch.empty(*shape[:-1], K, dtype=torch.int64)
+    for loss in (nn.switch_balance_loss(scores, idx), nn.sequence_balance_loss(scores, K)):
+        assert loss.item() == 0
+        loss.backward()
 
 
 def test_sequence_wise_loss_by_hand():

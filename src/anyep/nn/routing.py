@@ -55,7 +55,7 @@ def choose(
 
 
 def _within_groups(merit_TE: torch.Tensor, num_groups: int, groups_per_token: int, best_per_group: int) -> torch.Tensor:
-    grouped = merit_TE.view(*merit_TE.shape[:-1], num_groups, -1)
+    grouped = merit_TE.view(*merit_TE.shape[:-1], num_groups, merit_TE.shape[-1] // num_groups)
     merit_of_group = grouped.topk(best_per_group, dim=-1).values.sum(dim=-1)
     allowed = merit_of_group.topk(groups_per_token, dim=-1).indices
     barred = torch.ones_like(merit_of_group, dtype=torch.bool).scatter_(-1, allowed, False)
@@ -103,11 +103,13 @@ def sequence_balance_loss(scores_BSE: torch.Tensor, num_topk: int) -> torch.Tens
 
     Equations 17 to 20: sum over e of f_e * P_e. f_e is E / (K S) times the number of tokens that have e among their K
     best scores (without bias); P_e is the mean of the scores after each token's were made to sum to 1. Gradients pass
-    through P. 1 when everything is even.
+    through P. 1 when everything is even, 0 where there are no tokens.
 
     >>> sequence_balance_loss(torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]]), 2)
     tensor(1.)
     """
+    if scores_BSE.shape[:-1].numel() == 0:
+        return scores_BSE.sum()  # a mean of nothing is no number
     num_tokens, num_experts = scores_BSE.shape[-2:]
     best = scores_BSE.detach().topk(num_topk, dim=-1).indices
     chosen = torch.zeros_like(scores_BSE).scatter_(-1, best, 1.0)
@@ -120,11 +122,13 @@ def switch_balance_loss(scores_TE: torch.Tensor, topk_idx_TK: torch.Tensor) -> t
     """Return the Switch Transformer's balance loss, without its factor alpha, for any K.
 
     https://arxiv.org/abs/2101.03961, equations 4 to 6: E * sum over e of f_e * P_e; f_e is the fraction of the (token,
-    column) pairs that chose e, P_e the mean of its scores. 1 when everything is even.
+    column) pairs that chose e, P_e the mean of its scores. 1 when everything is even, 0 where there are no tokens.
 
     >>> switch_balance_loss(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([[0], [1]]))
     tensor(1.)
     """
+    if scores_TE.shape[:-1].numel() == 0:
+        return scores_TE.sum()  # a mean of nothing is no number
     num_experts = scores_TE.shape[-1]
     load_E = count_load(topk_idx_TK, num_experts)
     f_E = load_E.to(scores_TE.dtype) / load_E.sum().clamp_min(1)
