@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compat.v1_oracle import H, K, arrival, make_inputs, on_ranks, same_bits, send, summed
+from tests.compat.test_v1_dispatch import check_received
+from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, same_bits, send, summed
 
 
 def outputs_for(rank, rows, hidden=H):
@@ -17,6 +18,35 @@ def bias_for(rank, tokens, count):
     return [torch.randn(tokens, H, generator=generator).bfloat16() for _ in range(count)]
 
 
+def cancelling(seed, rows):
+    """Return large numbers that cancel and small ones that they swallow, as the order will."""
+    numbers = torch.tensor([2.0**26, -(2.0**26), 2.0**9, -(2.0**9), 3.0, 0.5])
+    generator = torch.Generator().manual_seed(seed)
+    return numbers[torch.randint(len(numbers), (rows, H), generator=generator)].bfloat16()
+
+
+def cancelling_bias(rank, tokens, count):
+    return [cancelling(60 + 2 * rank + number, tokens) for number in range(count)]
+
+
+def check_sums(given, per_host, biases, *, experts=E, outputs=outputs_for, bias_of=bias_for, homes=None):
+    """Dispatch and combine; hold what comes, sums and weights against plain torch."""
+
+    def rank_main(buffer):
+        sent = given[buffer.rank]
+        x, weights, handle = check_received(buffer, given, experts)
+        y, bias = outputs(buffer.rank, len(x)), bias_of(buffer.rank, len(sent.x), biases)
+        argument = None if not bias else bias[0] if len(bias) == 1 else tuple(bias)
+        out, back, event = buffer.combine(y, handle, topk_weights=weights, bias=argument)
+        assert event.event is None
+        assert same_bits(back, sent.topk_weights.masked_fill(sent.topk_idx < 0, 0))
+        return y, bias, out
+
+    results = on_ranks(len(given), rank_main)
+    for rank, (_, bias, out) in enumerate(results):
+        assert same_bits(out, summed(given, [y for y, _, _ in results], rank, bias, per_host, experts, homes))
+
+
 @pytest.mark.parametrize("biases", [0, 1, 2])
 @pytest.mark.parametrize(
     ("tokens", "per_host"),
@@ -26,46 +56,16 @@ def test_sums_are_in_fp32_from_the_bias_on_in_rank_order_and_rounded_as_specifie
     tokens, per_host, biases, monkeypatch
 ):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
-    given = make_inputs(tokens)
-
-    def rank_main(buffer):
-        x, _, weights, _, handle, _ = send(buffer, given[buffer.rank])
-        y, bias = outputs_for(buffer.rank, len(x)), bias_for(buffer.rank, tokens[buffer.rank], biases)
-        argument = None if not bias else bias[0] if len(bias) == 1 else tuple(bias)
-        out, back, event = buffer.combine(y, handle, topk_weights=weights, bias=argument)
-        assert event.event is None
-        sent = given[buffer.rank]
-        assert same_bits(back, sent.topk_weights.masked_fill(sent.topk_idx < 0, 0))
-        return y, bias, out
-
-    results = on_ranks(len(tokens), rank_main)
-    for rank, (_, bias, out) in enumerate(results):
-        assert same_bits(out, summed(given, [y for y, _, _ in results], rank, bias, per_host))
+    check_sums(make_inputs(tokens), per_host, biases)
 
 
 @pytest.mark.parametrize("biases", [0, 1, 2])
 @pytest.mark.parametrize(("tokens", "per_host"), [([19, 8, 11, 9], 8), ([19, 8, 11, 9], 2), ([19, 8, 0, 9, 12], 2)])
 def test_numbers_that_cancel_tell_the_order_and_the_place_of_every_rounding(tokens, per_host, biases, monkeypatch):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
-    ranks = len(tokens)
-    given = make_inputs(tokens, topk=10, experts=5 * ranks)  # nearly every token goes nearly everywhere
-    numbers = torch.tensor([2.0**26, -(2.0**26), 2.0**9, -(2.0**9), 3.0, 0.5])
-
-    def drawn(seed, rows):
-        generator = torch.Generator().manual_seed(seed)
-        return numbers[torch.randint(len(numbers), (rows, H), generator=generator)].bfloat16()
-
-    def rank_main(buffer):
-        x, *_, handle, _ = send(buffer, given[buffer.rank], experts=5 * ranks)
-        y = drawn(buffer.rank, len(x))
-        bias = [drawn(60 + 2 * buffer.rank + number, tokens[buffer.rank]) for number in range(biases)]
-        out = buffer.combine(y, handle, bias=(None, *bias[:1], tuple(bias))[biases])[0]
-        return y, bias, out
-
-    results = on_ranks(ranks, rank_main)
-    outputs = [y for y, _, _ in results]
-    for rank, (_, bias, out) in enumerate(results):
-        assert same_bits(out, summed(given, outputs, rank, bias, per_host, experts=5 * ranks))
+    experts = 5 * len(tokens)
+    given = make_inputs(tokens, topk=10, experts=experts)  # nearly every token goes nearly everywhere
+    check_sums(given, per_host, biases, experts=experts, outputs=cancelling, bias_of=cancelling_bias)
 
 
 @pytest.mark.parametrize("per_host", [8, 2])

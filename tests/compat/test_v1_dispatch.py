@@ -11,20 +11,26 @@ from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows
 BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
 
 
+def check_received(buffer, given, experts=E):
+    """Dispatch, hold all that comes against plain torch, and return the rows, their weights and the handle."""
+    x, idx, weights, counts, handle, event = send(buffer, given[buffer.rank], experts=experts)
+    there = arrival(given, buffer.rank, experts)
+    assert same_bits(x, rows_of(given, buffer.rank, lambda one: one.x, experts))
+    assert same_bits(idx, there.topk_idx)
+    assert same_bits(weights, there.topk_weights)
+    assert (weights[idx == -1] == 0).all()
+    assert counts == there.counts
+    assert event.event is None
+    return x, weights, handle
+
+
 @pytest.mark.parametrize("tokens", BATCHES)
 def test_rows_come_by_source_rank_and_token_with_local_indices_and_masked_weights(tokens):
     given = make_inputs(tokens)
 
     def rank_main(buffer):
-        x, idx, weights, counts, handle, event = send(buffer, given[buffer.rank])
-        there = arrival(given, buffer.rank)
-        assert same_bits(x, rows_of(given, buffer.rank, lambda one: one.x))
-        assert same_bits(idx, there.topk_idx)
-        assert same_bits(weights, there.topk_weights)
-        assert (weights[idx == -1] == 0).all()
-        assert counts == there.counts
-        assert handle[3].tolist() == there.token
-        assert event.event is None
+        *_, handle = check_received(buffer, given)
+        assert handle[3].tolist() == arrival(given, buffer.rank).token
 
     on_ranks(len(tokens), rank_main)
 

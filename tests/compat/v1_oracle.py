@@ -23,9 +23,11 @@ class Inputs:
     topk_weights: torch.Tensor
 
 
-def make_inputs(num_tokens: list[int], *, hidden: int = H, topk: int = K, experts: int = E) -> list[Inputs]:
+def make_inputs(
+    num_tokens: list[int], *, hidden: int = H, topk: int = K, experts: int = E, seed: int = 7
+) -> list[Inputs]:
     """Return inputs for every rank: distinct experts a token, some -1, one token that goes nowhere."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for tokens in num_tokens:
         idx = torch.stack(
@@ -79,9 +81,11 @@ def arrival(inputs: list[Inputs], rank: int, experts: int = E) -> Arrival:
     )
 
 
-def rows_of(inputs: list[Inputs], rank: int, values: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
+def rows_of(
+    inputs: list[Inputs], rank: int, values: Callable[[Inputs], torch.Tensor], experts: int = E
+) -> torch.Tensor:
     """Return ``values`` of the tokens that ``rank`` receives."""
-    there = arrival(inputs, rank)
+    there = arrival(inputs, rank, experts)
     picked = [values(inputs[s])[t] for s, t in zip(there.source, there.token, strict=True)]
     return torch.stack(picked) if picked else values(inputs[0])[:0]
 
@@ -93,9 +97,18 @@ def summed(
     bias: list[torch.Tensor],
     per_host: int,
     experts: int = E,
+    homes: str | None = None,
 ) -> torch.Tensor:
-    """Return combine's result: fp32, ascending ranks, one rounding; with several hosts one more a host."""
+    """Return combine's result: fp32, ascending ranks, one rounding; with several hosts one more a host.
+
+    ``homes``: each rank's host by letter, where DeepEP's domains do not say it: only other hosts' sums are rounded.
+    """
     ranks = len(inputs)
+    stages = (
+        _stages(rank, homes)
+        if homes
+        else [(ranks > per_host, range(first, min(first + per_host, ranks))) for first in range(0, ranks, per_host)]
+    )
     hidden = outputs[0].shape[1]
     place = [
         {pair: row for row, pair in enumerate(zip(there.source, there.token, strict=True))}
@@ -104,14 +117,25 @@ def summed(
     out = torch.zeros(inputs[rank].x.shape[0], hidden, dtype=torch.bfloat16)
     for token in range(len(out)):
         total = sum((one[token].float() for one in bias), torch.zeros(hidden))
-        for first in range(0, ranks, per_host):
-            owners = [o for o in range(first, min(first + per_host, ranks)) if (rank, token) in place[o]]
-            part = torch.zeros(hidden) if ranks > per_host else total
+        for is_rounded, group in stages:
+            owners = [o for o in group if (rank, token) in place[o]]
+            part = torch.zeros(hidden) if is_rounded else total
             for owner in owners:
                 part = part + outputs[owner][place[owner][rank, token]].float()
-            total = total + part.bfloat16().float() if ranks > per_host else part
+            total = total + part.bfloat16().float() if is_rounded else part
         out[token] = total.bfloat16()
     return out
+
+
+def _stages(rank: int, homes: str) -> list[tuple[bool, list[int]]]:
+    """(Whether their sum is rounded, ranks) in the order of addition: a host stands where its first rank does."""
+    stages = []
+    for owner, home in enumerate(homes):
+        if home == homes[rank]:
+            stages.append((False, [owner]))
+        elif home not in homes[:owner]:
+            stages.append((True, [other for other, where in enumerate(homes) if where == home]))
+    return stages
 
 
 def on_ranks(num_ranks: int, rank_main: Callable[[deep_ep.Buffer], Any], **options: Any) -> list[Any]:

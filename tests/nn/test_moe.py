@@ -121,9 +121,9 @@ def layer_step(pair, x, grad):
     return layer, out.detach(), leaf.grad, experts
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_a_layer_on_ranks_is_the_layer_on_one(num_ranks):
-    case = make_case((12,), seed=3)
+def check_layer(num_ranks, seed=3):
+    """Hold outputs and all gradients of a layer on ranks against the same layer on one."""
+    case = make_case((12,), seed=seed)
     x, grad = case.x[0].view(3, 4, H), case.grad[0].view(3, 4, H)
 
     def rank_main(pair, member):
@@ -149,6 +149,11 @@ def test_a_layer_on_ranks_is_the_layer_on_one(num_ranks):
             assert_close(one, parameter.grad, 1e-5)
     for one, other in zip([g for result in results for g in result[3]], experts, strict=True):
         assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_a_layer_on_ranks_is_the_layer_on_one(num_ranks):
+    check_layer(num_ranks)
 
 
 def process_step(group, rank, x, grad):
