@@ -334,16 +334,20 @@ def test_explain_and_stats():
     def rank_main(ep, batch):
         received = ep.dispatch(batch.x, batch.topk_idx)
         ep.combine(received.x, received.handle)
+        once = ep.stats()
         ep.dispatch(batch.x, handle=received.handle)
         ep.barrier()
-        return str(ep.explain()), ep.stats()
+        return str(ep.explain()), once, ep.stats()
 
-    for text, stats in on_ranks(CASE, rank_main):
+    for text, once, stats in on_ranks(CASE, rank_main):
         assert "inprocess" in text
         assert "threads of this process" in text
         assert "MiB" in text
         assert (stats.dispatches, stats.cached_dispatches, stats.combines, stats.barriers) == (1, 1, 1, 1)
         assert stats.waiting_s > 0
+        assert once.rows_by_source.sum() > 0
+        assert torch.equal(stats.rows_by_source, 2 * once.rows_by_source)
+        assert torch.equal(stats.rows_by_expert, 2 * once.rows_by_expert)
 
 
 def test_a_buffer_nobody_closes_warns():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ import anyep
 from anyep.exchange.wire import carrying_wire, make_wire
 
 E, K, T, H = 8, 3, 20, 64
+RING = 8
+"""Desks of a buffer: operations up to where memory comes into use again."""
 
 
 def on_ranks(num_ranks, rank_main, eager_bytes=None):
@@ -90,6 +95,29 @@ def test_a_handle_serves_rows_of_another_kind():
         assert torch.equal(sums[:, 0], ep.rank * reach.float())
 
     on_ranks(2, rank_main)
+
+
+def test_sums_by_a_handle_that_outlives_the_variant_which_summed_first():
+    """What was worked out for the first sums stays with the handle, also what the variant that has gone had made."""
+
+    def rank_main(ep):
+        def variant():
+            return ep.variant(wire=carrying_wire(torch.uint8, 2, 0, torch.float32), **compact())
+
+        received = variant().dispatch(rows(ep.rank, torch.uint8, 2, 6), routing(ep.rank, 6))
+        y = received.x.to(torch.bfloat16)
+        first = variant()
+        expected = [first.combine(y, received.handle) for _ in range(RING)]
+        del first
+        gc.collect()
+        reused = [np.full(2, 64, np.int64) for _ in range(100)]
+        before = ep.stats().eager_rows
+        sums = [variant().combine(-y, received.handle) for _ in range(RING)]
+        assert ep.stats().eager_rows > before
+        assert len(reused) == 100
+        assert all(torch.equal(one, -expected[0]) for one in sums)
+
+    on_ranks(2, rank_main, eager_bytes=1 << 20)
 
 
 def test_ranks_with_other_rows_all_hear_of_it():

@@ -41,8 +41,8 @@ from anyep.exchange.scatter import place, place_at
 from anyep.exchange.straight_back import StraightBack
 from anyep.transport.base import Place, Words
 
-_NO_PLACES: Words = np.array([0, -1, 0, -1, 0], np.int64)
-"""Dense or not; segment and offset of the rows; segment and offset of the weights."""
+_NOTHING_LENT: Words = np.array([0, -1, 0, -1, 0], np.int64)
+"""Dense or not; segment and offset of the rows; segment and offset of the weights; segment -1 for what is not lent."""
 
 
 class Combine:
@@ -97,7 +97,7 @@ class Combine:
         frame = self._frame = frame_of_combine(end, plan.geometry, desk, slots)
         limit_rows = slots.limit_rows if way.wire == "none" else 0
         there = self._place()
-        places = _NO_PLACES if there is None else np.array([0, there.segment, there.offset, -1, 0], np.int64)
+        places = _NOTHING_LENT if there is None else np.array([0, there.segment, there.offset, -1, 0], np.int64)
         end.books.begin(frame, self._header, places, plan.first_addr, limit_rows, end.far_R)
         eager_rows, direct_rows, _, _, _, far_rows, self._limit_rows, _ = desk.tally.tolist()
         self._straight = None if end.across is None else StraightBack(end, end.across, back, epoch)
@@ -186,7 +186,7 @@ class Combine:
             return
         self._loans = rows, weights
         first = BODY + ledger.CAPACITY
-        desk.places_RW[:, first : first + len(_NO_PLACES)] = [
+        desk.places_RW[:, first : first + len(_NOTHING_LENT)] = [
             int(rows.dense),
             rows.place.segment,
             rows.place.offset,

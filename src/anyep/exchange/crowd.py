@@ -56,19 +56,21 @@ class Crowd:
             )
         return late
 
-    def gone(self, rows_R: NDArray[np.int32]) -> list[int]:
+    def _absent_with(self, rows_R: NDArray[np.int32]) -> list[int]:
         """Return the ranks that are left out for which there are rows: they took part when those were announced."""
         return [rank for rank in self.absent if rows_R[rank]]
 
     def check_routes(self, rows_R: NDArray[np.int32]) -> None:
         """Raise ValueError where a batch has rows for a rank that is left out."""
-        if gone := self.gone(rows_R):
-            raise ValueError(f"topk_idx names experts of rank {gone[0]}, which is left out: put -1 there")
+        if absent := self._absent_with(rows_R):
+            raise ValueError(f"topk_idx names experts of rank {absent[0]}, which is left out: put -1 there")
 
     def check_handle(self, rows_R: NDArray[np.int32]) -> None:
         """Raise ValueError where rows of an earlier dispatch went to a rank that is left out, or came from it."""
-        if gone := self.gone(rows_R):
-            raise ValueError(f"rank {gone[0]} took part in this handle's dispatch and is left out now: dispatch again")
+        if absent := self._absent_with(rows_R):
+            raise ValueError(
+                f"rank {absent[0]} took part in this handle's dispatch and is left out now: dispatch again"
+            )
 
     def expel(self, transport: Transport, ranks: Collection[int], epoch: int) -> bool:
         """Go on without ranks that have not begun ``epoch``; False if all of them have."""

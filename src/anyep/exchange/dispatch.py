@@ -53,7 +53,7 @@ from anyep.transport.base import Words
 
 
 class _Sized(NamedTuple):
-    """What is known when every rank has announced."""
+    """What is known when every rank has announced; ``num_to``, ``num_from``: of the desk's ``to_R`` and ``from_R``."""
 
     batch: Batch
     turned: torch.Tensor | None

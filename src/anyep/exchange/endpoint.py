@@ -179,20 +179,26 @@ class Endpoint:
         """Return the same as another rank sees it."""
         known = self.geometries.get((key, rank))
         if known is None:
-            known = self.geometries[key, rank] = Geometry(
-                key,
-                self.placement,
-                rank,
-                self.wire,
-                num_topk=self.num_topk,
-                max_tokens=self.max_tokens,
-                alignment=self.expert_alignment,
-                static_rows=self.static_rows,
-                source_tokens=self.source_tokens,
-                slots=self.slots,
-                rule=self.rule,
+            known = self.geometries[key, rank] = self.new_geometry(
+                key, rank, alignment=self.expert_alignment, static_rows=self.static_rows
             )
         return known
+
+    def new_geometry(self, key: GeometryKey, rank: int, *, alignment: int, static_rows: int | None) -> Geometry:
+        """Make one as ``rank`` sees it, for batches with another alignment or number of rows than this buffer's."""
+        return Geometry(
+            key,
+            self.placement,
+            rank,
+            self.wire,
+            num_topk=self.num_topk,
+            max_tokens=self.max_tokens,
+            alignment=alignment,
+            static_rows=static_rows,
+            source_tokens=self.source_tokens,
+            slots=self.slots,
+            rule=self.rule,
+        )
 
     def return_slots(self, row_bytes: int, weights_bytes: int) -> ReturnSlots:
         """Return how eager slots hold rows and weights of these sizes on their way back, worked out once."""

@@ -220,9 +220,7 @@ class Flights:
         return flight.take()
 
     def _finish_up_to(self, flight: Flight[Any]) -> None:
-        for older in list(
-            self._flying
-        ):  # also before one of the background: at a peer it may be queued behind this one
+        for older in list(self._flying):  # also before one of the background: a peer may have queued it behind this
             if older.epoch < flight.epoch and older.future is None:
                 self._finish(older)
         if flight.future is None:
@@ -255,9 +253,8 @@ class Flights:
                 self._break(error)
             if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C, once
                 interruption, flight.error = flight.error, self._closed_error()
-        if (
-            flight.pending is None or not flight.held
-        ):  # looked at after its turn, as _forget_dropped looks before the turn's end or after it
+        # Looked at after its turn, as _forget_dropped looks before the turn's end or after it.
+        if flight.pending is None or not flight.held:
             self._forget(flight)
         if interruption is not None:
             raise interruption

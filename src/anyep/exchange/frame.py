@@ -50,17 +50,22 @@ if TYPE_CHECKING:
 """Of both: the messages and how many words each has, whether it holds counts, which field of the ledger says how many
 rows go to whom; slots that this rank fills, parts of a row and where each begins in a slot, their peer tables; the
 capacity of a slot where all rows of a rank go one way, else -1; the tally; sizes and offsets of the ledger; slots that
-this rank reads; whom it writes to or reads from, and who does so here; peer tables of rows at their places. Of a
-dispatch: those of rows that came along, experts' ranks and numbers there, the counters, bytes of each part; of a
-combine: room for starts, where weights begin in a slot. Ranks of other hosts."""
+this rank reads; whom it writes to or reads from, and who does so here; peer tables of rows at their places. Then of a
+dispatch those of rows that came along, of both the experts' ranks, of a dispatch their numbers there, the counters, and
+bytes of each part; of a combine room for starts, and where weights begin in a slot; of a dispatch the ranks of other
+hosts, as the endpoint knows them."""
 
 
 class Frame:
-    """The array. What it points to lives as long as whoever uses it: the desk, the geometry, the endpoint."""
+    """The array. What it points to lives as long as whoever uses it: the desk, the geometry, the buffer.
 
-    __slots__ = ("_words", "addr")
+    ``kept``: what belongs to one variant of the buffer, where others use the frame too, also when that one has gone.
+    """
 
-    def __init__(self, words: dict[int, int]) -> None:
+    __slots__ = ("_kept", "_words", "addr")
+
+    def __init__(self, words: dict[int, int], *, kept: object = None) -> None:
+        self._kept = kept
         values: Words = np.zeros(NUM_FRAME_WORDS, np.int64)
         for word, value in words.items():
             values[word] = value
@@ -104,6 +109,7 @@ def _dispatch_frame(end: Endpoint, geometry: Geometry, desk: Desk, *, cached: bo
             A_ROWS_BY_SOURCE: address_of(counters.rows_by_source),
             A_ROWS_BY_EXPERT: address_of(counters.rows_by_expert),
             A_PART_BYTES: address_of(geometry.part_bytes),
+            A_FAR: address_of(end.far_R),
         }
     )
 
@@ -122,7 +128,8 @@ def _combine_frame(end: Endpoint, geometry: Geometry, desk: Desk, slots: ReturnS
             A_EXPERT_RANK: end.tables.rank_addr,
             A_STARTS: desk.starts_addr,
             A_WEIGHTS_OFFSET: slots.weights_offset,
-        }
+        },
+        kept=slots.offsets,
     )
 
 
@@ -137,5 +144,4 @@ def _of_both(end: Endpoint, geometry: Geometry, desk: Desk, messages_RW: Words) 
         A_RECV_SLOTS: address_of(desk.recv_slots_R),
         A_TO: address_of(desk.to_R),
         A_FROM: address_of(desk.from_R),
-        A_FAR: address_of(end.far_R),
     }

@@ -115,19 +115,25 @@ class Geometry:
         self.header = make_header(kind=Kind.DISPATCH, **agreed)
         self.cached_header = make_header(kind=Kind.CACHED_DISPATCH, **agreed)
         self.slot_rows = slots.capacity(self.eager_row.sent)
+        """rows that an eager slot holds"""
         self.limit_rows = rule.limit_rows(self.eager_row.sent, self.slot_rows)
+        """rows up to which a pair's come along"""
         self.sent_bytes = self.row.sent
         self.part_sizes = self.row.parts()
         self.part_bytes = np.array(self.part_sizes, np.int64)
+        """the same, as compiled bookkeeping reads it"""
         self.slot_offsets = np.array(slots.offsets(self.eager_row), np.int64)
+        """where each part of the rows begins in an eager slot"""
         self.compact_width = min(num_topk, placement.num_ranks)
+        """entries a token that name each rank once"""
         self.width = num_topk if self.by_expert else self.compact_width
         """entries a token"""
         self._plan_shapes: dict[int, PlanShape] = {}
         self._placement = placement
         self._last_rows: int | None = None
-        self.frames: dict[tuple[Desk, object] | tuple[Desk, int, int], Frame] = {}
-        """of each desk (those of a buffer that has adopted a handle, too); of combines for slots of each kind"""
+        self.frames: dict[tuple[Desk, bool] | tuple[Desk, int, int], Frame] = {}
+        """of dispatches by desk, with a handle or without; of combines by desk and slots (rows, where weights begin):
+        desks of a buffer that has adopted a handle, too"""
         self.spare_landings: list[Landing] = []
         """offered before, and not needed then: nobody has written there"""
 

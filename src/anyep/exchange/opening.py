@@ -61,7 +61,7 @@ _DEFAULTS = {
 }
 """Fields of a header, in order: all must be the same on all ranks."""
 _FIELDS = list(_DEFAULTS)
-HANDLE_EPOCH = _FIELDS.index("handle_epoch")
+_HANDLE_EPOCH = _FIELDS.index("handle_epoch")
 STATUS = len(_FIELDS)
 """Column of the status: 0, or the bytes that a rank could not allocate."""
 BODY = STATUS + 1
@@ -77,7 +77,7 @@ def make_header(**fields: int) -> Words:
 def naming_handle(header: Words, epoch: int) -> Words:
     """Return a header for an operation that goes by the handle of dispatch ``epoch``."""
     named: Words = header.copy()
-    named[HANDLE_EPOCH] = epoch
+    named[_HANDLE_EPOCH] = epoch
     return named
 
 

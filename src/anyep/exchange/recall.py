@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from anyep.errors import Unavailable
 from anyep.exchange import ledger
 from anyep.exchange.arguments import CPU, check_choice, check_tensor
+from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.handle import Handle, SendPlan, check_handle
@@ -171,19 +172,7 @@ def number_of(counts_RC: Counts) -> int:
 def _geometry(end: Endpoint, layout: str, idx_bytes: int, alignment: int) -> Geometry:
     if layout == "compact":
         return end.geometry(layout, idx_bytes, False)
-    return Geometry(
-        GeometryKey(layout, idx_bytes, False),
-        end.placement,
-        end.rank,
-        end.wire,
-        num_topk=end.num_topk,
-        max_tokens=end.max_tokens,
-        alignment=alignment,
-        static_rows=None,
-        source_tokens=end.source_tokens,
-        slots=end.slots,
-        rule=end.rule,
-    )
+    return end.new_geometry(GeometryKey(layout, idx_bytes, False), end.rank, alignment=alignment, static_rows=None)
 
 
 def _settle(end: Endpoint, plan: SendPlan, counts_RC: Counts) -> None:
@@ -214,7 +203,7 @@ def _summed_by_group(end: Endpoint, handle: Handle, ranks_per_group: int) -> Gro
     width = min(topk, ranks_per_group)
     num_entries, order_width = plan.num_tokens * num_groups * width, min(topk, num_groups)
     memory = np.empty(3 * num_entries + plan.num_tokens * order_width, np.int32)
-    first: int = memory.__array_interface__["data"][0]
+    first = address_of(memory)
     end.books.order_by_column(
         plan.idx_addr,
         plan.idx_bytes,

@@ -70,14 +70,20 @@ def prepare_landing(end: Endpoint, geometry: Geometry, capacity: int) -> Landing
 
 
 class Batch(NamedTuple):
-    """A batch's tensors and where each begins; None and 0 for what its rows do not have."""
+    """A batch's tensors and where each begins; None and 0 for what its rows do not have. Padded: N = L * R * Tmax."""
 
     x: torch.Tensor
+    """[N, H]"""
     scales: torch.Tensor | None
+    """[N, columns]"""
     topk_idx: torch.Tensor | None
+    """[N, K]"""
     topk_weights: torch.Tensor | None
+    """[N, K]"""
     source_token: torch.Tensor | None
+    """[N]"""
     part_addr: tuple[int, int, int, int, int]
+    """where each of the five begins"""
 
 
 def settle_down(end: Endpoint, geometry: Geometry, landing: Landing, num_rows: int, *, written: bool) -> Batch:
@@ -193,7 +199,7 @@ def fill_gaps(end: Endpoint, geometry: Geometry, plan: SendPlan, batch: Batch, n
     """Define the rows nobody sends: index -1, everything else 0."""
     begins = plan.field("gaps") + 4
     gaps = (num_gaps, begins, begins + 4 * (geometry.shape.num_local + 1))
-    for base, row_bytes, byte in zip(batch.part_addr, geometry.row.parts(), (0, 0, _MINUS_ONE, 0, 0), strict=True):
+    for base, row_bytes, byte in zip(batch.part_addr, geometry.part_sizes, (0, 0, _MINUS_ONE, 0, 0), strict=True):
         if base:
             end.kernels.fill_rows(base, row_bytes, *gaps, byte)
 

@@ -62,10 +62,11 @@ _Ended = tuple[int, tuple[int, int, int], int, int, int, int]
 """Kind, rows each way, rounds of messages, rows received or bytes read back, rows and bytes sent."""
 _DISPATCH, _CACHED, _COMBINE = range(3)
 _MOST_NOTES = 1024
+"""Notes that are kept before they are added up, where nobody has asked for a snapshot meanwhile."""
 
 
 class Counters:
-    """Counts in place, from the caller's thread and the background."""
+    """Counts, from the caller's thread and the background: dispatches and combines are noted, and added up later."""
 
     def __init__(self, num_ranks: int, num_local: int) -> None:
         self._adding = threading.Lock()
@@ -87,7 +88,11 @@ class Counters:
         self.second_offers = 0
         self.message_rounds = 0
         self.rows_by_source: Words = np.zeros(num_ranks, np.int64)
+        """of dispatches that are not cached: compiled bookkeeping adds to it (exchange/settle.py), in any thread"""
         self.rows_by_expert: Words = np.zeros(num_local, np.int64)
+        self._cached_by_source: Words = np.zeros(num_ranks, np.int64)
+        """of cached ones: apart, as numpy's sums would lose what compiled code adds to the same numbers meanwhile"""
+        self._cached_by_expert: Words = np.zeros(num_local, np.int64)
 
     def add(
         self,
@@ -114,8 +119,8 @@ class Counters:
         rows = int(plan.numbers("rank_entries").sum()) if out.geometry.by_expert else sum(sent_rows)
         if out.cached is not None:
             with self._adding:
-                self.rows_by_source += plan.numbers("source_entries")
-                self.rows_by_expert += plan.numbers("counts")
+                self._cached_by_source += plan.numbers("source_entries")
+                self._cached_by_expert += plan.numbers("counts")
         kind = _DISPATCH if out.cached is None else _CACHED
         self._note((kind, sent_rows, rounds, received, rows, rows * out.geometry.sent_bytes))
 
@@ -156,7 +161,7 @@ class Counters:
             self.message_rounds += 1
 
     def snapshot(self, waited_ns_R: Words, network_bytes: int = 0) -> Stats:
-        """Return a copy of all counters."""
+        """Return a copy of all counters; ``waited_ns_R`` [R]: nanoseconds that each rank was waited for."""
         with self._adding:
             self._add_up()
         counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
@@ -166,6 +171,6 @@ class Counters:
             network_bytes=network_bytes,
             waiting_s=float(by_source.sum()),
             waiting_s_by_source=by_source,
-            rows_by_source=torch.from_numpy(self.rows_by_source.copy()),
-            rows_by_expert=torch.from_numpy(self.rows_by_expert.copy()),
+            rows_by_source=torch.from_numpy(self.rows_by_source + self._cached_by_source),
+            rows_by_expert=torch.from_numpy(self.rows_by_expert + self._cached_by_expert),
         )

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from anyep.exchange.endpoint import Endpoint
     from anyep.exchange.handle import Handle
 
-REDUCES = ("rank", "expert", "column")
-COMBINE_WIRES = ("none", "logfmt10")
+_REDUCES = ("rank", "expert", "column")
+_WIRES = ("logfmt10",)
+"""Those that can be asked for."""
 
 
 class WayBack(NamedTuple):
     """How rows of one dtype go back to where a dispatch of one kind has them from."""
 
     reduce: str
+    """in which order a token's rows are added: one of REDUCE_CODES"""
     wire: str
+    """how they travel, "none" for as they are: one of COMBINE_WIRE_CODES"""
     group: int
     """partial sums of so many consecutive ranks are rounded to y's dtype before they are added; 0: none are"""
     row_bytes: int
@@ -77,7 +80,7 @@ def _check_reduce(handle: Handle, reduce: object) -> str:
     how = (
         ("expert" if handle.send.geometry.padded else "rank")
         if reduce is None
-        else check_choice("reduce", reduce, REDUCES)
+        else check_choice("reduce", reduce, _REDUCES)
     )
     if how == "expert" and not handle.send.geometry.by_expert:
         raise ValueError(
@@ -105,7 +108,7 @@ def _check_group(end: Endpoint, handle: Handle, how: str, group: object) -> int:
 def _check_wire(wire: object, handle: Handle, dtype: torch.dtype) -> str:
     if wire is None:
         return "none"
-    name = check_choice("wire", wire, COMBINE_WIRES[1:])
+    name = check_choice("wire", wire, _WIRES)
     if not handle.send.geometry.padded or dtype != torch.bfloat16:
         raise ValueError(
             f"wire='logfmt10' takes bfloat16 outputs of layout='padded', got {str(dtype).removeprefix('torch.')} of "

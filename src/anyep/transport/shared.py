@@ -85,6 +85,7 @@ class SharedTransport:
         tell_after_fork(self)
 
     def leave_out(self, ranks: Collection[int]) -> None:
+        """Choose who is awaited (everybody), posted to (members: those of this host), and looked after (heeded)."""
         everybody = [(self.rank + step) % self.size for step in range(self.size)]  # oneself first
         present = [rank for rank in everybody if rank not in ranks]
         self._everybody = np.array(present, np.int64)

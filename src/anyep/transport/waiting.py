@@ -117,8 +117,7 @@ class Waiter:
             open_now()
             now_ns = time.monotonic_ns()
             late_ns = now_ns - began_ns - self._timeout_ns
-            overdue = late_ns >= 0
-            missing = self.missing(slot, epoch, ranks) if departures or overdue else []
+            missing = self.missing(slot, epoch, ranks) if departures or late_ns >= 0 else []
             arrived = sorted({*ranks.tolist()}.difference(missing))
             missing = self._answerable(opened, missing, departures)
             overdue = late_ns >= (GRACE_NS if len(missing) > 1 else 0)
@@ -156,6 +155,7 @@ class Waiter:
         arrived: Sequence[int],
         elapsed_s: float = 0.0,
     ) -> Wait:
+        """Return what an error says about a wait in ``step``; ``epoch`` None: of no operation."""
         return Wait(
             step=step,
             epoch=epoch,
@@ -168,6 +168,7 @@ class Waiter:
         )
 
     def missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
+        """Return the ranks whose message of ``epoch`` is not in ``slot``, ascending."""
         tag = epoch % _EPOCHS
         words = {source: self._signals.read_word(slot.first + source * slot.stride) for source in ranks.tolist()}
         return sorted(s for s, word in words.items() if (word >> 32) % _EPOCHS != tag or not word % _EPOCHS)

@@ -28,7 +28,7 @@ from anyep.compat.deep_ep.elastic_device_rows import (
     sum_rows,
 )
 from anyep.compat.deep_ep.elastic_dispatch import Dispatched
-from anyep.compat.deep_ep.elastic_fields import most_expanded_rows
+from anyep.compat.deep_ep.elastic_fields import SAID, most_expanded_rows
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Rows, Tokens
 from anyep.compat.deep_ep.elastic_routes import ask, native_handle, route_of
 from anyep.compat.deep_ep.elastic_rows import empty_scales, rows_without_gaps
@@ -80,6 +80,7 @@ class OriginOnDevice:
         return torch.tensor(list(counts), dtype=torch.int32, device=self.served.device)
 
     def aligned_list(self) -> list[int]:
+        """Return the rows of each local expert with its padding, and wait for them; none where sizes are bounds."""
         return [align(count, self.terms.alignment) for count in self.native.counts] if self.terms.exact else []
 
     def expanded_rows(self) -> int:
@@ -89,6 +90,7 @@ class OriginOnDevice:
         )
 
     def ends(self) -> torch.Tensor:
+        """Return int32 [L]: where each expert's rows end, in an expanded batch those before the padding."""
         counts, alignment = self.counts(), self.terms.alignment
         if self.terms.do_expand:
             return slab_begins(counts, alignment).int() + counts
@@ -98,27 +100,23 @@ class OriginOnDevice:
         """Return int32 [R]: rows of each source, without waiting for them; a view."""
         plan = self.native.send
         assert isinstance(plan, DevicePlan), "a device's handle has a device's plan"
-        first = (plan.field("recv_rows") - plan.summary_addr) // 4
-        return plan.device_memory.view(torch.int32)[first : first + self.context.num_ranks]
+        first = plan.map.first(plan.map.field("recv_rows"))
+        return plan.device_memory[first : first + self.context.num_ranks]
 
     def metadata(self) -> torch.Tensor:
+        """Return int32 [N, K + 2]: source token, master column and rows of each received row."""
         assert self.token is not None, "the variants of these calls bring source tokens"
         most = max(1, self.terms.num_max_tokens)
         return describe_rows(self.places, self.served, self.token, self.recv_rows(), most)
 
     def slots(self) -> torch.Tensor:
+        """Return int32 [T, K]: slots of each rank in token order, at master columns; -1 elsewhere."""
         context, terms = self.context, self.terms
         first_id = context.number * terms.num_max_tokens
         return number_slots(self.native.topk_idx(), terms.num_experts // context.num_ranks, context.num_ranks, first_id)
 
 
-_MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
-    "do_expand": lambda origin: origin.terms.do_expand,
-    "num_experts": lambda origin: origin.terms.num_experts,
-    "expert_alignment": lambda origin: origin.terms.alignment,
-    "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
-    "num_sms": lambda origin: origin.terms.num_sms,
-    "topk_idx": lambda origin: origin.native.topk_idx().clone(),
+_MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = SAID | {
     "num_expanded_tokens": OriginOnDevice.expanded_rows,
     "num_recv_tokens_per_expert_list": OriginOnDevice.aligned_list,
     "psum_num_recv_tokens_per_scaleup_rank": lambda origin: origin.recv_rows().cumsum(0, dtype=torch.int32),
@@ -126,9 +124,6 @@ _MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = {
     "num_unaligned_recv_tokens_per_expert": OriginOnDevice.counts,
     "recv_src_metadata": OriginOnDevice.metadata,
     "dst_buffer_slot_idx": OriginOnDevice.slots,
-    "token_metadata_at_forward": lambda _: None,
-    "channel_linked_list": lambda _: None,
-    "cached_recv_src_metadata_before_sort": lambda _: None,
 }
 
 

@@ -115,10 +115,6 @@ def _aligned(origin: Origin) -> NDArray[np.int32]:
     return counts_L if alignment == 1 else -(-counts_L // alignment) * alignment
 
 
-def _topk_idx(origin: Origin) -> torch.Tensor:
-    return origin.native.topk_idx().clone()
-
-
 def _aligned_list(origin: Origin) -> list[int]:
     return _aligned(origin).tolist() if origin.terms.exact else []
 
@@ -178,13 +174,19 @@ def _announced(origin: Origin) -> torch.Tensor:
     return torch.from_numpy(announced.copy())
 
 
-_MAKERS: dict[str, Callable[[Origin], Any]] = {
+SAID: dict[str, Callable[[Any], Any]] = {
     "do_expand": lambda origin: origin.terms.do_expand,
     "num_experts": lambda origin: origin.terms.num_experts,
     "expert_alignment": lambda origin: origin.terms.alignment,
     "num_max_tokens_per_rank": lambda origin: origin.terms.num_max_tokens,
     "num_sms": lambda origin: origin.terms.num_sms,
-    "topk_idx": _topk_idx,
+    "topk_idx": lambda origin: origin.native.topk_idx().clone(),
+    "token_metadata_at_forward": lambda _: None,
+    "channel_linked_list": lambda _: None,
+    "cached_recv_src_metadata_before_sort": lambda _: None,
+}
+"""Fields that say what the dispatch was given, or nothing; of an origin on the host or on a device."""
+_MAKERS: dict[str, Callable[[Origin], Any]] = SAID | {
     "num_expanded_tokens": lambda origin: expanded_rows(origin.context, origin.terms, origin.native),
     "num_recv_tokens_per_expert_list": _aligned_list,
     "psum_num_recv_tokens_per_scaleup_rank": _sums_by_source,
@@ -193,7 +195,4 @@ _MAKERS: dict[str, Callable[[Origin], Any]] = {
     "recv_src_metadata": lambda origin: origin.describe(),
     "dst_buffer_slot_idx": _slots,
     "announced_counts": _announced,
-    "token_metadata_at_forward": lambda _: None,
-    "channel_linked_list": lambda _: None,
-    "cached_recv_src_metadata_before_sort": lambda _: None,
 }

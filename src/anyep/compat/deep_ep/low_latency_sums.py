@@ -71,13 +71,13 @@ def combine(
         check_dense("combine_wait_recv_cost_stats", given.waits, torch.int64, [ranks], f"[{ranks}]")
     y = _take_combine_buffer(kept) if given.zero_copy else given.x
     try:
-        return (_start_sum if go_on else _run_sum)(natives, kept, y, given)
+        return _start_sum(natives, kept, y, given) if go_on else _run_sum(kept, y, given)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
         _check_sum(natives, kept, given)
         raise
 
 
-def _run_sum(natives: Natives, kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, None]:
+def _run_sum(kept: LowLatencyKept, y: torch.Tensor, given: Sum) -> tuple[torch.Tensor, None]:
     clock = None if given.waits is None else WaitClock(kept.blocks.ep, given.waits)
     wire = "logfmt10" if given.use_logfmt else None
     summed = kept.blocks.ep.combine(y, kept.handle, topk_weights=given.topk_weights, out=given.out, wire=wire)

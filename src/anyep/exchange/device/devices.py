@@ -19,6 +19,7 @@ from anyep.transport.base import Words
 Stream = Any
 Event = Any
 Tape = Any
+"""What a device makes of a recording; only that device plays it (:meth:`Device.play`)."""
 
 _MEASURED_LOOKS = 20_000
 

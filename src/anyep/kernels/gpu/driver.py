@@ -4,7 +4,7 @@ Triton's launcher takes 4 to 7 us of Python for each kernel; here a whole record
 is what Triton hands over (3.6 to 3.9): the numbers of the kernel's signature, in order, and behind them the addresses
 of scratch memory that none of these kernels has.
 
-A tape is int64: functions of the driver and the device's context (HEAD), the number of launches, and for each of them
+A tape is int64: a head of functions of the driver, the device's context and the number of launches; for each of them
 its function, grid, threads, bytes of shared memory, how many parameters, and a pair (added, base) for each of these.
 """
 
@@ -24,7 +24,7 @@ from anyep.kernels.tapes import Number
 from anyep.machine.compiler import compiled
 from anyep.machine.intrinsics import instruction, load_i64, stack_block, store_i64
 
-_LAUNCH, _CURRENT, _PUSH, _POP, _CONTEXT, _COUNT, HEAD = range(7)
+_LAUNCH, _CURRENT, _PUSH, _POP, _CONTEXT, _COUNT, _HEAD = range(7)
 _LAUNCH_WORDS = 7
 _MOST_NUMBERS = 64
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -96,7 +96,7 @@ def play(tape_addr: int, bases_addr: int, stream: int) -> Any:
         return error
     numbers, pointers = _numbers_block(), _pointers_block()
     launch, left = load_i64(tape_addr, _LAUNCH), load_i64(tape_addr, _COUNT)
-    here = tape_addr + 8 * HEAD
+    here = tape_addr + 8 * _HEAD
     while left > 0 and error == 0:
         count = load_i64(here, _LAUNCH_WORDS - 1)
         for i in range(count):
@@ -139,11 +139,14 @@ class Driver:
         self._head = [*functions, context.value]
 
     def check(self, error: int) -> None:
-        """Raise RuntimeError with the driver's words."""
+        """Raise RuntimeError with the driver's words for ``error``, unless that is 0."""
         if error:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(error, ctypes.byref(text))
-            raise RuntimeError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({error})")
+            raise RuntimeError(
+                f"CUDA driver: {(text.value or b'unknown error').decode()} ({error}). It may be that of an earlier "
+                "kernel of this process: CUDA_LAUNCH_BLOCKING=1 raises where it happens"
+            )
 
     def tape(self, launches: Sequence[Launched]) -> Tape:
         """Write launches down."""
