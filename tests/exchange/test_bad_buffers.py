@@ -46,6 +46,7 @@ CONSTRUCTORS = [
     ("a short placement", {"placement": [0, 1]}, ValueError, ["placement", "num_experts=8", "2"]),
     ("a placement outside", {"placement": [0, 1, 2, 0, 1, 0, 1, 0]}, ValueError, ["expert 2 on rank 2", "0 to 1"]),
     ("an unknown transport", {"transport": "carrier pigeon"}, ValueError, ["transport", "carrier pigeon"]),
+    ("an interface without a name", {"interface": ""}, ValueError, ["interface", "None"]),
     ("unknown kernels", {"kernels": "cobol"}, ValueError, ["kernels", "cobol"]),
 ]
 

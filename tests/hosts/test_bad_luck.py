@@ -51,6 +51,32 @@ def test_a_host_with_other_arguments_is_told_which(name):
         assert f"{name} differs between ranks" in text
 
 
+def open_with_variable(group, rank, values):
+    """Make a buffer where ranks have another ANYEP_RANKS_PER_HOST (None: not set); return the error."""
+    if values[rank] is not None:
+        os.environ["ANYEP_RANKS_PER_HOST"] = values[rank]
+    try:
+        anyep.Buffer(group, timeout_s=20.0, **SIZES).close()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ((None, None, "2"), "ANYEP_RANKS_PER_HOST differs between ranks: not set on rank 0, 2 on rank 2; set it alike"),
+        (("2", "1", "1"), "ANYEP_RANKS_PER_HOST differs between ranks: 2 on rank 0, 1 on rank 1; set it alike"),
+        (("2", "two", "2"), "ANYEP_RANKS_PER_HOST must be a whole number from 1 on, got 'two'"),
+    ],
+    ids=["not set on all", "two numbers", "no number on one"],
+)
+def test_ranks_that_play_other_hosts_are_told_which(values, told):
+    for kind, text in run_processes(len(values), open_with_variable, values):
+        assert kind == "ValueError", text
+        assert told in text
+
+
 def open_on_interface(group, rank, engine):
     os.environ["ANYEP_RANKS_PER_HOST"] = str(PER_HOST)
     try:

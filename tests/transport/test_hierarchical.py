@@ -6,8 +6,11 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
+from anyep.errors import PeerTimeout
 from anyep.layout.hosts import group_ranks
+from anyep.transport import board
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.inprocess import InProcessTransport, local_group
@@ -57,3 +60,43 @@ def test_a_rank_that_sends_and_leaves_between_two_looks_is_not_missed():
         transport.close()
 
     local_group(2).run(rank_main)
+
+
+def test_a_forwarder_that_is_stopped_while_it_looks_after_the_network_is_named(monkeypatch):
+    """Rank 0 forwards for rank 2 to rank 1, its neighbour; nobody stops a thread, so it stops saying that it looks."""
+    monkeypatch.setattr(board, "FRESH_NS", 0)
+    assert culprits_for_rank_1() == (0,)
+
+
+def test_a_forwarder_that_looks_after_the_network_is_not_named():
+    assert culprits_for_rank_1() == (2,)
+
+
+def culprits_for_rank_1() -> tuple[int, ...]:
+    """Return whom rank 1 names; rank 0 has posted its own message and waits for that of rank 2, which is silent."""
+    done = threading.Event()
+
+    def rank_main(member):
+        near = [2] if member.rank == 2 else [0, 1]
+        timeout_s = 0.3 if member.rank == 1 else WAIT_S
+        options = {"lanes": LANES, "ring": 2, "heap_bytes": 1 << 20, "timeout_s": timeout_s}
+        local = InProcessTransport(member, members=near, **options)
+        engine = InProcessEngine(member)
+        transport = HierarchicalTransport(local, engine, group_ranks(3, 2), timeout_s=timeout_s)
+        named = None
+        if member.rank < 2:
+            transport.post(LANES[0], 0, np.zeros((3, 1), np.int64))
+        if member.rank == 0:
+            with transport.passing_on():
+                assert done.wait(WAIT_S)
+        elif member.rank == 1:
+            with pytest.raises(PeerTimeout) as caught:
+                transport.wait(LANES[0], 0, "waiting")
+            named = caught.value.ranks
+            done.set()
+        else:
+            assert done.wait(WAIT_S)
+        transport.close()
+        return named
+
+    return local_group(3).run(rank_main)[1]

@@ -83,6 +83,8 @@ class BufferOptions:
         self._check_placement()
         if self.interface is not None and not isinstance(self.interface, str):
             raise TypeError(f"interface must be the name of a network interface, got {self.interface!r}")
+        if self.interface == "":
+            raise ValueError("interface must be the name of a network interface, or None: the engine chooses; got ''")
         self.make_wire()
         check_name(self.transport)
         self._check_device()

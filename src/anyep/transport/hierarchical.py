@@ -31,8 +31,7 @@ _LANE_BITS, _CHUNK_BITS, _EPOCH_BITS = 3, 15, 12
 MAX_CHUNKS = 1 << _CHUNK_BITS
 _FAREWELL = 7
 _QUIET_S = 1.0
-"""A rank that leaves waits until its last messages have been heard, as long as anything moves: their receivers wait for
-them already. After so long without a sign it goes."""
+"""A rank that leaves waits for its last messages to be heard, whose receivers wait already, while anything moves."""
 
 
 def tag_of(kind: int, epoch: int, chunk: int = 0) -> int:
@@ -175,6 +174,7 @@ class HierarchicalTransport:
     def await_transfers(self, transfers: Sequence[Transfer], epoch: int, step: str, began_ns: int) -> None:
         """Wait a slice for one of ``transfers``; raise PeerLost or PeerTimeout if one cannot come, or time is up."""
         self._local.check(epoch, step)
+        self._local.say_passing_on(self._num_passing > 0)
         self.engine.wait(transfers, SLICE_S)
         # First who has left, then what has come: what a rank sent, or took, before it left counts.
         departures = {**self.engine.departures(), **self._farewell.told()}

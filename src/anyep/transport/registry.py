@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from anyep import config
@@ -17,6 +16,7 @@ from anyep.transport.identity import Identity
 from anyep.transport.inprocess import InProcessTransport, Member
 from anyep.transport.rendezvous import Rendezvous, find_rendezvous
 from anyep.transport.shared import SharedTransport
+from anyep.transport.together import together
 
 NETWORKED = ("auto", "gloo", "nixl")
 """Transports that span hosts, with an engine between them."""
@@ -99,17 +99,37 @@ def _local(
 
 
 def find_hosts(rendezvous: Rendezvous) -> tuple[HostMap, str]:
-    """Return which ranks share a host, and how that is known. Collective, for ranks that are processes."""
-    played = config.ranks_per_host()
+    """Return which ranks share a host, and how that is known. Collective, for ranks that are processes.
+
+    Raises ValueError on every rank where ANYEP_RANKS_PER_HOST is no such number on one, or differs between ranks.
+    """
     if isinstance(rendezvous, Member):
+        played = config.ranks_per_host()
         hosts = group_ranks(rendezvous.size, played or rendezvous.size)
         return hosts, f"ANYEP_RANKS_PER_HOST={played}: threads play {hosts.num_hosts} hosts"
-    told = [json.loads(item) for item in rendezvous.allgather(json.dumps(asdict(Identity.own())).encode())]
+    names, played = _tell_hosts(rendezvous)
     if played is not None:
         hosts = group_ranks(rendezvous.size, played)
         return hosts, f"ANYEP_RANKS_PER_HOST={played}: {rendezvous.size} ranks play {hosts.num_hosts} hosts"
-    hosts = map_hosts([identity["host"] for identity in told])
+    hosts = map_hosts(names)
     return hosts, f"ranks run on {hosts.num_hosts} hosts"
+
+
+def _tell_hosts(rendezvous: Rendezvous) -> tuple[list[str], int | None]:
+    """Return the name of every rank's host, and what ANYEP_RANKS_PER_HOST says on all."""
+
+    def act() -> dict[str, Any]:
+        return {"host": Identity.own().host, "played": config.ranks_per_host()}
+
+    told = together(rendezvous, act, what="say on which host it runs")
+    for rank, other in enumerate(told):
+        if other["played"] != told[0]["played"]:
+            first, here = (value["played"] or "not set" for value in (told[0], other))
+            raise ValueError(
+                f"ANYEP_RANKS_PER_HOST differs between ranks: {first} on rank 0, {here} on rank {rank}; set it alike "
+                "for all ranks, or for none"
+            )
+    return [other["host"] for other in told], told[0]["played"]
 
 
 def check_name(transport: str) -> None:
