@@ -89,14 +89,14 @@ def play_round(ep, case, *, split_dispatch, split_combine):
     assert_same("combined", out, expected)
 
 
-@pytest.mark.parametrize("num_ranks", [3, 5, 7, 9])
+@pytest.mark.parametrize("num_ranks", [3, 5, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_threads(num_ranks):
     rounds = draw_rounds(num_ranks)
     verified = anyep.local_group(num_ranks).run(lambda member: play_rounds(member, member.rank, rounds))
     assert verified == [len(EAGER_BYTES) * NUM_ROUNDS] * num_ranks
 
 
-@pytest.mark.parametrize("num_ranks", [3, 5, 7, 9])
+@pytest.mark.parametrize("num_ranks", [3, 5, pytest.param(7, marks=pytest.mark.slow), 9])
 def test_processes(num_ranks):
     verified = run_processes(num_ranks, play_rounds, draw_rounds(num_ranks), timeout_s=240.0)
     assert verified == [len(EAGER_BYTES) * NUM_ROUNDS] * num_ranks
