@@ -23,7 +23,6 @@ from anyep.compat.deep_ep.elastic_context import ElasticContext, elastic_loops, 
 from anyep.compat.deep_ep.elastic_dispatch import Dispatched, begin_again, begin_first, dispatch_again, dispatch_first
 from anyep.compat.deep_ep.elastic_facts import ElasticFacts
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens, new_tokens
-from anyep.compat.deep_ep.elastic_sizes import BUFFER_ALIGNMENT
 from anyep.compat.deep_ep.elastic_sms import AUTO_QPS_DIRECT, AUTO_QPS_HYBRID
 from anyep.compat.deep_ep.ep_handle import EPHandle
 from anyep.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
@@ -89,7 +88,7 @@ class ElasticBuffer(ElasticFacts, ElasticCollectives):
                 allow_hybrid_mode,
                 allow_multiple_reduction,
             )
-        _check_sizes(num_bytes, num_cpu_bytes)
+        elastic_sizes.check_sizes(num_bytes, num_cpu_bytes)
         self.num_bytes = num_bytes
         self.num_cpu_bytes = num_cpu_bytes
         self.timeout_s = float(num_cpu_timeout_secs)
@@ -290,14 +289,3 @@ def _begin(previous_event: object, previous_event_before_epilogue: object, alloc
     check_torch_deterministic()
     check_event(previous_event, allocate_on_comm_stream)
     wait_for(previous_event_before_epilogue)
-
-
-def _check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:
-    text = f"in whole {BUFFER_ALIGNMENT} bytes"
-    host_assert(
-        num_bytes > 0 and num_bytes % BUFFER_ALIGNMENT == 0, f"num_bytes must be positive and {text}, got {num_bytes}"
-    )
-    host_assert(
-        num_cpu_bytes % BUFFER_ALIGNMENT == 0 and 0 <= num_cpu_bytes <= num_bytes,
-        f"num_cpu_bytes must be at most num_bytes and {text}, got {num_cpu_bytes}",
-    )

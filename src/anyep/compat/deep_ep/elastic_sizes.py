@@ -106,3 +106,15 @@ def _hybrid_rows(domain: Domain, tokens: int, topk: int, multi: bool) -> tuple[i
     inside = (min(per_host, topk) if multi else topk) * hosts * tokens
     back = inside + (min(hosts, topk) if multi else topk) * tokens + between
     return per_host * hosts * tokens + tokens + between, back
+
+
+def check_sizes(num_bytes: int, num_cpu_bytes: int) -> None:
+    """Raise DeepEP's error for bytes of a buffer, and of its CPU part, that a caller cannot mean."""
+    text = f"in whole {BUFFER_ALIGNMENT} bytes"
+    host_assert(
+        num_bytes > 0 and num_bytes % BUFFER_ALIGNMENT == 0, f"num_bytes must be positive and {text}, got {num_bytes}"
+    )
+    host_assert(
+        num_cpu_bytes % BUFFER_ALIGNMENT == 0 and 0 <= num_cpu_bytes <= num_bytes,
+        f"num_cpu_bytes must be at most num_bytes and {text}, got {num_cpu_bytes}",
+    )

@@ -116,11 +116,11 @@ class _PinnedFetch:
         """``room``: for how many words memory is asked; torch keeps what was given back by size."""
         self._words = torch.empty(max(room, len(words)), dtype=words.dtype, pin_memory=True)[: len(words)]
         self._words.copy_(words, non_blocking=True)
-        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         self._here.record()
 
     def done(self) -> bool:
-        return bool(self._here.query())  # type: ignore[no-untyped-call]
+        return bool(self._here.query())  # type: ignore[no-untyped-call]  # torch's
 
     def wait(self) -> Words:
         self._here.synchronize()
@@ -141,7 +141,7 @@ class CudaDevice:
 
     def new_stream(self) -> Stream:
         """Of high priority: torch hands out 32 streams of a priority in turns, and callers' have the usual one."""
-        return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]  # torch's
 
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self.where)
@@ -196,7 +196,7 @@ class CudaDevice:
     def _measured_us(self) -> float:
         words = torch.tensor([0, 0, 1], dtype=torch.int64, device=self.where)
         never, error, epoch = (words.data_ptr() + 8 * place for place in range(3))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
         with torch.cuda.device(self.where):
             self.kernels.wait(never, 1, epoch, 1, 0, error, 8)
             begin.record()

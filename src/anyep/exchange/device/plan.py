@@ -267,7 +267,7 @@ class DeviceCounts(Sequence[int]):
     def __eq__(self, other: object) -> bool:
         return self._known() == (list(other) if isinstance(other, DeviceCounts) else other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as lists have none
 
     def __repr__(self) -> str:
         return f"<rows of {len(self)} experts on {self.tensor.device}>"
