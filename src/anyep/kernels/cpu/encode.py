@@ -1,18 +1,23 @@
 """BF16, FP16 or FP32 rows to FP8 E4M3: each group of 128 quantised once and written to every destination at once.
 
 A group goes out while the next one is computed, so that stores drain behind the arithmetic: 1.4 times as fast as
-quantising 4 KiB and then copying it to each destination (docs/kernels-log.md).
+quantising 4 KiB and then copying it to each destination. The factors of all groups of a row come first: 1.3 times as
+fast as one by one (docs/kernels-log.md).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from anyep.kernels.cpu.codec import (
+    BF16,
     FP16,
     FP32,
     bytes_of,
     encode_beside_infinity,
+    encode_bf16,
     encode_e4m3,
     larger,
     larger_16,
@@ -33,8 +38,10 @@ from anyep.machine.compiler import compiled, inlined
 from anyep.machine.intrinsics import (
     allocate,
     bits_as_float,
+    copy_bytes,
     fill_bytes,
     float_as_bits,
+    load_i32,
     load_i64,
     release,
     stack_block,
@@ -49,12 +56,16 @@ _INF = 0x7F800000
 _NAN = 0x7FC00000
 _NAN_CODE = 0x7F
 _MANTISSA = 0x7FFFFF
-_AHEAD = 4096
-"""Bytes between a load and its prefetch."""
+_AHEAD = 16384
+"""Bytes between a look at a number and its prefetch: the next row, or part of one, that is looked at as a whole."""
 _MIN_AMAX_BITS = int(np.float32(MIN_AMAX).view(np.int32))
 _MAX = np.float32(E4M3_MAX)
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_GROUPS_AT_ONCE = 64
+"""Of a row: 16 KiB of 16-bit numbers, which the first cache holds between the two looks at them."""
+_CHANNELS_AT_ONCE = _GROUPS_AT_ONCE * CHANNELS_PER_SCALE
 _group_on_stack = stack_block(CHANNELS_PER_SCALE)
+_amaxes_on_stack, _factors_on_stack, _scales_on_stack = (stack_block(4 * _GROUPS_AT_ONCE) for _ in range(3))
 
 
 @inlined
@@ -100,12 +111,19 @@ def factor_of(amax: int, scale: int, scale_format: int) -> np.float32:
 
 
 @inlined
+def encode_lanes(element: int, x_addr: int, factors: Any) -> Any:
+    """Return the codes of 32 numbers."""
+    if element == BF16:
+        return encode_bf16(load_lanes_i16(x_addr), factors)
+    return encode_e4m3(load(element, x_addr), factors)
+
+
+@inlined
 def encode_group(element: int, x_addr: int, count: int, factor: np.float32, q_addr: int) -> None:
     factors = broadcast(factor)
     whole = count // LANES * LANES
     for channel in range(0, whole, LANES):
-        codes = encode_e4m3(load(element, x_addr + channel * bytes_of(element)), factors)
-        store_lanes_i8(q_addr + channel, codes)
+        store_lanes_i8(q_addr + channel, encode_lanes(element, x_addr + channel * bytes_of(element), factors))
     if whole < count:
         rest = load_part(element, x_addr + whole * bytes_of(element), count - whole)
         store_part_i8(q_addr + whole, encode_e4m3(rest, factors), count - whole)
@@ -123,49 +141,60 @@ def encode_non_finite(element: int, x_addr: int, count: int, has_nan: bool, q_ad
 
 
 @inlined
-def quantise_group(element: int, x_addr: int, count: int, scale_format: int, q_addr: int) -> int:
-    """Write up to 128 codes; return the scale's fp32 bits."""
-    amax = amax_of_group(element, x_addr) if count == CHANNELS_PER_SCALE else amax_of_part(element, x_addr, count)
-    amax = max(amax, _MIN_AMAX_BITS)
-    scale = scale_of(amax, scale_format)
-    if amax >= _INF:
-        encode_non_finite(element, x_addr, count, amax > _INF, q_addr)
-    else:
-        encode_group(element, x_addr, count, factor_of(amax, scale, scale_format), q_addr)
-    return scale
-
-
-@inlined
-def write_scale(scale_format: int, scales_addr: int, group: int, scale: int) -> None:
-    if scale_format == UE8M0:
-        store_i8(scales_addr, group, scale >> 23)  # NaN and Inf are 0xff
-    else:
-        store_i32(scales_addr, group, scale)
+def measure(
+    element: int, x_addr: int, num_channels: int, scale_format: int, amaxes: int, factors: int, scales: int
+) -> None:
+    """Write amax (fp32 bits), factor and scale (as it travels) of each group."""
+    for group in range(groups_of(num_channels)):
+        channel = group * CHANNELS_PER_SCALE
+        x, count = x_addr + channel * bytes_of(element), min(CHANNELS_PER_SCALE, num_channels - channel)
+        amax = amax_of_group(element, x) if count == CHANNELS_PER_SCALE else amax_of_part(element, x, count)
+        amax = max(amax, _MIN_AMAX_BITS)
+        scale = scale_of(amax, scale_format)
+        store_i32(amaxes, group, amax)
+        store_i32(factors, group, float_as_bits(factor_of(amax, scale, scale_format)))
+        if scale_format == UE8M0:
+            store_i8(scales, group, scale >> 23)  # NaN and Inf are 0xff
+        else:
+            store_i32(scales, group, scale)
 
 
 @inlined
 def quantise_row(
     element: int, x_addr: int, hidden: int, scale_format: int, num_places: int, q_places: int, scales_places: int
 ) -> None:
-    """Quantise one row into every (q, scales) pair of places."""
-    q = _group_on_stack()
+    """Quantise one row into every (q, scales) pair of places.
+
+    First what all groups (of a part of a long row) are to be multiplied with, then the codes: else each group would
+    wait for its own amax, 128 numbers compared across lanes and divided.
+    """
+    q, amaxes, factors, scales = _group_on_stack(), _amaxes_on_stack(), _factors_on_stack(), _scales_on_stack()
     aligned = all_aligned(q_places, num_places)
-    num_groups = groups_of(hidden)
-    for group in range(num_groups):
-        channel = group * CHANNELS_PER_SCALE
-        count = min(CHANNELS_PER_SCALE, hidden - channel)
-        x = x_addr + channel * bytes_of(element)
-        for ahead in range(0, CHANNELS_PER_SCALE, LANES):
-            prefetch_lanes(element, x + ahead * bytes_of(element) + _AHEAD)
-        scale = quantise_group(element, x, count, scale_format, q)
-        if aligned and count == PIECE:
-            stream_piece(q_places, num_places, channel, q)
-        else:
-            for i in range(num_places):
-                stream_lines(load_i64(q_places, i) + channel, q, count)
+    scale_bytes = 1 if scale_format == UE8M0 else 4
+    for begin in range(0, hidden, _CHANNELS_AT_ONCE):
+        num_channels = min(_CHANNELS_AT_ONCE, hidden - begin)
+        num_groups = groups_of(num_channels)
+        measure(element, x_addr + begin * bytes_of(element), num_channels, scale_format, amaxes, factors, scales)
+        for group in range(num_groups):
+            channel = begin + group * CHANNELS_PER_SCALE
+            count = min(CHANNELS_PER_SCALE, hidden - channel)
+            x, amax = x_addr + channel * bytes_of(element), load_i32(amaxes, group)
+            for ahead in range(0, CHANNELS_PER_SCALE, LANES):
+                prefetch_lanes(element, x + ahead * bytes_of(element) + _AHEAD)
+            if amax >= _INF:
+                encode_non_finite(element, x, count, amax > _INF, q)
+            else:
+                encode_group(element, x, count, bits_as_float(load_i32(factors, group)), q)
+            if aligned and count == PIECE:
+                stream_piece(q_places, num_places, channel, q)
+            else:
+                for i in range(num_places):
+                    stream_lines(load_i64(q_places, i) + channel, q, count)
+        first = begin // CHANNELS_PER_SCALE * scale_bytes
         for i in range(num_places):
-            write_scale(scale_format, load_i64(scales_places, i), group, scale)
+            copy_bytes(load_i64(scales_places, i) + first, scales, num_groups * scale_bytes)
     if scale_format == UE8M0:
+        num_groups = groups_of(hidden)
         for i in range(num_places):
             fill_bytes(load_i64(scales_places, i) + num_groups, -num_groups % 4, 0)
 
