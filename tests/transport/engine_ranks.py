@@ -237,3 +237,20 @@ def speak_and_go(group: Any, rank: int, num_messages: int) -> Any:
         while not engine.departures() and time.monotonic() < deadline:
             time.sleep(0.01)
         return engine.departures()[1].how
+
+
+def flush_beside_a_stopped_one(group: Any, rank: int, name: str, directory: str) -> bool | None:
+    """Rank 2 is stopped; the others await messages of everybody, and flush. Return whether all was heard."""
+    engine = _engine(group, name)
+    meet(engine)
+    awaited = [receive(engine, peer, 1, 8) for peer in peers(engine)]
+    _arrive(directory, f"here {rank}")
+    if rank == 2:
+        time.sleep(60)
+    while not Path(directory, "stopped").exists():
+        time.sleep(0.01)
+    heard = engine.flush(1.0)
+    _arrive(directory, f"flushed {rank}")
+    del awaited
+    engine.close()
+    return heard

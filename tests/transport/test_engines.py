@@ -43,6 +43,17 @@ def test_ranks_that_survive_go_on_with_each_other(name, tmp_path):
     assert [outcomes[rank].value for rank in (0, 2)] == ["died", "died"]
 
 
+def test_ranks_that_flush_do_not_keep_each_other_waiting_for_one_that_is_stopped(name, tmp_path):
+    with RankProcesses(3, engine_ranks.flush_beside_a_stopped_one, name, str(tmp_path)) as ranks:
+        _until(lambda: len(list(tmp_path.glob("here *"))) == 3)
+        os.kill(ranks.pids[2], signal.SIGSTOP)
+        (tmp_path / "stopped").touch()
+        _until(lambda: len(list(tmp_path.glob("flushed *"))) == 2)
+        os.kill(ranks.pids[2], signal.SIGKILL)
+        outcomes = ranks.outcomes(30)
+    assert [outcome.value for outcome in outcomes] == [False, False, None]
+
+
 def test_a_rank_that_closed_is_told_from_one_that_died(name):
     assert run_processes(2, engine_ranks.how_it_left, name) == [None, "closed"]
 

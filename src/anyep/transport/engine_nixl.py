@@ -170,7 +170,10 @@ class NixlEngine:
             self._progress()
 
     def _progress(self) -> bool:
-        """Take what has come and look after what is on its way; return whether anything happened."""
+        """Take what has come and look after what is on its way; return whether anything happened.
+
+        That somebody else is there too is nothing: two ranks that flush would keep each other waiting.
+        """
         if not self._lock.acquire(blocking=False):
             return False  # another thread is at it
         try:
@@ -179,13 +182,13 @@ class NixlEngine:
             self._looked = time.monotonic()
             happened = False
             for rank, raw in self._agent.notes():
-                happened = True
-                self._hear(rank, raw)
+                happened |= self._hear(rank, raw)
             return self._streams.look_after_writes() or happened
         finally:
             self._lock.release()
 
-    def _hear(self, rank: int, raw: bytes) -> None:
+    def _hear(self, rank: int, raw: bytes) -> bool:
+        """Act on a note; return whether it was more than a sign of life."""
         kind, tag, num_bytes = _HEADER.unpack_from(raw)
         if kind == PIECE_KIND:
             self._streams.take(rank, raw)
@@ -196,6 +199,7 @@ class NixlEngine:
         elif kind != _PING:
             rest = np.frombuffer(raw, np.uint8, offset=_HEADER.size)
             self._talks[rank].heard(Note(NoteKind(kind), tag, num_bytes, rest))
+        return bool(kind != _PING)
 
     def _notify(self, rank: int, note: bytes) -> None:
         if self._talks[rank].departure is not None:
