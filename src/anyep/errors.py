@@ -5,7 +5,7 @@
     AnyEPError
      ├── PeerError            another rank is at fault; carries .rank and .step
      │    ├── PeerLost        it died, or closed its buffer, while this rank needed it
-     │    └── PeerTimeout     it is alive and silent for longer than timeout_s
+     │    └── PeerTimeout     it is alive and silent for longer than timeout_s, and does not wait itself
      ├── CapacityError        memory or a fixed number of rows is too small for this call
      ├── ClosedError          the buffer was closed, or broke earlier (the cause is chained)
      └── Unavailable          asked for, and impossible here; says what is possible

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from multiprocessing.util import Finalize
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,48 @@ def test_a_rank_that_dies_between_two_pieces_is_named_on_all_hosts(engine, where
         kind, culprits, elapsed, text = outcomes[rank].value
         assert (kind, culprits) == ("PeerLost", (victim,)), text
         assert elapsed < 10.0, "long before the 30 s for which a silent rank is waited for"
+
+
+def stop_in_the_middle(group, rank, engine, homes, folder):
+    """Exchange in small pieces until somebody stands still; return whom this rank names. Ranks 0 and 3 wait least."""
+    os.environ["ANYEP_HOST_ID"] = f"host {homes[rank]}"
+    across.CHUNK_BYTES = 4000
+    tokens = torch.arange(256)
+    idx = torch.stack([tokens % len(homes), (tokens + 2) % len(homes)], 1)
+    sizes = SIZES | {"num_experts": len(homes)}
+    timeout_s = 2.0 if rank in (0, 3) else 20.0
+    with anyep.Buffer(group, transport=engine, timeout_s=timeout_s, straight_bytes=0, **sizes) as ep:
+        Path(folder, str(rank)).touch()
+        try:
+            while True:
+                received = ep.dispatch(torch.ones(256, 512).bfloat16(), idx)
+                ep.combine(received.x, received.handle)
+        except anyep.PeerError as error:
+            told = type(error).__name__, error.ranks, str(error)
+    Path(folder, f"{rank} has left").touch()
+    return told
+
+
+@pytest.mark.parametrize(("homes", "victim"), [("aabcc", 1), ("aabbb", 2)])
+def test_a_rank_that_is_stopped_is_named_by_those_whose_limits_end_first(engine, tmp_path, homes, victim):
+    """Those that wait longer stand between it and the first to give up."""
+    with RankProcesses(len(homes), stop_in_the_middle, engine, homes, str(tmp_path)) as ranks:
+        until_there(tmp_path, "[0-9]", len(homes))
+        time.sleep(0.1 * victim)
+        os.kill(ranks.pids[victim], signal.SIGSTOP)
+        until_there(tmp_path, "* has left", len(homes) - 1)
+        os.kill(ranks.pids[victim], signal.SIGKILL)
+        outcomes = ranks.outcomes(timeout_s=60)
+    for outcome in outcomes[:victim] + outcomes[victim + 1 :]:
+        assert outcome.how == "returned", outcome.tell()
+        assert outcome.value[:2] == ("PeerTimeout", (victim,)), (outcome.rank, outcome.value[2])
+
+
+def until_there(folder, pattern, count):
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, sorted(path.name for path in folder.iterdir())
+        time.sleep(0.01)
 
 
 def report_and_crash(group, rank):

@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from anyep.errors import PeerTimeout
+from anyep.errors import PeerError, PeerTimeout
 from anyep.layout.hosts import group_ranks
 from anyep.transport import board
+from anyep.transport.base import Blame
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.inprocess import InProcessTransport, local_group
+from anyep.transport.questions import Questions
 from tests.transport.ranks import LANES
 
 WAIT_S = 10.0
@@ -100,3 +102,68 @@ def culprits_for_rank_1() -> tuple[int, ...]:
         return named
 
     return local_group(3).run(rank_main)[1]
+
+
+@pytest.mark.parametrize("per_host", [1, 2], ids=["hosts of one", "hosts of two"])
+def test_who_waits_for_the_culprit_on_another_host_is_not_named(per_host):
+    """Rank 0 misses rank 2, which misses rank 3, of its host or a third; rank 3 misses rank 5, which does nothing."""
+    waits_for = {0: 2, 2: 3, 3: 5}
+    done = threading.Event()
+
+    def rank_main(member):
+        hosts = group_ranks(6, per_host)
+        timeout_s = 2.0 if member.rank == 0 else WAIT_S
+        options = {"lanes": LANES, "ring": 2, "heap_bytes": 1 << 20, "timeout_s": timeout_s}
+        local = InProcessTransport(member, members=hosts.near(member.rank), **options)
+        transport = HierarchicalTransport(local, InProcessEngine(member), hosts, timeout_s=timeout_s)
+        named = None
+        awaited = waits_for.get(member.rank)
+        if awaited is None:
+            assert done.wait(WAIT_S)
+        else:
+            with pytest.raises(PeerTimeout if member.rank == 0 else PeerError) as caught:
+                miss(transport, awaited)
+            named = caught.value.ranks
+            done.set()
+            transport.leave(Blame(ranks=named, timeout=True))
+        transport.close()
+        return named
+
+    assert local_group(6).run(rank_main)[0] == (5,)
+
+
+def miss(transport, rank):
+    """Wait for a message that never comes, as an operation waits for a neighbour's or another host's."""
+    if rank in transport.hosts.near(transport.rank):
+        transport.wait(LANES[1], 0, "waiting", np.array([rank]))
+    transfer = transport.engine.receive(rank, 5, np.zeros(8, np.uint8))
+    began_ns = time.monotonic_ns()
+    with transport.passing_on():
+        while True:
+            transport.await_transfers([transfer], 1, "waiting", began_ns)
+
+
+def test_a_rank_that_is_asked_twice_answers_twice():
+    """Rank 0 asks whom rank 1 waits for, which answers as often as it is asked, and not before it waits."""
+    turn = threading.Barrier(2)
+
+    def rank_main(member):
+        engine = InProcessEngine(member)
+        questions = Questions(engine, [1 - member.rank], asks=1, tells=2)
+        told = []
+        for number in range(3):
+            if member.rank == 0:
+                since_ns = time.monotonic_ns()
+                questions.ask(since_ns)
+                questions.ask(since_ns)
+                told.append(dict(questions.answers(since_ns)))
+            turn.wait(WAIT_S)
+            if member.rank == 1:
+                questions.answer([number % 2])
+            turn.wait(WAIT_S)
+            if member.rank == 0:
+                told.append(dict(questions.answers(since_ns)))
+        engine.close()
+        return told
+
+    assert local_group(2).run(rank_main)[0] == [{}, {1: (0,)}, {}, {1: (1,)}, {}, {1: (0,)}]

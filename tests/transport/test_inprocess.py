@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from anyep.errors import CapacityError, ClosedError, PeerLost, PeerTimeout
+from anyep.errors import CapacityError, ClosedError, PeerError, PeerLost, PeerTimeout
 from anyep.machine import linux, room
 from anyep.testing.processes import RankProcesses
 from anyep.transport import waiting
@@ -352,21 +352,56 @@ def test_leaving_under_a_wait_ends_it():
         transport.close()
 
 
-def test_who_waits_for_the_culprit_is_not_named(monkeypatch):
-    """Ranks 1 and 2 owe a message as time is up; rank 2 has waited for rank 1, and is about to say so."""
-    monkeypatch.setattr(waiting, "GRACE_NS", 20_000_000_000)
-    group = local_group(3)
-    transports = group.run(lambda member: open_on(member, timeout_s=0.2))
-    transports[0].post(LANES[0], 0, np.zeros((3, 1), np.int64))
-    later = threading.Timer(0.5, transports[2].leave, [Blame(ranks=(1,), timeout=True)])
-    later.start()
-    with pytest.raises(PeerTimeout) as caught:
-        transports[0].wait(LANES[0], 0, "waiting")
-    assert caught.value.ranks == (1,)
-    assert "rank 2 said" in str(caught.value)
-    later.join(20)
-    for transport in transports:
+@pytest.mark.parametrize("awaited", [[1], [1, 2], [1, 2, 3]], ids=["one", "two", "all"])
+def test_who_waits_for_the_culprit_is_not_named(awaited):
+    """Rank 0 waits for rank 1, which waits for rank 2, which waits for rank 3, which does nothing; rank 0 gives up."""
+    group = local_group(4)
+    gave_up = threading.Event()
+
+    def rank_main(member):
+        transport = open_on(member, timeout_s=1.0 if member.rank == 0 else 20.0)
+        named = None
+        if member.rank == 0:
+            with pytest.raises(PeerTimeout) as caught:
+                transport.wait(LANES[0], 0, "waiting", np.array(awaited))
+            named = caught.value.ranks
+            gave_up.set()
+            transport.leave(Blame(ranks=named, timeout=True))
+        elif member.rank < 3:
+            with pytest.raises(PeerError):
+                transport.wait(LANES[1], 0, "waiting", np.array([0, member.rank + 1]))
+        assert gave_up.wait(20)
         transport.close()
+        return named
+
+    assert group.run(rank_main)[0] == (3,)
+
+
+def test_a_rank_that_has_waited_is_named_when_it_does_something_else():
+    """Rank 1 waited for rank 2, whose message came, and then computes."""
+    group = local_group(3)
+    waits, gave_up = threading.Event(), threading.Event()
+
+    def rank_main(member):
+        transport = open_on(member, timeout_s=1.0 if member.rank == 0 else 20.0)
+        named = None
+        if member.rank == 0:
+            assert waits.wait(20)
+            with pytest.raises(PeerTimeout) as caught:
+                transport.wait(LANES[0], 0, "waiting", np.array([1]))
+            named = caught.value.ranks
+            gave_up.set()
+        elif member.rank == 1:
+            transport.wait(LANES[1], 0, "waiting", np.array([2]))
+            waits.set()
+        else:
+            time.sleep(0.2)
+            transport.post(LANES[1], 0, np.zeros((3, 1), np.int64), np.array([1]))
+        assert gave_up.wait(20)
+        transport.close()
+        return named
+
+    assert group.run(rank_main)[0] == (1,)
 
 
 def test_several_silent_ranks_are_all_named():

@@ -6,7 +6,7 @@ import pytest
 
 from anyep.errors import PeerLost, PeerTimeout
 from anyep.transport.base import Blame
-from anyep.transport.liveness import Departure, Wait, follows_from_peer, lost, silent, spell_ranks
+from anyep.transport.liveness import Departure, Wait, follows_from_peer, lost, silent, spell_ranks, standing_still
 
 DIED, CLOSED, FAILED = (Departure(how=how) for how in ("died", "closed", "failed"))
 
@@ -60,6 +60,38 @@ def test_ranks_that_owe_nothing_are_nobodys_fault(departures):
     assert lost(wait_for(1, 3), departures) is None
 
 
+@pytest.mark.parametrize(
+    ("missing", "waits", "named"),
+    [
+        ([1], {}, [1]),
+        ([1, 2], {}, [1, 2]),
+        ([1], {1: [2]}, [2]),
+        ([1, 2], {1: [2]}, [2]),
+        ([1], {1: [2], 2: [3], 3: [4]}, [4]),
+        ([1], {1: [2, 3], 3: [4]}, [2, 4]),
+        ([1], {1: [0, 2]}, [2]),
+        ([1, 2], {1: [2], 2: [1, 3]}, [3]),
+        ([1], {1: [0]}, [1]),
+        ([1, 2], {1: [2], 2: [1]}, [1, 2]),
+    ],
+)
+def test_who_stands_still_is_at_the_end_of_all_waits(missing, waits, named):
+    """Rank 0 asks. Where all wait for each other, as after calls in different orders, those that are missing are."""
+    assert standing_still(missing, lambda rank: waits.get(rank, []), 0) == named
+
+
+def test_a_text_tells_who_only_waits_itself():
+    error = silent(wait_for(1, 2), [3])
+    assert error.ranks == (3,)
+    for text in (
+        "no message from rank 1, rank 2 within timeout_s=30",
+        "missing: 1-2",
+        "They wait themselves, in the end for rank 3 (process 4711)",
+        "look whether it is stopped, still computing, or in another call",
+    ):
+        assert text in str(error)
+
+
 def test_texts_tell_who_what_and_what_to_do():
     died = str(lost(wait_for(3), {3: DIED}))
     assert "rank 3 (process 4711) died while this rank needed it. arrived: 0-2, 4-5; missing: 3" in died
@@ -68,7 +100,7 @@ def test_texts_tell_who_what_and_what_to_do():
     assert "rank 3 (process 4711) was silent for longer than timeout_s, as ranks 1-2 said before leaving" in passed_on
     own = str(lost(wait_for(1), {1: blames(0, timeout=True)}))
     assert "rank 0 (this rank) was silent" in own
-    late = silent(wait_for(3, 4))
+    late = silent(wait_for(3, 4), [3, 4])
     assert late.ranks == (3, 4)
     for text in (
         "rank 3 (process 4711), rank 4",

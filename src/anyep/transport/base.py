@@ -120,7 +120,7 @@ class Transport(Protocol):
 
         Rows of other ranks hold anything. A view that is valid until the operation ends: then others may use its slots
         again. Waits without the GIL and without burning a core. Raises PeerLost or PeerTimeout, naming those of
-        ``ranks`` that are missing (or whom they blame) and ``step``; Ctrl-C works.
+        ``ranks`` that are missing (or whom they blame, or wait for themselves) and ``step``; Ctrl-C works.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import ModuleType
 
 import numpy as np
@@ -60,6 +61,16 @@ class Board:
     @passes_on.setter
     def passes_on(self, value: bool) -> None:
         self._publish(NETWORK, time.monotonic_ns() if value else 0)
+
+    def say_waiting(self, ranks: Iterable[int], now_ns: int) -> None:
+        """Say that this rank waits for ``ranks`` at the moment; ``now_ns`` 0: not any more."""
+        for rank in ranks:
+            self._publish(BLAMED + self._size + rank, now_ns)
+
+    def waits_for(self, since_ns: int) -> tuple[int, ...]:
+        """Return for whom it has said since then that it waits."""
+        first = BLAMED + self._size
+        return tuple(rank for rank in range(self._size) if self._read(first + rank) >= since_ns)
 
     def claim(self, epoch: int) -> bool:
         """Say that this rank takes part in ``epoch``; False where the others have begun one without it."""

@@ -11,6 +11,7 @@ First a header of int64 words, by index::
     8 doorbell   two words on a cache line of their own (transport/signals.py)
     16 table     64 x (fd, inode, bytes)
     208 blamed   one word a rank
+    then waiting, one word a rank: when it last said that it waits for that one; 0: it does not
 
 then each lane's mailboxes [ring, R], in whole cache lines: a signal word, the time of posting, the lane's words.
 """
@@ -72,4 +73,4 @@ class ControlLayout:
 
     @property
     def _header_bytes(self) -> int:
-        return _lines(8 * (BLAMED + self.num_ranks))
+        return _lines(8 * (BLAMED + 2 * self.num_ranks))

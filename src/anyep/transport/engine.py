@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from anyep.errors import PeerError
 from anyep.transport.liveness import Departure
 
 Bytes = NDArray[np.uint8]
@@ -38,6 +39,14 @@ class Transfer(Protocol):
         Raises PeerLost, naming the other side, when the message cannot come any more.
         """
         ...
+
+
+def has_come(transfer: Transfer) -> bool:
+    """Return whether a message has come through; False too when it never will."""
+    try:
+        return transfer.done()
+    except PeerError:
+        return False
 
 
 class Engine(Protocol):

@@ -14,24 +14,24 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
-from anyep.errors import AnyEPError, PeerError, Unavailable
+from anyep.errors import Unavailable
 from anyep.layout.hosts import HostMap
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
-from anyep.transport.engine import Bytes, Engine, Transfer
-from anyep.transport.liveness import Departure, Wait, lost, silent, spell_ranks
+from anyep.transport.engine import Bytes, Engine, Transfer, has_come
+from anyep.transport.farewells import Farewells
+from anyep.transport.liveness import Departure, Wait, given_up, spell_ranks
+from anyep.transport.questions import Questions
 from anyep.transport.shared import SharedTransport
 
-SLICE_S = 0.05
+SLICE_NS = 50_000_000
 """How long a forwarder waits for the network before it looks after its neighbours."""
 _LANE_BITS, _CHUNK_BITS, _EPOCH_BITS = 3, 15, 12
 MAX_CHUNKS = 1 << _CHUNK_BITS
-_FAREWELL = 7
-_QUIET_S = 1.0
-"""A rank that leaves waits for its last messages to be heard, whose receivers wait already, while anything moves."""
+_ABOUT_ITSELF = 7
+"""A kind beside the lanes' own and those of operations (exchange/courier.py): what a rank says of itself."""
 
 
 def tag_of(kind: int, epoch: int, chunk: int = 0) -> int:
@@ -62,7 +62,11 @@ class HierarchicalTransport:
         self._from: tuple[int, ...] = ()
         self._turn = threading.Lock()
         self._num_passing = 0
-        self._farewell = _Farewells(engine, set(hosts.far_ranks(self.rank)))
+        partners = hosts.far_ranks(self.rank)
+        self._farewells = Farewells(engine, partners, tag_of(_ABOUT_ITSELF, 0, 0))
+        local.inquiry.others = Questions(
+            engine, partners, asks=tag_of(_ABOUT_ITSELF, 0, 1), tells=tag_of(_ABOUT_ITSELF, 0, 2)
+        )
         self._is_straight = False
         self.leave_out(())
         self._sent: dict[tuple[int, int], list[tuple[Transfer, Bytes]]] = {}
@@ -139,7 +143,7 @@ class HierarchicalTransport:
         self._local.leave(blame)
         with self._turn:
             under_way = [transfer for sent in self._sent.values() for transfer, _ in sent] if blame is None else []
-        self._farewell.say(blame, under_way)
+        self._farewells.say(blame, under_way)
 
     def close(self) -> None:
         self.leave()
@@ -166,22 +170,25 @@ class HierarchicalTransport:
             with self._turn:
                 self._num_passing -= 1
                 self._local.say_passing_on(self._num_passing > 0)
+            self._local.say_waited()
 
     def is_done(self, transfer: Transfer) -> bool:
         """Return whether a message has come through; False too when it never will: waiting for it tells why."""
-        return _has_come(transfer)
+        return has_come(transfer)
 
     def await_transfers(self, transfers: Sequence[Transfer], epoch: int, step: str, began_ns: int) -> None:
         """Wait a slice for one of ``transfers``; raise PeerLost or PeerTimeout if one cannot come, or time is up."""
         self._local.check(epoch, step)
         self._local.say_passing_on(self._num_passing > 0)
-        self.engine.wait(transfers, SLICE_S)
+        if time.monotonic_ns() - began_ns >= SLICE_NS:
+            self._local.say_waiting(sorted({transfer.rank for transfer in transfers}), began_ns)
+        self.engine.wait(transfers, SLICE_NS / 1e9)
         # First who has left, then what has come: what a rank sent, or took, before it left counts.
-        departures = {**self.engine.departures(), **self._farewell.told()}
+        departures = {**self.engine.departures(), **self._farewells.told()}
         elapsed_s = (time.monotonic_ns() - began_ns) / 1e9
         late = sorted({transfer.rank for transfer in transfers if not self.is_done(transfer)})
         if late and (elapsed_s >= self.timeout_s or not departures.keys().isdisjoint(late)):
-            self._give_up(late, epoch, step, elapsed_s, departures)
+            self._give_up(late, epoch, step, began_ns, departures)
 
     def _send(self, lane: Lane, epoch: int, rank: int, words: Words) -> tuple[Transfer, Bytes]:
         message = np.zeros(1 + lane.words, np.int64)
@@ -226,7 +233,7 @@ class HierarchicalTransport:
             self._local.post_for(source, lane, epoch, words, to)
 
     def _give_up(
-        self, late: list[int], epoch: int, step: str, elapsed_s: float, departures: Mapping[int, Departure]
+        self, late: list[int], epoch: int, step: str, began_ns: int, departures: Mapping[int, Departure]
     ) -> None:
         wait = Wait(
             step=step,
@@ -234,67 +241,8 @@ class HierarchicalTransport:
             rank=self.rank,
             missing=late,
             arrived=[rank for rank in self._from if rank not in late],
-            elapsed_s=elapsed_s,
+            elapsed_s=(time.monotonic_ns() - began_ns) / 1e9,
             timeout_s=self.timeout_s,
-            names={rank: f"on host {int(self.hosts.host_R[rank])}" for rank in late},
+            names={rank: f"on host {int(self.hosts.host_R[rank])}" for rank in range(self.size)},
         )
-        error: Any = lost(wait, departures) or silent(wait)
-        raise error
-
-
-class _Farewells:
-    """Last words between hosts: that a rank leaves, and whom it blames, so that the culprit is named there too."""
-
-    def __init__(self, engine: Engine, partners: set[int]) -> None:
-        self._engine = engine
-        self._said = False
-        self._tag = tag_of(_FAREWELL, 0)
-        self._awaited = {rank: self._expect(rank) for rank in partners}
-
-    def _expect(self, rank: int) -> tuple[Transfer, Words]:
-        words = np.zeros(2 + self._engine.size, np.int64)
-        return self._engine.receive(rank, self._tag, words.view(np.uint8)), words
-
-    def told(self) -> dict[int, Departure]:
-        """Return who said that it leaves, and why."""
-        departures = {}
-        for rank, (transfer, words) in self._awaited.items():
-            if _has_come(transfer):
-                blamed = tuple(np.flatnonzero(words[2:]).tolist())
-                blame = Blame(ranks=blamed, timeout=bool(words[1])) if words[0] else None
-                departures[rank] = Departure(how="failed" if words[0] else "closed", blame=blame)
-        return departures
-
-    def say(self, blame: Blame | None, under_way: Sequence[Transfer]) -> None:
-        """Tell everybody once; wait until that, and what is ``under_way``, has been heard, as long as that moves."""
-        if self._said:
-            return
-        self._said = True
-        words = np.zeros(2 + self._engine.size, np.int64)
-        if blame is not None:
-            words[0], words[1] = 1, blame.timeout
-            words[2 + np.array(blame.ranks, np.int64)] = 1
-        memory = words.view(np.uint8)
-        sent = [*under_way, *(self._engine.send(rank, self._tag, memory) for rank in self._awaited)]
-        deadline = time.monotonic() + _QUIET_S
-        while sent and (left_s := deadline - time.monotonic()) > 0:
-            self._engine.wait(sent, min(left_s, SLICE_S))
-            remaining = [transfer for transfer in sent if not _is_over(transfer)]
-            if len(remaining) < len(sent):
-                sent, deadline = remaining, time.monotonic() + _QUIET_S
-        self._engine.flush(_QUIET_S)
-
-
-def _has_come(transfer: Transfer) -> bool:
-    try:
-        return transfer.done()
-    except PeerError:
-        return False
-
-
-def _is_over(transfer: Transfer) -> bool:
-    """Whether a message has left, or never will."""
-    try:
-        return transfer.done()
-    except AnyEPError:
-        return True
+        raise given_up(wait, departures, self._local.standing_still(late, began_ns, departures))

@@ -5,8 +5,8 @@ Pure: a transport collects the facts, this file judges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.transport.base import Blame
@@ -75,15 +75,43 @@ def lost(wait: Wait, departures: Mapping[int, Departure]) -> PeerError | None:
     return PeerTimeout(_passed_on_text(wait, gone, culprits), ranks=culprits, step=wait.step)
 
 
-def silent(wait: Wait) -> PeerTimeout:
-    """Return the error for missing ranks that are alive, after the time is up."""
-    who = ", ".join(_named(wait, rank) for rank in wait.missing)
+def silent(wait: Wait, still: Sequence[int]) -> PeerTimeout:
+    """Return the error for missing ranks that are alive, after the time is up: it names those that stand ``still``."""
+    missing, named = (", ".join(_named(wait, rank) for rank in ranks) for ranks in (wait.missing, still))
+    they, are = ("they", "are") if len(still) > 1 else ("it", "is")
+    who = "They are alive" if set(still) == set(wait.missing) else f"They wait themselves, in the end for {named}"
     text = (
-        f"{wait.where()}: no message from {who} within timeout_s={wait.timeout_s:g} (waited {wait.elapsed_s:.2f} s); "
-        f"{wait.progress()}. They are alive: look whether they are stopped, still computing, or in another call "
-        "(all ranks must make the same calls in the same order); raise timeout_s if they only need longer"
+        f"{wait.where()}: no message from {missing} within timeout_s={wait.timeout_s:g} (waited {wait.elapsed_s:.2f} "
+        f"s); {wait.progress()}. {who}: look whether {they} {are} stopped, still computing, or in another call "
+        f"(all ranks must make the same calls in the same order); raise timeout_s if {they} only need longer"
     )
-    return PeerTimeout(text, ranks=list(wait.missing), step=wait.step)
+    return PeerTimeout(text, ranks=list(still), step=wait.step)
+
+
+def given_up(wait: Wait, departures: Mapping[int, Departure], still: Sequence[int]) -> PeerError:
+    """Return the error for a wait that is over: for those that have left, else for those that stand ``still``."""
+    return lost(wait, departures) or lost(replace(wait, missing=still), departures) or silent(wait, still)
+
+
+def standing_still(missing: Sequence[int], waits_for: Callable[[int], Sequence[int]], rank: int) -> list[int]:
+    """Return who is to blame for a wait of ``rank``: who is missing, or in the end waited for by who is missing.
+
+    ``waits_for``: what each rank says; none where it does not say that it waits. Where all wait for each other, as
+    after calls in different orders, those that are missing are to blame.
+
+    >>> standing_still([1], {1: [2, 3], 2: [3], 3: []}.__getitem__, 0)
+    [3]
+    """
+    seen, still, ahead = {rank}, set(), list(missing)
+    while ahead:
+        other = ahead.pop()
+        if other not in seen:
+            seen.add(other)
+            further = waits_for(other)
+            ahead += further
+            if not further:
+                still.add(other)
+    return sorted(still or missing)
 
 
 def blame_for(error: BaseException, rank: int) -> Blame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from anyep.transport.arena import Arena, ArenaBlock
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.board import Board, anybody_failed
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
-from anyep.transport.liveness import lost
+from anyep.transport.inquiry import Inquiry
+from anyep.transport.liveness import Departure, lost
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.slots import lay_out
@@ -60,12 +61,14 @@ class SharedTransport:
         self._pid = os.getpid()
         self._ring = layout.ring
         self._layout = layout
+        self.inquiry = Inquiry(self.rank, timeout_s)
         self._waiter = Waiter(
             self._signals,
             rank=self.rank,
             num_ranks=self.size,
             doorbell=controls[self.rank] + DOORBELL_OFFSET,
             timeout_s=timeout_s,
+            inquiry=self.inquiry,
         )
         self.waited_ns = self._waiter.waited_ns
         self._controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
@@ -135,6 +138,22 @@ class SharedTransport:
         """Tell neighbours whether this rank looks after messages from other hosts at the moment."""
         if (opened := self._open) is not None:
             opened.boards[self.rank].passes_on = value
+
+    def say_waiting(self, missing: Sequence[int], began_ns: int) -> None:
+        """Say for which ranks this thread waits, outside of :meth:`wait`."""
+        if (opened := self._open) is not None:
+            self.inquiry.waits(opened.boards[self.rank], missing, began_ns)
+
+    def say_waited(self) -> None:
+        """This thread does not wait any more."""
+        if (opened := self._open) is not None:
+            self.inquiry.over(opened.boards[self.rank])
+
+    def standing_still(self, missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]) -> list[int]:
+        """Return who is to blame for a wait outside of :meth:`wait` whose time is up."""
+        opened = self._opened()
+        known = {**departures_of(self._signals, opened), **departures}
+        return self.inquiry.standing_still(opened.boards, missing, began_ns, known)
 
     def _publish(self, opened: Opened, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
         to = self._members if ranks is None else ranks

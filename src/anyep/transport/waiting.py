@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from anyep.transport.arena import Arena
 from anyep.transport.base import Ranks, Words
 from anyep.transport.board import Board, anybody_left
-from anyep.transport.liveness import Departure, Wait, lost, silent
+from anyep.transport.inquiry import Inquiry
+from anyep.transport.liveness import Departure, Wait, given_up
 from anyep.transport.slots import Slot
 
 SLICE_NS, LONGEST_SLICE_NS = 20_000_000, 100_000_000
 """How long a wait sleeps before it looks whether the peers live and whether Ctrl-C was pressed: a quarter of what it
 has waited so far, between these two."""
-GRACE_NS = LONGEST_SLICE_NS
-"""How much longer than its limit a wait for several ranks lasts: one may wait for another, and is about to say so."""
 SPINS, YIELDS = 64, 16
 """Looks before a wait sleeps: some with a pause (about 1 us in all), some that let others run."""
 NAP_S = 0.0005
@@ -70,8 +69,10 @@ class Waiter:
         num_ranks: int,
         doorbell: int,
         timeout_s: float,
+        inquiry: Inquiry,
     ) -> None:
         self._signals = signals
+        self._inquiry = inquiry
         self._await_each = signals.await_each
         self._rank = rank
         self._doorbell = doorbell
@@ -95,9 +96,8 @@ class Waiter:
     def _sleep(self, slot: Slot, epoch: int, ranks: Ranks, began_ns: int, now_ns: int) -> int:
         """Sleep up to one slice; return how many messages are missing."""
         waited_ns = now_ns - began_ns
-        left_ns = self._timeout_ns - waited_ns
-        longest_ns = left_ns if left_ns > 0 else SLICE_NS  # time is up, but for the grace
-        until_ns = now_ns + min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, longest_ns) if self.sleeps else 0
+        left_ns = max(0, self._timeout_ns - waited_ns)
+        until_ns = now_ns + min(max(SLICE_NS, waited_ns // 4), LONGEST_SLICE_NS, left_ns) if self.sleeps else 0
         missing: int = self._await_each(
             self._doorbell, slot.first, slot.stride, ranks, epoch, 0, 0, until_ns, began_ns, self.waited_ns
         )
@@ -111,20 +111,23 @@ class Waiter:
         ``open_now`` raises once the transport is closed.
         """
         opened = open_now()
+        board = opened.boards[self._rank]
         while True:
             # First who has left, then which messages are here: what a rank posted before it left counts.
             departures = departures_of(self._signals, opened)
             open_now()
             now_ns = time.monotonic_ns()
-            late_ns = now_ns - began_ns - self._timeout_ns
-            missing = self.missing(slot, epoch, ranks) if departures or late_ns >= 0 else []
+            missing = self.missing(slot, epoch, ranks)
             arrived = sorted({*ranks.tolist()}.difference(missing))
             missing = self._answerable(opened, missing, departures)
-            overdue = late_ns >= (GRACE_NS if len(missing) > 1 else 0)
+            self._inquiry.waits(board, missing, began_ns)
+            overdue = now_ns - began_ns >= self._timeout_ns
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = self.facts(opened, epoch, step, missing, arrived, (now_ns - began_ns) / 1e9)
-                raise lost(wait, departures) or silent(wait)
+                still = self._inquiry.standing_still(opened.boards, missing, began_ns, departures)
+                raise given_up(wait, departures, still)
             if self._sleep(slot, epoch, ranks, began_ns, now_ns) == 0:
+                self._inquiry.over(board)
                 return
             if not self.sleeps:
                 time.sleep(NAP_S)
