@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 import anyep
+from anyep.errors import Unavailable
 from anyep.exchange import across, setup
 from anyep.exchange.courier import Inbox, Outbox
+from anyep.testing.hosts import Hosts
 from anyep.testing.processes import RankProcesses, run_processes
+from anyep.transport import engine_gloo, engine_nixl, nixl_streams
 
 NUM_RANKS, PER_HOST = 4, 2
 SIZES = {"hidden": 512, "num_experts": 8, "num_topk": 2, "max_tokens_per_rank": 256}
@@ -92,6 +96,55 @@ def test_an_interface_that_one_rank_does_not_have_is_named_on_all(engine):
         assert kind == "Unavailable", text
         assert "nowhere0" in text
         assert re.search(r"\blo\b", text), "those that exist"
+
+
+def open_in_vain(group, rank, engine):
+    try:
+        anyep.Buffer(group, transport=engine, timeout_s=3.0, **SIZES)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_a_host_that_cannot_be_reached_at_the_start_is_named_with_what_to_look_at(engine):
+    try:
+        hosts = Hosts(2)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    with hosts:
+        hosts.cut(1)
+        with hosts.start([2, 1], open_in_vain, engine) as ranks:
+            told = ranks.results(60)
+    for kind, text in told:
+        assert kind == "Unavailable", text
+        for part in (f"host {socket.gethostname()}", "eth0", "10.77.0.1", "10.77.0.2", "port", "Check that both"):
+            assert part in text
+
+
+def post_many(group, rank, engine):
+    """Keep several operations under way, each of hundreds of messages, through queues and windows of four."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = str(PER_HOST)
+    across.CHUNK_BYTES = 1000
+    engine_gloo._RING = nixl_streams.SLOTS = engine_nixl.SLOTS = 4
+    nixl_streams.PIECE_BYTES = engine_nixl.PIECE_BYTES = 512
+    engine_gloo._Line.eager_bytes = engine_nixl.NixlEngine.eager_bytes = 256  # rows wait for a place
+    tokens = torch.arange(256)
+    idx = torch.stack([tokens % 8, (tokens + 4) % 8], 1)
+    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    options = SIZES | {"max_in_flight": 4, "straight_bytes": 0}
+    with anyep.Buffer(group, transport=engine, timeout_s=30.0, **options) as ep:
+        for number in range(3):
+            sent = [(number + 1.0) * x, x + number, -x]
+            dispatched = [ep.dispatch(batch, idx, wait=False) for batch in sent]
+            received = [pending.wait() for pending in dispatched]
+            sums = [ep.combine(batch.x, batch.handle, wait=False) for batch in received]
+            for batch, pending in zip(sent, sums, strict=True):
+                assert torch.equal(pending.wait(), 2 * batch)
+    return "exact"
+
+
+def test_many_messages_through_full_queues_are_exact(engine):
+    assert run_processes(NUM_RANKS, post_many, engine) == ["exact"] * NUM_RANKS
 
 
 def die_in_the_middle(group, rank, engine, victim, where, straight_bytes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 import threading
 import time
@@ -254,3 +255,17 @@ def flush_beside_a_stopped_one(group: Any, rank: int, name: str, directory: str)
     del awaited
     engine.close()
     return heard
+
+
+def open_without_ports(group: Any, rank: int) -> str:
+    """Leave rank 0's host no port to choose; return what is told."""
+    taken = []
+    if rank == 0:
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40001")
+        taken = [
+            socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True) for port in (40000, 40001)
+        ]
+    told = open_on(group, rank, [None, None], 5.0)
+    for ear in taken:
+        ear.close()
+    return told

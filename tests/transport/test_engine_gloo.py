@@ -46,6 +46,15 @@ def test_hosts_that_cannot_reach_each_other_are_told_host_interface_and_port():
             assert part in text
 
 
+def test_a_host_without_a_free_port_is_named_on_all_ranks():
+    with _hosts(2) as hosts, hosts.start([1, 1], engine_ranks.open_without_ports) as ranks:
+        told = ranks.results(60)
+    for text in told:
+        assert text.startswith("Unavailable")
+        for part in ("no port could be opened on eth0 (10.77.0.1)", "ip_local_port_range", "close what listens there"):
+            assert part in text
+
+
 def test_between_hosts_the_interface_of_the_network_is_chosen():
     with _hosts(2) as hosts, hosts.start([1, 1], engine_ranks.meet_and_describe) as ranks:
         told = ranks.results(60)

@@ -67,7 +67,11 @@ def _start_store(own: Interface, timeout_s: float) -> Any:
     try:
         return TCPStore(own.address, 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
     except RuntimeError as error:
-        raise Unavailable(f"no port could be opened on {own.name} ({own.address}): {error}") from error
+        why = str(error).partition("\n")[0]
+        raise Unavailable(
+            f"no port could be opened on {own.name} ({own.address}): {why}. The system chooses among those of "
+            "net.ipv4.ip_local_port_range: widen that, or close what listens there"
+        ) from error
 
 
 def _reach(root: dict[str, Any], own: Interface, timeout_s: float) -> None:
