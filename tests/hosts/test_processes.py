@@ -81,6 +81,30 @@ def test_rows_cross_in_many_messages(engine):
     assert run_processes(4, exchange_large, engine) == [(True, 4 * 256)] * 4
 
 
+def recall_handle(group, rank, engine, straight_bytes):
+    """Make a dispatch's handle again from its counts; combine and dispatch with both."""
+    os.environ["ANYEP_RANKS_PER_HOST"] = "2"
+    generator = torch.Generator().manual_seed(rank)
+    tokens = (40, 0, 7)[rank]
+    x = torch.randn(tokens, 512, generator=generator).bfloat16()
+    idx = torch.rand(tokens, 6, generator=generator).argsort(dim=1)[:, :2].contiguous()
+    sizes = SIZES | {"num_experts": 6}
+    with anyep.Buffer(group, transport=engine, wire="raw16", straight_bytes=straight_bytes, **sizes) as ep:
+        received = ep.dispatch(x.view(torch.int16), idx)
+        again = ep.handles.recall(idx.clone(), torch.from_numpy(received.handle.announced.copy()))
+        y = received.x.view(torch.bfloat16)
+        sums = ep.combine(y, received.handle)
+        assert torch.equal(ep.combine(y, again), sums)
+        cached = ep.dispatch((2 * x).view(torch.int16), handle=again).x.view(torch.bfloat16)
+        assert torch.equal(cached, 2 * y)
+        return bool(torch.equal(ep.combine(cached, again), 2 * sums))
+
+
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
+def test_a_recalled_handle_serves_like_the_first_one(engine, straight_bytes):
+    assert run_processes(3, recall_handle, engine, straight_bytes) == [True] * 3
+
+
 def wait_for_end(group, rank, folder, victim, action, ranks_per_host, engine="auto"):
     """Exchange once, then let the victim act, or the link; the others report how they heard of it, and how late."""
     if ranks_per_host:

@@ -86,7 +86,7 @@ def test_a_text_tells_who_only_waits_itself():
     for text in (
         "no message from rank 1, rank 2 within timeout_s=30",
         "missing: 1-2",
-        "They wait themselves, in the end for rank 3 (process 4711)",
+        "Who is missing waits in turn, in the end for rank 3 (process 4711)",
         "look whether it is stopped, still computing, or in another call",
     ):
         assert text in str(error)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from anyep.machine import room
+from anyep.version import __version__
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -92,12 +93,13 @@ def package_version(name: str) -> str | None:
 def describe_machine() -> dict[str, object]:
     """Return the facts that stand beside a measurement."""
     total_bytes = total_memory_bytes()
-    packages = {name: package_version(name) for name in ("anyep", "torch", "numba", "numpy", "mpi4py", "mpich")}
+    packages = {name: package_version(name) for name in ("torch", "numba", "numpy", "mpi4py", "mpich")}
     return {
         "cpu": cpu_model(),
         "cores": available_cores(),
         "memory_gib": None if total_bytes is None else round(total_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": sys.version.split()[0],
+        "anyep": __version__,
         **{name: found for name, found in packages.items() if found is not None},
     }
