@@ -56,7 +56,7 @@ def test_processes_get_nixl_where_it_is_installed_and_gloo_elsewhere():
 def test_gloo_is_chosen_for_all_when_one_rank_has_no_nixl():
     for name, reason in run_processes(2, engine_ranks.open_by_name, ["auto", "auto"], True):
         assert name == "gloo"
-        assert reason.startswith("rank 0-1 has no NIXL" if not _has_nixl() else "rank 1 has no NIXL")
+        assert reason.startswith("ranks 0-1 have no NIXL" if not _has_nixl() else "rank 1 has no NIXL")
 
 
 def test_nixl_that_was_asked_for_and_is_missing_names_the_extra():

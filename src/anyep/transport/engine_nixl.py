@@ -22,7 +22,7 @@ from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_parcel import Note, NoteKind, Parcel
 from anyep.transport.engine_talk import Talk
-from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.liveness import Departure, name_ranks
 from anyep.transport.nixl_agent import HOW_TO_REACH, NixlAgent
 from anyep.transport.nixl_streams import PIECE_BYTES, PIECE_KIND, SLOTS, Streams
 from anyep.transport.rendezvous import Rendezvous
@@ -224,7 +224,7 @@ class NixlEngine:
             if missing and time.monotonic() > deadline:
                 where = "; ".join(f"rank {rank}: {self._agent.remotes[rank].where}" for rank in missing)
                 raise Unavailable(
-                    f"nothing came from rank {spell_ranks(missing)} within {timeout_s:g} s ({where}; this is "
+                    f"nothing came from {name_ranks(missing)} within {timeout_s:g} s ({where}; this is "
                     f"{self._agent.remotes[self.rank].where}). {HOW_TO_REACH}"
                 )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from anyep.errors import Unavailable
 from anyep.transport.engine import Engine
 from anyep.transport.inprocess import Member
-from anyep.transport.liveness import spell_ranks
+from anyep.transport.liveness import name_ranks
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.together import together
 
@@ -60,7 +60,8 @@ def _choose(name: str, rendezvous: Rendezvous, lacks: list[str | None]) -> tuple
     without = [rank for rank, lack in enumerate(lacks) if lack is not None]
     if not without:
         return "nixl", "NIXL is installed on all ranks"
-    return "gloo", f"rank {spell_ranks(without)} has no NIXL, which is preferred: pip install 'anyep[nixl]'"
+    lack = f"{name_ranks(without)} {'have' if len(without) > 1 else 'has'} no NIXL, which is preferred"
+    return "gloo", f"{lack}: pip install 'anyep[nixl]'"
 
 
 def _open(name: str, rendezvous: Rendezvous, interface: str | None, timeout_s: float) -> Engine:

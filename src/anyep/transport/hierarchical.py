@@ -22,7 +22,7 @@ from anyep.layout.hosts import HostMap
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.engine import Bytes, Engine, Transfer, has_come
 from anyep.transport.farewells import Farewells
-from anyep.transport.liveness import Departure, Wait, given_up, spell_ranks
+from anyep.transport.liveness import Departure, Wait, given_up, name_ranks
 from anyep.transport.questions import Questions
 from anyep.transport.shared import SharedTransport
 
@@ -151,7 +151,7 @@ class HierarchicalTransport:
         self.engine.close()
 
     def describe(self) -> dict[str, str]:
-        told = (f"rank{'s' * (len(ranks) > 1)} {spell_ranks(ranks)}" for ranks in self._all_hosts.members)
+        told = map(name_ranks, self._all_hosts.members)
         return {
             **self._local.describe(),
             "hosts": f"{self.hosts.num_hosts} ({'; '.join(told)})",

@@ -11,7 +11,7 @@ from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.machine import linux
 from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
-from anyep.transport.liveness import Departure, blame_of, follows_from_peer, spell_ranks
+from anyep.transport.liveness import Departure, blame_of, follows_from_peer, name_ranks
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
 from anyep.transport.together import agree_on_sizes, load_signals, together
@@ -162,7 +162,7 @@ class LocalGroup(Sequence[Member]):
         if kind is PeerLost:
             missing = [rank for rank in missing if rank in self._ended]
         text = (
-            f"rank {spell_ranks(missing)} {how} to the making of a buffer or transport, which takes all "
+            f"{name_ranks(missing)} {how} to the making of a buffer or transport, which takes all "
             f"{self._size} ranks of the local group; let every rank make it"
         )
         return kind(text, ranks=missing, step="opening")

@@ -59,6 +59,15 @@ def spell_ranks(ranks: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Write ranks as the subject of a sentence.
+
+    >>> name_ranks([3]), name_ranks([0, 1, 2])
+    ('rank 3', 'ranks 0-2')
+    """
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {spell_ranks(ranks)}"
+
+
 def lost(wait: Wait, departures: Mapping[int, Departure]) -> PeerError | None:
     """Return the error for missing ranks that have left; None when none of them has.
 
@@ -173,7 +182,7 @@ def _passed_on_text(wait: Wait, gone: Mapping[int, Departure], culprits: Sequenc
 
 def _messengers(gone: Mapping[int, Departure], culprit: int) -> str:
     ranks = [rank for rank, left in gone.items() if left.blame is not None and culprit in left.blame.ranks]
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {spell_ranks(ranks)} said before leaving"
+    return f"{name_ranks(ranks)} said before leaving"
 
 
 def follows_from_peer(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from anyep.errors import PeerLost, PeerTimeout, Unavailable
 from anyep.transport.identity import Identity
-from anyep.transport.liveness import spell_ranks
+from anyep.transport.liveness import name_ranks
 
 _STORE_TIMEOUT = timedelta(minutes=5)
 _MAKING = "the making of a buffer or transport"
@@ -102,7 +102,7 @@ class StoreRendezvous:
             if waited_s >= timeout_s:
                 missing = self._missing(keys)
                 if missing:
-                    text = f"rank {spell_ranks(missing)} did not come to {_MAKING} within {timeout_s:g} s"
+                    text = f"{name_ranks(missing)} did not come to {_MAKING} within {timeout_s:g} s"
                     raise PeerTimeout(self._tale(text), ranks=missing, step="opening")
             if waited_s >= look_s:
                 self._check_lives(keys)

@@ -18,7 +18,7 @@ from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
 from anyep.transport.board import Board
 from anyep.transport.identity import Identity
-from anyep.transport.liveness import Departure, spell_ranks
+from anyep.transport.liveness import Departure, name_ranks
 from anyep.transport.rendezvous import Rendezvous
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
@@ -36,7 +36,7 @@ def check_one_host(identities: Mapping[int, Identity]) -> None:
     for rank, identity in identities.items():
         by_host.setdefault(identity.host, []).append(rank)
     if len(by_host) > 1:
-        where = "; ".join(f"ranks {spell_ranks(ranks)} on {host!r}" for host, ranks in by_host.items())
+        where = "; ".join(f"{name_ranks(ranks)} on {host!r}" for host, ranks in by_host.items())
         raise Unavailable(
             f"transport 'shm' needs all ranks on one host, and there are {len(by_host)}: {where}. "
             "Start all ranks on one; if these are one host, give it one name (ANYEP_HOST_ID)"
