@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_ranks_that_flush_do_not_keep_each_other_waiting_for_one_that_is_stopped
     with RankProcesses(3, engine_ranks.flush_beside_a_stopped_one, name, str(tmp_path)) as ranks:
         _until(lambda: len(list(tmp_path.glob("here *"))) == 3)
         os.kill(ranks.pids[2], signal.SIGSTOP)
+        _until(lambda: _stands_still(ranks.pids[2]))
         (tmp_path / "stopped").touch()
         _until(lambda: len(list(tmp_path.glob("flushed *"))) == 2)
         os.kill(ranks.pids[2], signal.SIGKILL)
@@ -72,6 +74,12 @@ def test_the_same_memory_goes_to_several_ranks_at_a_time(name):
 
 def test_messages_move_on_while_ranks_compute(name):
     assert run_processes(2, engine_ranks.compute_meanwhile, name) == [True, True]
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread of a process is stopped: the last may still answer when the first is."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
 
 
 def _until(holds) -> None:
