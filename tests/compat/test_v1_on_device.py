@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from anyep.compat import deep_ep
 from anyep.compat.deep_ep import layout, native
 from anyep.compat.deep_ep.domains import Domain
 from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.test_v1_handles import REMAKES
 from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows_of, same_bits, send, summed
 
 BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
@@ -236,19 +238,95 @@ def test_copies_of_a_low_latency_handle_serve(use_logfmt):
     on_low_latency(2, rank_main)
 
 
-def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
-    given = make_inputs([9, 31])
+CHANNELS = 3
+
+
+@pytest.mark.parametrize("worst", [0, 100])
+@pytest.mark.parametrize("tokens", [*BATCHES, [5, 0, 3, 0], [0, 0]])
+def test_members_of_a_handle_are_those_of_the_host(tokens, worst, monkeypatch):
+    given = make_inputs(tokens)
+
+    def rank_main(buffer):
+        *_, handle, _ = send(
+            buffer, given[buffer.rank], num_worst_tokens=worst, config=deep_ep.Config(2 * CHANNELS), async_finish=True
+        )
+        return handle
+
+    on_device = on_ranks(len(tokens), rank_main)
+    members = [[one.clone() for one in handle] for handle in on_device]
+    monkeypatch.setattr(native, "device_of", lambda rows: None)
+    for rank, (ours, theirs) in enumerate(zip(members, on_ranks(len(tokens), rank_main), strict=True)):
+        rows = len(arrival(given, rank).token)
+        for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            last = rows if place == 3 else None  # what stands behind the rows of a fixed number is nobody's
+            assert same_bits(one[:last], other[:last])
+
+
+@pytest.mark.parametrize("worst", [0, 100])
+@pytest.mark.parametrize("how", REMAKES)
+@pytest.mark.parametrize("tokens", [*BATCHES, [5, 0, 3, 0]])
+def test_copies_of_a_handle_serve_when_the_first_one_is_gone(tokens, how, worst):
+    given = make_inputs(tokens)
 
     def rank_main(buffer):
         mine = given[buffer.rank]
-        handle = send(buffer, mine)[4]
-        with pytest.raises(anyep.Unavailable, match=r"members of a dispatch's handle.*cuda"):
-            handle[0]
-        copies = (torch.zeros(2, 2, dtype=torch.int32),) * 6
-        with pytest.raises(anyep.Unavailable, match="not the one which dispatch returned"):
-            buffer.combine(mine.x, copies)
+        x, _, weights, _, handle, _ = send(buffer, mine, num_worst_tokens=worst)
+        expected = [one.clone() for one in buffer.combine(x, handle, weights)[:2]]
+        again = REMAKES[how](handle)
+        del handle
+        for _ in range(2):  # the second time it is known
+            found = buffer.combine(x, again, weights)[:2]
+            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+            assert same_bits(buffer.combine(x, again)[0], expected[0])
+            assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
+
+    on_ranks(len(tokens), rank_main)
+
+
+def test_members_that_do_not_belong_together_are_refused():
+    given = make_inputs([9])[0]
+
+    def rank_main(buffer):
+        x, *_, handle, _ = send(buffer, given)
+        again = copy.deepcopy(handle)
+        again[0].add_(1)
+        with pytest.raises(RuntimeError, match="belong together"):
+            buffer.combine(x, again)
+        return buffer.combine(x, handle)[0]
+
+    on_ranks(1, rank_main)
+
+
+def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
+    given, kept = make_inputs([9, 31]), {}
+
+    def first(buffer):
+        x, *_, handle, _ = send(buffer, given[buffer.rank])
+        kept[buffer.rank] = x.clone(), handle, buffer.combine(x, handle)[0].clone()
+
+    def second(buffer):
+        x, handle, expected = kept[buffer.rank]
+        assert same_bits(buffer.combine(x, handle)[0], expected)
+
+    on_ranks(2, first)
+    on_ranks(2, second)
+
+
+def test_copies_on_some_ranks_only_are_refused_on_all():
+    given = make_inputs([9, 31])
+
+    def rank_main(buffer):
+        x, *_, handle, _ = send(buffer, given[buffer.rank])
+        mixed = copy.deepcopy(handle) if buffer.rank else handle
+        with pytest.raises(ValueError, match="ranks disagree"):
+            buffer.combine(x, mixed)
+        return buffer.combine(x, handle)[0]
 
     on_ranks(2, rank_main)
+
+
+def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
+    given = make_inputs([9, 31])
 
     def shrinking(member):
         buffer = deep_ep.Buffer(member, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)

@@ -240,7 +240,7 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
         with open_buffer(case, member, device="cuda") as ep:
             for call in (
                 lambda: ep.leave_out(()),
-                lambda: ep.handles.recall(torch.zeros(1, 1), torch.zeros(1, 1)),
+                lambda: ep.handles.ask(torch.zeros(1, 1)),
             ):
                 with pytest.raises(Unavailable, match="works on CPU tensors"):
                     call()

@@ -19,7 +19,7 @@ from anyep.exchange.event import Pending
 from anyep.exchange.flights import Flights
 from anyep.exchange.handle import Combined, Handle, Received, check_handle
 from anyep.exchange.operations import operations_on
-from anyep.exchange.recall import Handles
+from anyep.exchange.recall import handles_on
 from anyep.exchange.stats import Stats
 from anyep.exchange.wire import ELEMENTS, Wire
 from anyep.layout.trace_file import TraceRecorder
@@ -37,7 +37,7 @@ class Calls:
         self._identity = identity
         """what handles are known by: that of all variants of a buffer"""
         self._recorder = recorder
-        self.handles = Handles(end, identity, flights.check_open, partial(ask_all, end, flights, identity))
+        self.handles = handles_on(end, identity, flights.check_open, partial(ask_all, end, flights, identity))
 
     @property
     def rank(self) -> int:

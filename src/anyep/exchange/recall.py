@@ -31,7 +31,7 @@ from anyep.transport.base import Words
 Counts = NDArray[np.int32]
 
 _ANY_ROWS = 2**31 - 1
-_LAYOUTS = ("compact", "expert")
+LAYOUTS = ("compact", "expert")
 
 
 def announced_counts(opened_RW: Words, num_counts: int) -> Counts:
@@ -51,7 +51,7 @@ class Grouped(NamedTuple):
 
 
 class Handles:
-    """What can be done with the handles of a buffer besides its operations. On CPU tensors.
+    """What can be done with the handles of a buffer besides its operations. On CPU tensors, and a part on a device's.
 
     ``ask``: collective, a handle from topk_idx (exchange/asking.py).
     """
@@ -84,13 +84,13 @@ class Handles:
         forward, and use what they recalled together: it does not go with the dispatch's own handle there.
         """
         end = self._here("recall")
-        check_choice("layout", layout, _LAYOUTS)
+        check_choice("layout", layout, LAYOUTS)
         dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]")
         counts_RC = _check_counts(end, announced)
         if end.across is not None:
             return self._recall_together(idx, counts_RC, layout, expert_alignment)
-        plan = make_plan(end, idx, _geometry(end, layout, idx.itemsize, expert_alignment))
+        plan = make_plan(end, idx, geometry_for(end, layout, idx.itemsize, expert_alignment))
         own = np.concatenate([plan.numbers("rank_rows"), plan.numbers("expert_rows")])
         if not plan.geometry.by_expert and not (own == counts_RC[end.rank]).all():
             raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
@@ -153,6 +153,15 @@ class Handles:
         return self._end
 
 
+def handles_on(end: Endpoint, identity: object, check_open: Callable[[], None], ask: Callable[..., Handle]) -> Handles:
+    """Return what can be done with the handles of an endpoint's kind."""
+    from anyep.exchange.device.endpoint import DeviceEndpoint
+    from anyep.exchange.device.recall import DeviceHandles
+
+    kind = DeviceHandles if isinstance(end, DeviceEndpoint) else Handles
+    return kind(end, identity, check_open, ask)
+
+
 def _hosts_told(hosts: HostMap | None) -> str:
     return "its ranks on one host" if hosts is None else f"hosts of ranks {list(map(list, hosts.members))}"
 
@@ -169,7 +178,8 @@ def number_of(counts_RC: Counts) -> int:
     return zlib.crc32(counts_RC.data) & _ANY_ROWS
 
 
-def _geometry(end: Endpoint, layout: str, idx_bytes: int, alignment: int) -> Geometry:
+def geometry_for(end: Endpoint, layout: str, idx_bytes: int, alignment: int) -> Geometry:
+    """Return the sizes of a batch that is recalled."""
     if layout == "compact":
         return end.geometry(layout, idx_bytes, False)
     return end.new_geometry(GeometryKey(layout, idx_bytes, False), end.rank, alignment=alignment, static_rows=None)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import check_not_on_device, refuse
+from anyep.compat.deep_ep.checks import refuse
+from anyep.compat.deep_ep.handles_on_device import members_on_device
 from anyep.compat.deep_ep.layout import loops, made, tensor_on
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple, item
 from anyep.compat.deep_ep.native import Kept, Natives, Served
@@ -51,7 +52,8 @@ class NormalHandle(LazyTuple):
 
     def _make(self) -> tuple[Any, ...]:
         kept: NormalKept = self.origin
-        check_not_on_device("looking at the members of a dispatch's handle", kept.context.natives.device)
+        if kept.context.natives.device is not None:
+            return _on_device(kept)
         if kept.underway is not None:
             kept.underway.wait()
         return (_intranode if len(self) == INTRANODE else _internode)(kept)
@@ -93,6 +95,13 @@ def _starts(kept: Kept, token: torch.Tensor, rank: int, channels: int) -> Any:
     rows = np.ascontiguousarray(pairs[:, rank])
     loops().channel_starts(token.data_ptr(), rows, kept.handle.source_tokens, channels, starts)
     return starts
+
+
+def _on_device(kept: NormalKept) -> tuple[Any, ...]:
+    """Six members: on a device all ranks are on one host."""
+    assert kept.token is not None, "the variants of normal calls bring source tokens"
+    prefix, *others = members_on_device(kept.handle, kept.token, kept.inside, kept.served.ep.rank, kept.channels)
+    return kept.context.natives.keep_tensor(prefix, kept), *others
 
 
 def _intranode(kept: NormalKept) -> tuple[Any, ...]:

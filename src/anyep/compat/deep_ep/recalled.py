@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from anyep.compat.deep_ep.checks import check_dense, check_not_on_device, refuse
+from anyep.compat.deep_ep.checks import check_dense, refuse
 from anyep.compat.deep_ep.native import Kept, Natives, Served, ask_everybody
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
@@ -37,7 +36,6 @@ class Recalled(NamedTuple):
 
 def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
     """Return what a dispatch kept whose handle had such members. RuntimeError for what are none."""
-    check_not_on_device("a handle that is not the one which dispatch returned", natives.device)
     key = members[KEY[len(members)]]
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int32:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
@@ -72,15 +70,14 @@ def _from_counts(natives: Natives, members: tuple[Any, ...]) -> Kept:
     inside = check_dense("handle[4]", members[_INSIDE], torch.bool, [None, ranks], "[T, R]")
     token = check_dense("handle[3]", members[_TOKENS], torch.int32, [None], "[N]")
     experts = natives.first_num_experts(ranks)
-    pairs_RR = np.diff(prefix.numpy(), axis=0, prepend=0).astype(np.int32)
-    announced = np.zeros((ranks, ranks + experts), np.int32)
-    announced[:, :ranks] = pairs_RR
-    announced[:, ranks :: experts // ranks] = pairs_RR
+    announced = prefix.new_zeros((ranks, ranks + experts))
+    announced[:, :ranks] = prefix.diff(dim=0, prepend=prefix.new_zeros((1, ranks)))
+    announced[:, ranks :: experts // ranks] = announced[:, :ranks]
     rank = natives.buffer(experts).rank
     static = len(token) if len(token) > int(prefix[-1, rank]) else None
     ep = natives.variant(experts, _NOTHING, ranks, static_rows=static)
     try:
-        native = ep.handles.recall(ranks_as_experts(inside, experts), torch.from_numpy(announced))
+        native = ep.handles.recall(ranks_as_experts(inside, experts), announced)
     except ValueError as error:
         raise RuntimeError(f"Assertion exception: handle's members do not belong together: {error}") from error
     return Recalled(Served(ep, experts, ranks, static), native)

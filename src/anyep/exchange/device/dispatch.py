@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from anyep.errors import CapacityError, PeerTimeout
@@ -29,11 +30,15 @@ from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.device.streams import Visit
 from anyep.exchange.event import Targets
 from anyep.exchange.handle import Handle, Received
+from anyep.exchange.ledger import DATA_SEGMENT
 from anyep.exchange.opening import BODY, STATUS, RefusedError, check_agreement, check_memory
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.remembered import handle_again, header_of
 from anyep.kernels.spec_device import LANDING_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
+
+_TOKENS = BODY + DATA_SEGMENT
+"""Where a rank says how many tokens it has: on a device announcements name no segments."""
 
 
 class DeviceDispatch:
@@ -92,6 +97,7 @@ class DeviceDispatch:
         self._epoch, self._step = epoch, f"{self.label} {epoch}"
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
+        words_RW[:, _TOKENS] = self._plan.num_tokens
         self._prepare_landing(words_RW)
         self._visit = Visit.begin(end.device, end.stream)
         self._visit.borrow(self._plan.device_memory, self._plan.home)
@@ -162,6 +168,8 @@ class DeviceDispatch:
             if not end.books.agree(opened_RW, self._header):
                 end.order.drop(turn)
                 check_agreement(self._header, opened_RW, self._step, self._no_memory)
+            if self._out.cached is None and self._plan.map.board_addr:
+                self._plan.tokens_R = opened_RW[:, _TOKENS].astype(np.int32)
             end.order.launch(turn)
             self._launched = True
 

@@ -20,7 +20,7 @@ import torch
 from anyep.exchange.device.devices import Tape
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.landing import Landing, PartShape, part_shapes
-from anyep.exchange.device.plan import WEIGHTS, DevicePlan, PlanMap, address_of, route_on
+from anyep.exchange.device.plan import IDX, PLAN, WEIGHTS, DevicePlan, PlanMap, address_of, route_on
 from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.geometry import Geometry
@@ -102,6 +102,13 @@ class DispatchForm:
                 *places,
             ),
         )
+
+    def bases_of_places(self, plan: DevicePlan, messages_addr: int, board_addr: int) -> array[int]:
+        """Return the same for what works out places alone: on a board that was made, with this rank's own message."""
+        bases = array("q", (0,) * (_PLACE + NUM_PLACES))
+        bases[PLAN], bases[IDX] = plan.device_memory.data_ptr(), address_of(plan.routes)
+        bases[_MESSAGES], bases[_BOARD] = messages_addr, board_addr
+        return bases
 
     def _first_half(self, kernels: DeviceKernels) -> None:
         end, plan, key = self._end, self._map, self._key
@@ -186,6 +193,8 @@ class DispatchForm:
             *(plan.num_tokens, plan.width, plan.idx_addr, plan.idx_bytes),
             *(plan.entry_rank_addr, plan.entry_slot_addr, plan.entry_row_addr),
         )
+        if plan.board_addr:
+            kernels.copy(counted_from(_BOARD), plan.board_addr, end.num_ranks * end.boards.message_bytes)
 
     @property
     def _alignment(self) -> int:

@@ -45,12 +45,13 @@ class PlanMap(SendPlan):
     """Where everything lies in the memory of plans of one size: addresses are counted from a base."""
 
     __slots__ = (
-        *("first_behind", "keeps_weights", "num_ranks", "num_record_words", "num_words"),
+        *("board_addr", "first_behind", "keeps_weights", "num_experts", "num_ranks", "num_record_words", "num_words"),
         *("summary_addr", "tables_addr", "verdict_addr", "weights_addr"),
     )
 
     def __init__(self, end: DeviceEndpoint, geometry: Geometry, num_tokens: int, *, keeps_weights: bool) -> None:
         self.num_ranks = ranks = end.num_ranks
+        self.num_experts = end.placement.num_experts
         self.keeps_weights = keeps_weights
         first_word = SUMMARY_WORDS + 1 + NUM_PLACES * ranks
         shape = geometry.plan_shape(num_tokens)
@@ -58,13 +59,18 @@ class PlanMap(SendPlan):
         """in int32: padded, where each source's rows begin in each block, and how many [L, R]; the caller's weights"""
         num_sources = 2 * ranks * geometry.shape.num_local if geometry.padded else 0
         num_weights = num_tokens * end.num_topk if keeps_weights else 0
-        self.num_words = self.first_behind + num_sources + num_weights
+        first_board = (self.first_behind + num_sources + num_weights + 1) // 2 * 2
+        keeps_board = geometry.row.token and not geometry.padded
+        num_board = ranks * end.boards.message_bytes // 4 if keeps_board else 0
+        self.num_words = first_board + num_board
         self.num_record_words = first_word + geometry.shape.num_words // 2
         self.summary_addr = counted_from(PLAN)
         self.verdict_addr = self.summary_addr + 8 * SUMMARY_WORDS
         self.tables_addr = self.verdict_addr + 8
         behind_addr = self.summary_addr + 4 * self.first_behind
         self.weights_addr = behind_addr + 4 * num_sources if keeps_weights else 0
+        self.board_addr = self.summary_addr + 4 * first_board if keeps_board else 0
+        """a copy of what all ranks announced, where rows say which token they are: handles show it (``announced``)"""
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, shape)
 
     def first(self, addr: int) -> int:
@@ -92,7 +98,7 @@ class PlanMap(SendPlan):
 class DevicePlan(SendPlan):
     """A plan whose addresses are the device's. ``numbers`` waits for the device, once."""
 
-    __slots__ = ("changes", "device_memory", "home", "map", "routes")
+    __slots__ = ("changes", "device_memory", "home", "map", "routes", "tokens_R")
 
     def __init__(self, end: DeviceEndpoint, plan_map: PlanMap) -> None:
         self.map = plan_map
@@ -107,6 +113,8 @@ class DevicePlan(SendPlan):
         """whether it belongs to a graph, whose replays write it again"""
         self.routes: torch.Tensor | None = None
         """the caller's topk_idx, until what routes it was launched and is followed by the caller's stream"""
+        self.tokens_R: NDArray[np.int32] = _NOT_HERE
+        """T of each rank, where its announcement says so"""
 
     def __getattr__(self, name: str) -> Any:
         """Return what is set in no plan of its own: that of the map, addresses in this plan's memory."""
@@ -145,6 +153,8 @@ class DevicePlan(SendPlan):
 
     def numbers(self, name: str) -> NDArray[np.int32]:
         """Return a field of the ledger; waits for the device where it did not come along with the dispatch."""
+        if name == "source_tokens" and self.tokens_R is not _NOT_HERE:
+            return self.tokens_R
         if name not in _KNOWN:
             raise Unavailable(f"{name} is not kept on a device; CPU tensors have it")
         if self.memory is _NOT_HERE or self.changes:
