@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
 
 import anyep
-from anyep.compat import deep_ep
 from anyep.compat.deep_ep import native
+from anyep.compat.deep_ep.ep_handle import FIELDS
 from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.test_v2_handle import dispatch, pickled, rebuilt, use
 from tests.compat.v2_world import World, same_bits
 
 WORLDS = [World(), World(num_tokens=(6,), num_experts=5), World(num_tokens=(3, 9, 1), num_experts=6, num_topk=7)]
@@ -183,13 +187,139 @@ def test_fields_of_a_handle_are_those_of_the_host(world, sync, expand, monkeypat
         handle = buffer.dispatch(
             given.x, given.idx, num_experts=world.num_experts, do_expand=expand, do_cpu_sync=sync, expert_alignment=4
         )[3]
-        names = ("recv_src_metadata", "dst_buffer_slot_idx", "psum_num_recv_tokens_per_scaleup_rank", "topk_idx")
-        return [getattr(handle, name).clone() for name in names]
+        return {name: copy.copy(getattr(handle, name)) for name in FIELDS}
 
     for ours, theirs in both(world, rank_main, monkeypatch):
-        rows = len(ours[0]) if sync else int(ours[2][-1])
-        assert_same([ours[0][:rows], *ours[1:]], [theirs[0][:rows], *theirs[1:]])
-        assert (ours[0][rows:] == -1).all()
+        rows = int(theirs["psum_num_recv_tokens_per_scaleup_rank"][-1])
+        assert (ours["recv_src_metadata"][rows:] == -1).all()
+        for fields in (ours, theirs):
+            fields["recv_src_metadata"] = fields["recv_src_metadata"][:rows]
+        for name in FIELDS:
+            one, other = ours[name], theirs[name]
+            assert same_bits(one, other) if isinstance(one, torch.Tensor) else one == other, name
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_compact_batch_says_how_many_rows_it_would_have_expanded(world, sync, alignment):
+    def rank_main(buffer, given):
+        asked = {"num_experts": world.num_experts, "do_cpu_sync": sync, "expert_alignment": alignment}
+        compact = buffer.dispatch(given.x, given.idx, **asked)[3]
+        x, *_ = buffer.dispatch(given.x, given.idx, do_expand=True, **asked)
+        assert compact.num_expanded_tokens == len(x)
+        return len(x)
+
+    for rank, rows in enumerate(world.run(rank_main)):
+        aligned = sum(-(-count // alignment) * alignment for count in world.counts(rank))
+        assert rows == aligned if sync else rows >= aligned
+
+
+ALL = pytest.mark.parametrize(("expand", "several"), [(False, True), (True, True), (True, False)])
+
+
+@ALL
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("remake", [rebuilt, pickled, copy.copy, copy.deepcopy])
+def test_a_handle_made_again_from_its_fields_serves_when_the_first_one_is_gone(remake, sync, expand, several):
+    world = WORLDS[0]
+
+    def rank_main(buffer, given):
+        x, _, weights, handle, _ = dispatch(buffer, given, do_expand=expand, expert_alignment=3, do_cpu_sync=sync)
+        expected = [one.clone() for one in use(buffer, x, weights, handle, given, expand=expand)]
+        again = remake(handle)
+        del handle
+        gc.collect()
+        for _ in range(2):  # the second time it is known
+            found = use(buffer, x, weights, again, given, expand=expand)
+            assert_same(found, expected)
+
+    world.run(rank_main, allow_multiple_reduction=several)
+
+
+@ALL
+def test_a_handle_of_upstreams_fields_alone_asks_the_other_ranks(expand, several):
+    def rank_main(buffer, given):
+        x, _, weights, handle, _ = dispatch(buffer, given, do_expand=expand, expert_alignment=3)
+        expected = [one.clone() for one in use(buffer, x, weights, handle, given, expand=expand)]
+        bare = rebuilt(handle, without=("announced_counts",))
+        assert_same(use(buffer, x, weights, bare, given, expand=expand), expected)
+        assert torch.equal(bare.announced_counts, handle.announced_counts)
+
+    WORLDS[0].run(rank_main, allow_multiple_reduction=several)
+
+
+@ALL
+def test_fields_that_a_caller_sets_are_what_combine_reads(expand, several):
+    def rank_main(buffer, given):
+        first = dispatch(buffer, given, do_expand=expand)[3]
+        turned = given.idx.flip(0).contiguous()
+        x, _, weights, second, _ = buffer.dispatch(given.x, turned, given.weights, num_experts=8, do_expand=expand)
+        expected = [one.clone() for one in use(buffer, x, weights, second, given, expand=expand)]
+        for name, value in vars(second).items():
+            setattr(first, name, value)
+        assert_same(use(buffer, x, weights, first, given, expand=expand), expected)
+
+    WORLDS[0].run(rank_main, allow_multiple_reduction=several)
+
+
+def test_what_is_written_to_looked_at_fields_is_what_combine_reads():
+    def rank_main(buffer, given):
+        x, _, weights, handle, _ = dispatch(buffer, given, do_expand=True)
+        once = buffer.combine(x, handle, weights)[0].clone()
+        handle.recv_src_metadata[:, 2:] = -1
+        nothing, none, _ = buffer.combine(x, handle, weights)
+        assert not nothing.any()
+        assert not none.any()
+        assert once.any() == bool(len(given.x))
+        handle.topk_idx.fill_(-1)
+        with pytest.raises(ValueError, match="does not belong to these counts"):
+            buffer.combine(x, handle)
+
+    World(num_tokens=(6, 5)).run(rank_main)
+
+
+def test_metadata_that_points_outside_its_batch_is_refused_before_anything_is_written():
+    def rank_main(buffer, given):
+        x, _, weights, handle, _ = dispatch(buffer, given, do_expand=True)
+        expected = [one.clone() for one in use(buffer, x, weights, handle, given, expand=True)]
+        for bad in (
+            torch.full_like(handle.recv_src_metadata, len(x)),
+            handle.recv_src_metadata[1:],
+            handle.recv_src_metadata.long(),
+            None,
+        ):
+            broken = copy.copy(handle)
+            broken.recv_src_metadata = bad
+            with pytest.raises(RuntimeError, match="recv_src_metadata"):
+                buffer.combine(x, broken)
+            with pytest.raises(RuntimeError, match="recv_src_metadata"):
+                buffer.dispatch(given.x, handle=broken, do_expand=True)
+        assert_same(use(buffer, x, weights, handle, given, expand=True), expected)
+
+    World(num_tokens=(6, 5)).run(rank_main)
+
+
+def test_copies_on_some_ranks_only_are_refused_on_all():
+    def rank_main(buffer, given):
+        x, _, _, handle, _ = dispatch(buffer, given)
+        mixed = copy.copy(handle) if buffer.rank_idx else handle
+        if buffer.rank_idx:
+            mixed.topk_idx = mixed.topk_idx.clone()
+        with pytest.raises(ValueError, match="ranks disagree"):
+            buffer.combine(x, mixed)
+        return buffer.combine(x, handle)[0]
+
+    WORLDS[0].run(rank_main)
+
+
+def test_a_handle_serves_on_another_buffer():
+    def rank_main(buffer, given):
+        other = type(buffer)(buffer.group, num_bytes=buffer.num_bytes, num_cpu_timeout_secs=30)
+        x, _, _, handle, _ = dispatch(buffer, given)
+        assert_same([other.combine(x, handle)[0]], [buffer.combine(x, handle)[0]])
+
+    WORLDS[0].run(rank_main)
 
 
 def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypatch):
@@ -207,19 +337,6 @@ def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypa
 
 def test_what_a_device_cannot_do_yet_is_refused_with_the_reason(monkeypatch):
     world = World(num_tokens=(4, 3))
-
-    def rank_main(buffer, given):
-        x, _, _, handle, _ = buffer.dispatch(given.x, given.idx, num_experts=8)
-        with pytest.raises(anyep.Unavailable, match=r"announced_counts of a handle goes with CPU tensors.*cuda"):
-            _ = handle.announced_counts
-        fields = {name: None for name in deep_ep.EPHandle.__init__.__annotations__ if name != "return"}
-        bare = deep_ep.EPHandle(**fields | {"topk_idx": given.idx, "num_experts": 8, "do_expand": False})
-        bare.num_recv_tokens, bare.num_recv_tokens_per_expert_list = len(x), [1]
-        bare.num_max_tokens_per_rank, bare.expert_alignment, bare.num_sms = 9, 1, handle.num_sms
-        with pytest.raises(anyep.Unavailable, match="not the one which dispatch returned"):
-            buffer.combine(x, bare)
-
-    world.run(rank_main)
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
 
     def hosts(buffer, given):

@@ -13,7 +13,10 @@ from anyep.compat.deep_ep.elastic_context import ElasticContext
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
 from anyep.compat.deep_ep.native import ask_everybody
 from anyep.exchange.calls import Calls
+from anyep.exchange.device.announced import announced_on
+from anyep.exchange.device.plan import DevicePlan
 from anyep.exchange.handle import Handle
+from anyep.exchange.ledger import D_EXPERTS
 from anyep.exchange.wire import carrying_wire
 
 ROUTING = ("topk_idx", "announced_counts")
@@ -23,10 +26,12 @@ ROUTING = ("topk_idx", "announced_counts")
 class Route:
     """A native handle, and the fields it stands for with how often they had been written to."""
 
-    __slots__ = ("native", "versions")
+    __slots__ = ("by_expert", "native", "versions")
 
     def __init__(self, native: Handle) -> None:
         self.native = native
+        self.by_expert: tuple[int, Handle] | None = None
+        """an alignment, and the same dispatch with a row for each (token, column), once a combine has wanted it"""
         self.versions: dict[str, tuple[Any, int]] = {}
 
     def note(self, name: str, value: torch.Tensor) -> None:
@@ -35,8 +40,7 @@ class Route:
 
     def fits(self, handle: EPHandle) -> bool:
         """Whether the fields are as they were."""
-        announced = self.native.announced
-        if announced is None or handle.num_experts != announced.shape[1] - announced.shape[0]:
+        if handle.num_experts != self.native.send.geometry.shape.dims[D_EXPERTS]:
             return False
         for name in ROUTING:
             noted = self.versions.get(name)
@@ -95,11 +99,15 @@ def _from_fields(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle
 
 def rows_by_expert(context: ElasticContext, handle: EPHandle, ep: Calls) -> Handle:
     """Return the handle of the same dispatch with a row for each (token, column), from which each row goes back."""
-    native_handle(context, handle, ep)  # asks the others where the handle does not have their counts
+    native = native_handle(context, handle, ep)  # asks the others where the handle does not have their counts
     if ep.num_hosts == 1:
-        counts = handle.announced_counts
+        counts, alignment = handle.announced_counts, handle.expert_alignment
         assert counts is not None, "asked for just now"
-        return ep.handles.recall(handle.topk_idx, counts, layout="expert", expert_alignment=handle.expert_alignment)
+        route = route_of(handle, native)
+        if route.by_expert is None or route.by_expert[0] != alignment:
+            known = ep.handles.recall(handle.topk_idx, counts, layout="expert", expert_alignment=alignment)
+            route.by_expert = alignment, known
+        return ep.handles.adopt(route.by_expert[1])
     return ask(context, handle.num_experts, handle.topk_idx, None, layout="expert")
 
 
@@ -124,6 +132,8 @@ def ask(
 
 
 def _ask_for_counts(context: ElasticContext, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
-    announced = ask(context, num_experts, topk_idx, None).announced
-    assert announced is not None, "wires with sums by column keep what was announced"
-    return torch.from_numpy(announced)
+    native = ask(context, num_experts, topk_idx, None)
+    if isinstance(native.send, DevicePlan):
+        return announced_on(native.send).clone()
+    assert native.announced is not None, "wires with sums by column keep what was announced"
+    return torch.from_numpy(native.announced)

@@ -53,7 +53,7 @@ def number_in_channels(sent: torch.Tensor, channels: int) -> tuple[torch.Tensor,
 
 
 def channel_starts(token: torch.Tensor, rows_R: torch.Tensor, tokens_R: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return int32 [R, C]: how many of each source's rows belong to earlier channels. Rows behind the last do not count.
+    """Return int32 [R, C]: how many of each source's rows belong to earlier channels; rows behind the last count not.
 
     >>> int32 = torch.tensor([[0, 2, 1, 0], [2, 1, 3, 2]], dtype=torch.int32)
     >>> channel_starts(int32[0, :3], int32[1, :2], int32[1, 2:], 2).tolist()

@@ -39,6 +39,7 @@ def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
     key = members[KEY[len(members)]]
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int32:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
+    natives.settle_on(key)
     versions = tuple(_version(one) for one in members)
     found = natives.recalled.get(key)
     if found is not None and found[0] == versions and -1 not in versions:
@@ -106,5 +107,6 @@ def sum_for_owners(natives: Natives, per_expert: torch.Tensor, num_ranks: int) -
 
 def ask_for_blocks(natives: Natives, topk_idx: torch.Tensor, most_tokens: int, num_experts: int) -> Handle:
     """Return a low-latency dispatch's handle, from where tokens went: all ranks tell each other again."""
+    natives.settle_on(topk_idx)
     ep = natives.variant(num_experts, _NOTHING, topk_idx.size(1), max_tokens=most_tokens)
     return ask_everybody(ep, topk_idx, "padded")

@@ -1,0 +1,176 @@
+"""A V2 handle's fields on a device, made when somebody looks at one; and what combine reads of them again.
+
+Legend: T tokens, K top-k, N received rows, L local experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from anyep.compat.deep_ep.checks import refuse
+from anyep.compat.deep_ep.elastic_context import ElasticContext
+from anyep.compat.deep_ep.elastic_device_rows import (
+    aligned_counts,
+    describe_rows,
+    number_slots,
+    slab_begins,
+    slab_rows,
+)
+from anyep.compat.deep_ep.elastic_fields import SAID, most_expanded_rows
+from anyep.compat.deep_ep.elastic_landing import DispatchPlan
+from anyep.compat.deep_ep.elastic_routes import ROUTING, route_of
+from anyep.compat.deep_ep.elastic_sizes import align
+from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.exchange.device.announced import announced_on
+from anyep.exchange.device.plan import DeviceCounts, DevicePlan
+from anyep.exchange.handle import Received
+
+_METADATA = "recv_src_metadata"
+
+
+class Places(NamedTuple):
+    """Where the columns of received rows stand in a batch."""
+
+    served: torch.Tensor
+    """bool [N, K]: the columns that this rank serves"""
+    rows: torch.Tensor
+    """int64 [N, K]: the row of the batch that serves each column; of an expanded batch ``num_rows`` where none"""
+    num_rows: int
+    """of the batch"""
+
+
+class OriginOnDevice:
+    """What a dispatch left on the device, from which a handle's fields are made when they are looked at."""
+
+    def __init__(self, context: ElasticContext, plan: DispatchPlan, received: Received) -> None:
+        idx, native = received.topk_idx, received.handle
+        assert idx is not None
+        self.context = context
+        self.native = native
+        self.terms = plan.terms
+        self.token = received.source_token
+        """int32 [N]: each row's token at its source"""
+        num_rows, served = native.num_rows, idx >= 0
+        if self.terms.do_expand:
+            num_rows = self.expanded_rows()
+            rows = slab_rows(idx, self.counts(), self.terms.alignment, num_rows)
+        else:
+            rows = torch.arange(len(idx), device=idx.device, dtype=torch.int64).unsqueeze(1).expand(idx.shape)
+        self.places = Places(served, rows, num_rows)
+
+    def make(self, handle: EPHandle, name: str) -> Any:
+        """Return a handle's field."""
+        value = _MAKERS[name](self)
+        if name in ROUTING:
+            route_of(handle, self.native).note(name, value)
+        if name == _METADATA:
+            _remember(self.context, handle, value, self.places)
+        return value
+
+    @property
+    def plan(self) -> DevicePlan:
+        plan = self.native.send
+        assert isinstance(plan, DevicePlan), "a device's handle has a device's plan"
+        return plan
+
+    def counts(self) -> torch.Tensor:
+        """Return int32 [L], without waiting for them."""
+        counts = self.native.counts
+        if isinstance(counts, DeviceCounts):
+            return counts.tensor.clone()
+        return torch.tensor(list(counts), dtype=torch.int32, device=self.plan.device_memory.device)
+
+    def aligned_list(self) -> list[int]:
+        """Return the rows of each local expert with its padding, and wait for them; none where sizes are bounds."""
+        return [align(count, self.terms.alignment) for count in self.native.counts] if self.terms.exact else []
+
+    def expanded_rows(self) -> int:
+        """Return the rows of an expanded batch: what arrived, or the most that can arrive."""
+        return (
+            sum(self.aligned_list()) if self.terms.exact else most_expanded_rows(self.context, self.terms, self.native)
+        )
+
+    def ends(self) -> torch.Tensor:
+        """Return int32 [L]: where each expert's rows end, in an expanded batch those before the padding."""
+        counts, alignment = self.counts(), self.terms.alignment
+        if self.terms.do_expand:
+            return slab_begins(counts, alignment).int() + counts
+        return aligned_counts(counts, alignment).cumsum(0, dtype=torch.int32)
+
+    def recv_rows(self) -> torch.Tensor:
+        """Return int32 [R]: rows of each source, without waiting for them; a view."""
+        plan = self.plan
+        first = plan.map.first(plan.map.field("recv_rows"))
+        return plan.device_memory[first : first + self.context.num_ranks]
+
+    def metadata(self) -> torch.Tensor:
+        """Return int32 [N, K + 2]: source token, master column and rows of each received row."""
+        assert self.token is not None, "the variants of these calls bring source tokens"
+        most = max(1, self.terms.num_max_tokens)
+        return describe_rows(self.places.rows, self.places.served, self.token, self.recv_rows(), most)
+
+    def slots(self) -> torch.Tensor:
+        """Return int32 [T, K]: slots of each rank in token order, at master columns; -1 elsewhere."""
+        context, terms = self.context, self.terms
+        first_id = context.number * terms.num_max_tokens
+        return number_slots(self.native.topk_idx(), terms.num_experts // context.num_ranks, context.num_ranks, first_id)
+
+
+_MAKERS: dict[str, Callable[[OriginOnDevice], Any]] = SAID | {
+    "num_expanded_tokens": OriginOnDevice.expanded_rows,
+    "num_recv_tokens_per_expert_list": OriginOnDevice.aligned_list,
+    "psum_num_recv_tokens_per_scaleup_rank": lambda origin: origin.recv_rows().cumsum(0, dtype=torch.int32),
+    "psum_num_recv_tokens_per_expert": OriginOnDevice.ends,
+    "num_unaligned_recv_tokens_per_expert": OriginOnDevice.counts,
+    _METADATA: OriginOnDevice.metadata,
+    "dst_buffer_slot_idx": OriginOnDevice.slots,
+    "announced_counts": lambda origin: announced_on(origin.plan).clone(),
+}
+
+
+def places_of_handle(context: ElasticContext, handle: EPHandle, num_rows: int) -> Places:
+    """Return where the rows of a handle stand: of its dispatch while nobody looks, then what its metadata says.
+
+    ``num_rows``: N of the exchange. Metadata that was not looked through before is waited for. RuntimeError where it
+    points outside the batch: what it says is an address.
+    """
+    source = handle.source
+    if _METADATA not in handle.fields and isinstance(source, OriginOnDevice):
+        return source.places
+    metadata, kind = handle.recv_src_metadata, handle.kind
+    shape = [num_rows, kind.num_topk + 2]
+    if not isinstance(metadata, torch.Tensor) or metadata.dtype != torch.int32 or list(metadata.shape) != shape:
+        told = f"{metadata.dtype} {list(metadata.shape)}" if isinstance(metadata, torch.Tensor) else repr(metadata)
+        refuse(f"a handle's recv_src_metadata must be an int32 tensor {shape}, got {told}")
+    known = context.natives.recalled.get(metadata)
+    if known is not None and known[0] == _version(handle, metadata):
+        places: Places = known[1]
+        return places
+    return _remember(context, handle, metadata, _places_from(metadata, handle))
+
+
+def _places_from(metadata: torch.Tensor, handle: EPHandle) -> Places:
+    num_rows, rows = handle.num_rows, metadata[:, 2:].long()
+    if rows.numel() and int(rows.max()) >= num_rows:
+        refuse(f"a handle's recv_src_metadata names rows from {num_rows} on, which the batch does not have")
+    served = rows >= 0
+    if handle.kind.do_expand:
+        return Places(served, torch.where(served, rows, num_rows), num_rows)
+    own = torch.arange(len(rows), device=rows.device, dtype=torch.int64)
+    return Places(served, own.unsqueeze(1).expand(rows.shape), num_rows)
+
+
+def _version(handle: EPHandle, metadata: torch.Tensor) -> tuple[int, int, bool]:
+    """Return what places depend on besides the tensor: how often it was written to, -1 where torch does not count."""
+    return -1 if metadata.is_inference() else metadata._version, handle.num_rows, handle.kind.do_expand
+
+
+def _remember(context: ElasticContext, handle: EPHandle, metadata: torch.Tensor, places: Places) -> Places:
+    """Know again what a tensor says, if torch counts what is written to it."""
+    version = _version(handle, metadata)
+    if version[0] >= 0:
+        context.natives.recalled[metadata] = version, places
+    return places
