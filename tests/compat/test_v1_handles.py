@@ -198,6 +198,20 @@ def test_copies_of_a_low_latency_handle_serve(how):
     on_ranks(2, rank_main, **MODE)
 
 
+def test_copies_of_a_low_latency_handle_of_another_batch_are_refused():
+    given = make_inputs([9])[0]
+
+    def rank_main(buffer):
+        (x, _), _, handle, *_ = buffer.low_latency_dispatch(given.x, given.topk_idx, 32, E)
+        again = copy.deepcopy(handle)
+        turned = (given.topk_idx + 1) % E
+        with pytest.raises(RuntimeError, match="those of one dispatch"):
+            buffer.low_latency_combine(x.bfloat16(), turned, given.topk_weights, again)
+        buffer.low_latency_combine(x.bfloat16(), given.topk_idx, given.topk_weights, again)
+
+    on_ranks(1, rank_main, **MODE)
+
+
 def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
     given, kept = make_inputs([9, 31]), {}
 

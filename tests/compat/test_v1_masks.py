@@ -24,9 +24,9 @@ def hosts(request, monkeypatch):
         monkeypatch.setenv("ANYEP_RANKS_PER_HOST", request.param)
 
 
-def step(buffer, mine, experts=E):
+def step(buffer, mine, experts=E, most=TMAX):
     """A decode step whose experts return what they get."""
-    x, count, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, experts, use_fp8=False)
+    x, count, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, most, experts, use_fp8=False)
     out, _, _ = buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)
     return x, count, handle, out
 
@@ -113,6 +113,8 @@ def test_masks_set_between_calls_hold_for_the_combine_and_for_several_dispatches
         if buffer.rank != 1:
             buffer.low_latency_update_mask_buffer(1, True)
             assert same_bits(total(buffer, begun), without(given, buffer.rank, [1]))
+            copies = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in begun[2])
+            assert same_bits(total(buffer, (*begun[:2], copies)), without(given, buffer.rank, [1]))
             for _ in range(3):
                 several = [begin(buffer) for _ in range(3)]
                 for begun in reversed(several):

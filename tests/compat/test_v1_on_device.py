@@ -14,6 +14,7 @@ from anyep.compat.deep_ep import layout, native
 from anyep.compat.deep_ep.domains import Domain
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v1_handles import REMAKES
+from tests.compat.test_v1_masks import step, without
 from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows_of, same_bits, send, summed
 
 BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
@@ -325,17 +326,105 @@ def test_copies_on_some_ranks_only_are_refused_on_all():
     on_ranks(2, rank_main)
 
 
-def test_what_a_device_cannot_do_yet_is_refused_with_the_reason():
-    given = make_inputs([9, 31])
+def shrinking(num_ranks, rank_main):
+    return on_ranks(num_ranks, rank_main, low_latency_mode=True, enable_shrink=True)
 
-    def shrinking(member):
-        buffer = deep_ep.Buffer(member, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+
+@pytest.mark.parametrize("most", [24, 3000])
+@pytest.mark.parametrize("away", [0, 1, 2])
+def test_the_others_go_on_without_a_rank_that_is_masked(away, most):
+    given = make_inputs([9, 24, 5], hidden=128)
+    rested = threading.Barrier(3)
+
+    def rank_main(buffer):
         mine = given[buffer.rank]
-        with pytest.raises(anyep.Unavailable, match=r"enable_shrink.*CPU tensors"):
-            buffer.low_latency_dispatch(mine.x, mine.topk_idx, 31, E)
-        buffer.destroy()
+        assert same_bits(step(buffer, mine, most=most)[3], without(given, buffer.rank, []))
+        if buffer.rank != away:
+            buffer.low_latency_update_mask_buffer(away, True)
+            status = torch.full((3,), 7, dtype=torch.int32)
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [int(rank == away) for rank in range(3)]
+            for _ in range(2 * 8):  # each board, slot and mailbox several times
+                x, count, handle, out = step(buffer, mine, most=most)
+                assert same_bits(out, without(given, buffer.rank, [away]))
+                assert (handle[1][:, away] & 0xFFFFFFFF == 0).all()
+                for expert in range(E // 3):
+                    wanted = [
+                        given[source].x[token]
+                        for source in range(3)
+                        for token, row in enumerate(given[source].topk_idx.tolist())
+                        if buffer.rank * (E // 3) + expert in row and source != away
+                    ]
+                    assert count[expert] == len(wanted)
+                    assert not wanted or same_bits(x[expert, : len(wanted)], torch.stack(wanted))
+        rested.wait(60)
+        return True
 
-    anyep.local_group(2).run(shrinking)
+    assert shrinking(3, rank_main) == [True] * 3
+
+
+def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned():
+    given = make_inputs([9, 24, 5], hidden=128)
+    rested = threading.Barrier(3)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 24, E, use_fp8=False)
+        if buffer.rank != 1:
+            buffer.low_latency_update_mask_buffer(1, True)
+            out, *_ = buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)
+            assert same_bits(out, without(given, buffer.rank, [1]))
+            copies = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in handle)
+            out, *_ = buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, copies)
+            assert same_bits(out, without(given, buffer.rank, [1]))
+        rested.wait(60)
+
+    shrinking(3, rank_main)
+
+    def cleaned(buffer):
+        mine = given[buffer.rank]
+        step(buffer, mine)
+        if buffer.rank < 2:
+            buffer.low_latency_update_mask_buffer(1 - buffer.rank, True)
+            buffer.low_latency_clean_mask_buffer()
+        status = torch.ones(2, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 0]
+        assert same_bits(step(buffer, mine)[3], without(given[:2], buffer.rank, []))
+
+    shrinking(2, cleaned)
+
+
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(monkeypatch, where):
+    monkeypatch.setitem(native.Natives.__init__.__kwdefaults__, "timeout_s", 1.0)
+    given = make_inputs([9, 24, 5], hidden=128)
+    went_on = threading.Barrier(3)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        step(buffer, mine)
+        if buffer.rank == 1:
+            late = lambda: step(buffer, mine)  # noqa: E731
+            if where == "combine":
+                x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 24, E, use_fp8=False)
+                late = lambda: buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)  # noqa: E731
+            went_on.wait(60)
+            with pytest.raises(anyep.PeerLost, match=r"rank 1 \(this rank\)"):
+                late()
+            return
+        for _ in range(3):
+            *_, handle, out = step(buffer, mine)
+            assert same_bits(out, without(given, buffer.rank, [1]))
+        assert (handle[1][:, 1] & 0xFFFFFFFF == 0).all()
+        status = torch.zeros(3, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 1, 0]
+        with pytest.raises(RuntimeError, match="expelled"):
+            buffer.low_latency_clean_mask_buffer()
+        went_on.wait(60)
+
+    shrinking(3, rank_main)
 
 
 @pytest.mark.parametrize(("ranks", "per_host"), [(1, 8), (3, 8), (4, 2), (6, 4)])

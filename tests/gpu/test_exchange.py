@@ -239,8 +239,8 @@ def test_what_cpu_tensors_alone_can_do_is_refused_by_name():
     def rank_main(member):
         with open_buffer(case, member, device="cuda") as ep:
             for call in (
-                lambda: ep.leave_out(()),
                 lambda: ep.handles.ask(torch.zeros(1, 1)),
+                lambda: ep.handles.by_group(None, 2),
             ):
                 with pytest.raises(Unavailable, match="works on CPU tensors"):
                     call()

@@ -55,6 +55,8 @@ class LowLatencyKept:
     """what finishes the dispatch"""
     ranges: weakref.ref[NDArray[np.int64]] | weakref.ref[torch.Tensor] | None = None
     """the member that is filled from ``sources``, once somebody has looked at it"""
+    order: torch.Tensor | None = None
+    """int64 [L, P]: which row of a block stands where, as rows of ranks are left out that were masked since"""
     combine_buffer: torch.Tensor | None = None
     """where the next combine reads without a copy, if that was asked for"""
 

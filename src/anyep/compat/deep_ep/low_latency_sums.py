@@ -17,7 +17,7 @@ from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.recalled import ask_for_blocks
 from anyep.compat.deep_ep.underway import Underway
-from anyep.exchange.handle import SendPlan
+from anyep.exchange.handle import Handle, SendPlan
 from anyep.exchange.wire import make_wire
 
 
@@ -30,8 +30,27 @@ def _recalled(natives: Natives, masks: Masks, members: Any, topk_idx: object) ->
     native = ask_for_blocks(natives, idx, most_tokens, experts)
     ep = natives.variant(experts, make_wire("bf16", "fp32", hidden), idx.size(1), max_tokens=most_tokens)
     kept = LowLatencyKept(natives, Blocks(ep, experts, idx.size(1), most_tokens, hidden), None, None)
-    kept.landed = native
+    kept.landed, kept.order = native, _order_of(native, members[1], masks)
     return kept
+
+
+def _order_of(native: Handle, ranges: object, masks: Masks) -> torch.Tensor | None:
+    """Return the order in which a block's rows stand without those of ranks masked since the dispatch; None: the same.
+
+    RuntimeError where the rows that went are not those of ``ranges``, the second member of a handle.
+    """
+    came_LR = torch.from_numpy(native.send.numbers("recv_rows").reshape(masks.num_ranks, -1).T)
+    told = check_dense("handle[1]", ranges, torch.int64, list(came_LR.shape), "[L, R]")
+    count_LR = (told & 0xFFFFFFFF).cpu()
+    masked = [rank for rank in masks.ranks if count_LR[:, rank].any()]
+    expected_LR = count_LR.index_fill(1, torch.tensor(masked, dtype=torch.int64, device="cpu"), 0)
+    host_assert(torch.equal(came_LR.long(), expected_LR), "handle and topk_idx must be those of one dispatch")
+    if not masked:
+        return None
+    begin, end = (told >> 32)[:, masked, None], ((told >> 32) + (told & 0xFFFFFFFF))[:, masked, None]
+    row = torch.arange(native.shape[1], device=told.device)
+    gone_LP = ((row >= begin) & (row < end)).any(1)
+    return gone_LP.long().argsort(dim=1, stable=True)
 
 
 def next_combine_buffer(natives: Natives, handle: object) -> torch.Tensor:
@@ -70,6 +89,8 @@ def combine(
         ranks = kept.blocks.ep.num_ranks
         check_dense("combine_wait_recv_cost_stats", given.waits, torch.int64, [ranks], f"[{ranks}]")
     y = _take_combine_buffer(kept) if given.zero_copy else given.x
+    if kept.order is not None:
+        y = y.gather(1, kept.order.unsqueeze(2).expand(y.shape))
     try:
         return _start_sum(natives, kept, y, given) if go_on else _run_sum(kept, y, given)
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
-from anyep.compat.deep_ep.checks import check_device, check_not_on_device
+from anyep.compat.deep_ep.checks import check_device
 from anyep.compat.deep_ep.layout import Layout, loops
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
@@ -127,8 +127,6 @@ class Natives:
             raise anyep.ClosedError("this deep_ep.Buffer was destroyed; make a new one")
         known = self._buffers.get(num_experts)
         if known is None:
-            if self.expels:
-                check_not_on_device("enable_shrink", self.device)
             self.loops = loops()
             known = self._buffers[num_experts] = anyep.Buffer(
                 self._group,

@@ -5,6 +5,8 @@ Legend: R ranks, E experts, W entries a token.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from anyep.exchange.device.plan import DevicePlan
@@ -49,3 +51,10 @@ def entry_ranks(plan: DevicePlan) -> torch.Tensor:
     where = plan.map
     first = where.first(where.entry_rank_addr)
     return plan.device_memory[first : first + plan.num_tokens * where.width].view(plan.num_tokens, where.width)
+
+
+def forget_rows_from(plan: DevicePlan, gone: Collection[int]) -> None:
+    """Take ranks out of a dispatch that was, before its rows are combined: none come back from them."""
+    ranks_TW = entry_ranks(plan)
+    for rank in gone:  # one by one: a list of them would have to come from the host
+        ranks_TW.masked_fill_(ranks_TW == rank, -1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
+from anyep.exchange.device.announced import board_of
 from anyep.exchange.device.devices import Device
 from anyep.exchange.device.reach import Reach
-from anyep.kernels.spec_device import message_bytes
+from anyep.kernels.spec_device import DeviceKernels, message_bytes
 
 
 class Boards:
@@ -20,6 +23,10 @@ class Boards:
         self.num_ranks = num_ranks
         self.memory = reach.room((ring * self._board_bytes // 8,), torch.int64, lambda: "boards").zero_()
         self.first_addr = self.memory.data_ptr()
+        self._nothing = board_of(
+            torch.zeros((1, num_ranks + num_experts), dtype=torch.int32, device=device.where), num_ranks
+        )
+        """the message of a rank that has nothing to send and wants nothing"""
 
     @staticmethod
     def bytes_of(num_ranks: int, num_experts: int, ring: int) -> int:
@@ -36,7 +43,13 @@ class Boards:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return all that lives as long as the buffer."""
-        return self.memory, self._messages
+        return self.memory, self._messages, self._nothing
+
+    def speak_for(self, absent: Collection[int], kernels: DeviceKernels, epoch: int) -> None:
+        """Launch what lets ranks that take no part have told this one that they have nothing."""
+        for rank in absent:
+            there = self.board_addr(epoch) + rank * self.message_bytes
+            kernels.copy(self._nothing.data_ptr(), there, self.message_bytes)
 
     def board_addr(self, epoch: int) -> int:
         """Return where the messages of all ranks to this one lie."""

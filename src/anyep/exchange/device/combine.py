@@ -5,10 +5,11 @@ Outputs that the other ranks cannot reach are copied in first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
+from anyep.exchange.device.announced import forget_rows_from
 from anyep.exchange.device.combine_form import Scratch, combine_form_of
 from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.endpoint import DeviceEndpoint
@@ -41,6 +42,8 @@ class DeviceCombine:
         self._copies = self._rooms()
         self._bases: Sequence[int] = ()
         self._visit: Visit | None = None
+        self._absent: Collection[int] = ()
+        self._expels = end.crowd.expels and back.handle.send.geometry.padded
         self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def _allocate(self) -> Scratch:
@@ -89,7 +92,7 @@ class DeviceCombine:
         """Launch what says where this rank's rows lie; then tell the others."""
         end = self._end
         end.faults.check_silence()
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         self._visit = Visit.begin(end.device, end.stream)
         for held in (self._plan.device_memory, self._back.handle.topk_weights):
             self._visit.borrow(held, self._plan.home)
@@ -98,7 +101,7 @@ class DeviceCombine:
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
-        end.announce(epoch, words_RW)
+        end.announce(epoch, words_RW, claim=self._expels)
 
     def _lend(self) -> tuple[int, int]:
         """Bring rows and weights where others can reach them, if they are not; return their places."""
@@ -124,8 +127,12 @@ class DeviceCombine:
         assert place is not None, "what is lent was brought within reach"
         return place
 
-    def _second_half(self) -> None:
+    def _second_half(self, absent: Collection[int]) -> None:
         """Launch the sums; whoever comes first does so for every rank."""
+        if absent:
+            with self._end.device.on(self._end.stream):
+                self._end.boards.speak_for(absent, self._end.device.kernels, self._epoch)
+                forget_rows_from(self._plan, absent)
         self._end.device.play(self._form.sums, self._bases, self._end.stream)
 
     def finish(self) -> torch.Tensor | Combined:
@@ -136,12 +143,14 @@ class DeviceCombine:
 
     def _finish(self, visit: Visit) -> torch.Tensor | Combined:
         end, back = self._end, self._back
-        opened_RW = end.hear(self._epoch, self._step, self._header)
+        opened_RW = (end.hear_or_expel if self._expels else end.hear)(self._epoch, self._step, self._header)
+        if end.crowd.absent:
+            end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
         turn = Turn(self._epoch, 0)
         if not end.books.agree(opened_RW, self._header):
             end.order.drop(turn)
             check_agreement(self._header, opened_RW, self._step)
-        end.order.launch(turn)
+        end.order.launch(turn, end.crowd.absent)
         if end.order.is_concurrent:
             end.faults.ask()
         visit.end([back.out, back.weights_out])

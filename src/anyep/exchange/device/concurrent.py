@@ -8,6 +8,9 @@ where it was the end that did not come. Neither traps nor hangs.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import groupby
+
 import torch
 
 from anyep.exchange.device.boards import Boards
@@ -46,7 +49,7 @@ class Concurrent:
         self._limit = limit
         self._late_addr = late_addr
         self._halves: dict[Turn, Half] = {}
-        self._tapes: dict[tuple[str, int, int], Tape] = {}
+        self._tapes: dict[tuple[str, int, int, tuple[int, ...]], Tape] = {}
         self.words = reach.room((_MOST_TURNS, _STAGES, boards.num_ranks), torch.int64, lambda: "words").zero_()
         self.first_addr = self.words.data_ptr()
         self._clock = torch.zeros(1 + boards.ring, dtype=torch.int64, device=device.where)
@@ -71,18 +74,18 @@ class Concurrent:
         clock, epoch = self._clock.data_ptr(), self._epoch_addr(turn)
         self._play("begun", turn, lambda kernels: kernels.tick(clock, epoch))
 
-    def launch(self, turn: Turn) -> None:
-        """Launch this rank's half between waits for all ranks."""
-        half = self._halves.pop(turn)
+    def launch(self, turn: Turn, absent: Collection[int]) -> None:
+        """Launch this rank's half between waits for all ranks that take part."""
+        half, away = self._halves.pop(turn), tuple(absent)
         boards = self._boards
         message = (boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
-        self._play("wait", turn, lambda kernels: self._wait(kernels, turn, _ANNOUNCED, *message))
-        half()
-        self._play("meet", turn, lambda kernels: self._meet(kernels, turn, _DONE, self._late_addr, 8))
+        self._play("wait", turn, lambda kernels: self._wait(kernels, turn, _ANNOUNCED, away, *message), away)
+        half(absent)
+        self._play("meet", turn, lambda kernels: self._meet(kernels, turn, _DONE, away, self._late_addr, 8), away)
 
-    def _play(self, what: str, turn: Turn, act: Act) -> None:
+    def _play(self, what: str, turn: Turn, act: Act, away: tuple[int, ...] = ()) -> None:
         """Launch ``act``, which is recorded once for each operation in flight."""
-        key = what, turn.epoch % self._boards.ring, turn.number
+        key = what, turn.epoch % self._boards.ring, turn.number, away
         tape = self._tapes.get(key)
         if tape is None:
             tape = self._tapes[key] = self._device.tape(act)
@@ -108,13 +111,37 @@ class Concurrent:
         peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
         kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
 
-    def _meet(self, kernels: DeviceKernels, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
+    def _meet(
+        self,
+        kernels: DeviceKernels,
+        turn: Turn,
+        stage: int,
+        away: tuple[int, ...],
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
         """Signal, and wait for all."""
+        if away:
+            self._signal(kernels, turn, stage)
+            self._wait(kernels, turn, stage, away, errors_addr, error_bytes)
+            return
         ranks, kind_bytes = self._boards.num_ranks, self._kind_bytes(turn, stage)
         addresses = (self._peers.data_ptr() + kind_bytes, self.first_addr + kind_bytes)
         kernels.meet(*addresses, ranks, self._epoch_addr(turn), self._limit, errors_addr, error_bytes)
 
-    def _wait(self, kernels: DeviceKernels, turn: Turn, stage: int, errors_addr: int, error_bytes: int) -> None:
-        words = self.first_addr + self._kind_bytes(turn, stage)
-        ranks = self._boards.num_ranks
-        kernels.wait(words, ranks, self._epoch_addr(turn), self._limit, 0, errors_addr, error_bytes)
+    def _wait(
+        self,
+        kernels: DeviceKernels,
+        turn: Turn,
+        stage: int,
+        away: tuple[int, ...],
+        errors_addr: int,
+        error_bytes: int,
+    ) -> None:
+        """Wait for all but those who are away: in one launch for each stretch of neighbours that are not."""
+        words, epoch = self.first_addr + self._kind_bytes(turn, stage), self._epoch_addr(turn)
+        for is_away, ranks in groupby(range(self._boards.num_ranks), away.__contains__):
+            if not is_away:
+                first, *others = ranks
+                errors = errors_addr + first * error_bytes
+                kernels.wait(words + 8 * first, 1 + len(others), epoch, self._limit, 0, errors, error_bytes)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class DeviceDispatch:
         self._waits = self._form.waits
         self._launching = threading.Lock()
         self._launched = self._offered = False
+        self._absent: Collection[int] = ()
+        self._expels = end.crowd.expels and out.geometry.padded and out.cached is None
         self._header = header_of(out)
 
     def wants_background(self) -> bool:
@@ -94,7 +96,7 @@ class DeviceDispatch:
         """Allocate the batch and launch the announcement, and rows that go with it; then tell the others."""
         end = self._end
         end.faults.check_silence()
-        self._epoch, self._step = epoch, f"{self.label} {epoch}"
+        self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
         words_RW[:, _TOKENS] = self._plan.num_tokens
@@ -106,7 +108,7 @@ class DeviceDispatch:
         end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
         if self._waits:
             end.offers.enter(epoch, end.rank, self._offer_again)
-        end.announce(epoch, words_RW)
+        end.announce(epoch, words_RW, claim=self._expels)
 
     def _prepare_landing(self, words_RW: Words) -> None:
         """Make room for the batch, or say that there is none: all ranks then refuse together."""
@@ -121,10 +123,13 @@ class DeviceDispatch:
             self._no_memory = error
             words_RW[:, STATUS] = max(1, rows * self._geometry.row.sent)
 
-    def _second_half(self) -> None:
+    def _second_half(self, absent: Collection[int]) -> None:
         """Launch places and rows; whoever comes first does so for every rank."""
         assert self._landing is not None, "a rank without memory makes all ranks refuse"
         device, stream, form = self._end.device, self._end.stream, self._form
+        if absent:
+            with device.on(stream):
+                self._end.boards.speak_for(absent, device.kernels, self._epoch)
         if form.places is not None:
             device.play(form.places, self._bases, stream)
             with device.on(stream):
@@ -164,13 +169,15 @@ class DeviceDispatch:
             if self._launched:
                 return
             end, turn = self._end, Turn(self._epoch, 0)
-            opened_RW = end.hear(self._epoch, self._step, self._header)
+            opened_RW = (end.hear_or_expel if self._expels else end.hear)(self._epoch, self._step, self._header)
+            if end.crowd.absent:
+                end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
             if not end.books.agree(opened_RW, self._header):
                 end.order.drop(turn)
                 check_agreement(self._header, opened_RW, self._step, self._no_memory)
             if self._out.cached is None and self._plan.map.board_addr:
                 self._plan.tokens_R = opened_RW[:, _TOKENS].astype(np.int32)
-            end.order.launch(turn)
+            end.order.launch(turn, end.crowd.absent)
             self._launched = True
 
     def _rows_known(self) -> int:
@@ -236,7 +243,7 @@ class DeviceDispatch:
             end.order.drop(turn)
             check_memory(heard_RW[:, 0], self._step, self._no_memory)
         end.counters.add(second_offers=1, rounds=1)
-        end.order.launch(turn)
+        end.order.launch(turn, end.crowd.absent)
 
     def _handle(self, num_rows: int) -> Handle:
         plan, out, shape = self._plan, self._out, self._geometry.shape

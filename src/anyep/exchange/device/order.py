@@ -11,12 +11,13 @@ heard from all ranks first launches the second half of each, in rank order; the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 import torch
 
-Half = Callable[[], None]
+Half = Callable[[Collection[int]], None]
+"""Launches what a rank does, where these ranks take no part."""
 
 
 class Turn(NamedTuple):
@@ -24,6 +25,12 @@ class Turn(NamedTuple):
 
     epoch: int
     number: int
+
+
+_Party = tuple[Turn, tuple[int, ...]]
+"""An operation, and who takes no part: those who do may be several parties."""
+_MOST_TURNS = 64
+"""More than are in flight."""
 
 
 class Order(Protocol):
@@ -40,8 +47,8 @@ class Order(Protocol):
         """Count an operation in which there is nothing to launch."""
         ...
 
-    def launch(self, turn: Turn) -> None:
-        """Launch the half, when all have told. Every rank calls this once."""
+    def launch(self, turn: Turn, absent: Collection[int]) -> None:
+        """Launch the half, when all have told but those who take no part. Every other rank calls this once."""
         ...
 
     def drop(self, turn: Turn) -> None:
@@ -62,8 +69,8 @@ class PhaseSplit:
         self._num_ranks = num_ranks
         self._launching = threading.Lock()
         self._halves: dict[Turn, dict[int, Half]] = {}
-        self._left: dict[Turn, int] = {}
-        self._errors: dict[Turn, BaseException] = {}
+        self._left: dict[_Party, int] = {}
+        self._errors: dict[_Party, BaseException] = {}
 
     def hand_in(self, turn: Turn, rank: int, half: Half) -> None:
         """Say what is to be launched for a rank; before it tells the others that it has posted."""
@@ -73,23 +80,25 @@ class PhaseSplit:
     def pass_by(self, turn: Turn) -> None:
         """Nothing to do: nothing is counted."""
 
-    def launch(self, turn: Turn) -> None:
+    def launch(self, turn: Turn, absent: Collection[int]) -> None:
         """Launch every rank's half, unless somebody has. Every rank calls this once, after all have handed in.
 
-        Raises on every rank what launching raised.
+        But those who take no part.
+
+        Raises on every rank of a party what launching raised.
         """
+        party = turn, tuple(absent)
         with self._launching:
-            halves = self._halves.pop(turn, None)
-            if halves is not None:
-                assert len(halves) == self._num_ranks, "a rank hands in before it posts"
-                self._left[turn] = self._num_ranks
+            if party not in self._left:
+                halves = self._take(turn, absent)
+                self._left[party] = len(halves)
                 try:
                     for _, half in sorted(halves.items()):
-                        half()
+                        half(absent)
                 except BaseException as error:
-                    self._errors[turn] = error
-            failure = self._errors.get(turn)
-            self._leave(turn)
+                    self._errors[party] = error
+            failure = self._errors.get(party)
+            self._leave(party)
         if failure is not None:
             raise failure
 
@@ -102,8 +111,19 @@ class PhaseSplit:
         """Nothing lies on the device."""
         return ()
 
-    def _leave(self, turn: Turn) -> None:
-        self._left[turn] -= 1
-        if not self._left[turn]:
-            del self._left[turn]
-            self._errors.pop(turn, None)
+    def _take(self, turn: Turn, absent: Collection[int]) -> dict[int, Half]:
+        """Take the halves of all but the absent, who may be a party of their own."""
+        handed_in = self._halves[turn]
+        halves = {rank: handed_in.pop(rank) for rank in sorted(handed_in) if rank not in absent}
+        assert len(halves) == self._num_ranks - len(absent), "a rank hands in before it posts"
+        if not handed_in:
+            del self._halves[turn]
+        elif len(self._halves) > _MOST_TURNS:  # what ranks have left that called although they take no part
+            del self._halves[next(iter(self._halves))]
+        return halves
+
+    def _leave(self, party: _Party) -> None:
+        self._left[party] -= 1
+        if not self._left[party]:
+            del self._left[party]
+            self._errors.pop(party, None)

@@ -155,6 +155,9 @@ class DevicePlan(SendPlan):
         """Return a field of the ledger; waits for the device where it did not come along with the dispatch."""
         if name == "source_tokens" and self.tokens_R is not _NOT_HERE:
             return self.tokens_R
+        if name == "source_rows":
+            summed: NDArray[np.int32] = self.numbers("recv_rows").reshape(self.map.num_ranks, -1).sum(1)
+            return summed
         if name not in _KNOWN:
             raise Unavailable(f"{name} is not kept on a device; CPU tensors have it")
         if self.memory is _NOT_HERE or self.changes:
