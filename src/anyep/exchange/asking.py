@@ -23,7 +23,7 @@ _FORWARDED = StraightRule(most_bytes=0, spare_bytes=0, reason="rows of any size 
 
 
 def ask_all(
-    end: Endpoint, flights: Flights, identity: object, topk_idx: torch.Tensor, *, layout: str, expert_alignment: int
+    flights: Flights, identity: object, end: Endpoint, topk_idx: torch.Tensor, *, layout: str, expert_alignment: int
 ) -> Handle:
     """Return a handle for rows that go the way of ``topk_idx`` [T, K]. Collective; errors as of a dispatch.
 

@@ -37,7 +37,7 @@ class Calls:
         self._identity = identity
         """what handles are known by: that of all variants of a buffer"""
         self._recorder = recorder
-        self.handles = handles_on(end, identity, flights.check_open, partial(ask_all, end, flights, identity))
+        self.handles = handles_on(end, identity, flights.check_open, partial(ask_all, flights, identity))
 
     @property
     def rank(self) -> int:

@@ -70,7 +70,7 @@ class Handles:
         All ranks tell each other, by a dispatch whose rows nobody reads. Errors are those of a dispatch.
         """
         self._here("ask")
-        return self._ask(topk_idx, layout=layout, expert_alignment=expert_alignment)
+        return self._ask(self._end, topk_idx, layout=layout, expert_alignment=expert_alignment)
 
     def recall(
         self, topk_idx: torch.Tensor, announced: torch.Tensor, *, layout: str = "compact", expert_alignment: int = 1
@@ -109,7 +109,7 @@ class Handles:
         )
 
     def _recall_together(self, idx: torch.Tensor, counts_RC: Counts, layout: str, expert_alignment: int) -> Handle:
-        handle = self._ask(idx, layout=layout, expert_alignment=expert_alignment)
+        handle = self._ask(self._end, idx, layout=layout, expert_alignment=expert_alignment)
         assert handle.announced is not None, "rows that are asked for keep what was announced"
         if layout == "compact" and not (handle.announced == counts_RC).all():
             raise ValueError("topk_idx does not belong to these counts: ranks announced others in that dispatch")
@@ -156,10 +156,12 @@ class Handles:
 def handles_on(end: Endpoint, identity: object, check_open: Callable[[], None], ask: Callable[..., Handle]) -> Handles:
     """Return what can be done with the handles of an endpoint's kind."""
     from anyep.exchange.device.endpoint import DeviceEndpoint
-    from anyep.exchange.device.recall import DeviceHandles
+    from anyep.exchange.device.recall import DeviceHandles, StagedHandles
+    from anyep.exchange.device.staged import StagedEndpoint
 
-    kind = DeviceHandles if isinstance(end, DeviceEndpoint) else Handles
-    return kind(end, identity, check_open, ask)
+    if isinstance(end, StagedEndpoint):
+        return StagedHandles(end, identity, check_open, ask)
+    return (DeviceHandles if isinstance(end, DeviceEndpoint) else Handles)(end, identity, check_open, ask)
 
 
 def _hosts_told(hosts: HostMap | None) -> str:

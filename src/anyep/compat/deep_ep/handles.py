@@ -20,6 +20,7 @@ from anyep.compat.deep_ep.native import Kept, Natives, Served
 from anyep.compat.deep_ep.normal_batch import NormalContext
 from anyep.compat.deep_ep.recalled import INTERNODE, INTRANODE, KEY, recalled
 from anyep.compat.deep_ep.underway import Underway
+from anyep.exchange.device.plan import DevicePlan
 from anyep.exchange.handle import Handle
 
 
@@ -52,11 +53,13 @@ class NormalHandle(LazyTuple):
 
     def _make(self) -> tuple[Any, ...]:
         kept: NormalKept = self.origin
-        if kept.context.natives.device is not None:
+        if isinstance(kept.handle.send, DevicePlan):
             return _on_device(kept)
         if kept.underway is not None:
             kept.underway.wait()
-        return (_intranode if len(self) == INTRANODE else _internode)(kept)
+        if kept.context.natives.device is None:
+            return (_intranode if len(self) == INTRANODE else _internode)(kept)
+        return _by_way_of_host(kept, KEY[len(self)])
 
 
 def find_handle(natives: Natives, handle: object) -> Kept:
@@ -102,6 +105,16 @@ def _on_device(kept: NormalKept) -> tuple[Any, ...]:
     assert kept.token is not None, "the variants of normal calls bring source tokens"
     prefix, *others = members_on_device(kept.handle, kept.token, kept.inside, kept.served.ep.rank, kept.channels)
     return kept.context.natives.keep_tensor(prefix, kept), *others
+
+
+def _by_way_of_host(kept: NormalKept, key: int) -> tuple[Any, ...]:
+    """Between hosts a device's dispatch is the host's: so are its members, but for where they lie."""
+    assert kept.token is not None, "the variants of normal calls bring source tokens"
+    on_host = kept._replace(token=kept.token.cpu())
+    made = (_intranode if key == KEY[INTRANODE] else _internode)(on_host)
+    members = [kept.inside if one is kept.inside else one.to(kept.token.device, copy=True) for one in made]
+    members[key] = kept.context.natives.keep_tensor(members[key], kept)
+    return tuple(members)
 
 
 def _intranode(kept: NormalKept) -> tuple[Any, ...]:

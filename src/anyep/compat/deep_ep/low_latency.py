@@ -21,7 +21,7 @@ from anyep.compat.deep_ep.events import EventOverlap, no_event
 from anyep.compat.deep_ep.lazy_tuple import LazyTuple, item, lazy
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
-from anyep.compat.deep_ep.underway import Underway, ends_of
+from anyep.compat.deep_ep.underway import Underway, ends_of, event_of
 from anyep.exchange.calls import Calls
 from anyep.exchange.device.plan import DeviceCounts
 from anyep.exchange.handle import Handle
@@ -177,9 +177,12 @@ def dispatch(
     if masks.enabled:
         idx = masks.without(idx, request.num_experts // masks.num_ranks)
     try:
-        if go_on:
+        if go_on and (natives.device is None or blocks.ep.num_hosts == 1):
             return _start(natives, blocks, request, idx, statistics, wants_hook=wants_hook)
-        return _run(natives, blocks, request, idx, statistics)
+        done = _run(natives, blocks, request, idx, statistics)
+        if go_on:  # between hosts a device's batch has come when its size is known
+            return *done[:3], event_of(None, asked=not wants_hook), _nothing_left if wants_hook else None
+        return done
     except (TypeError, ValueError):  # of this rank's tensors, or of ranks that differ
         request.check(masks.num_ranks)
         raise
@@ -246,11 +249,16 @@ def _start(
     return rows, count, lazy(LowLatencyHandle, _MEMBERS, kept), *ends_of(kept.underway, wants_hook=wants_hook)
 
 
+def _nothing_left() -> None:
+    """Do what a hook does where all has come."""
+
+
 def _counts_of(received: anyep.Received) -> torch.Tensor:
     """Return int32 [L], of the caller's own; on a GPU nobody waits for them."""
     if isinstance(received.counts, DeviceCounts):
         return received.counts.tensor.clone()
-    return torch.from_numpy(received.handle.send.numbers("counts").copy())
+    counts = torch.from_numpy(received.handle.send.numbers("counts").copy())
+    return counts if received.x.is_cpu else counts.to(received.x.device)
 
 
 def _add(statistics: Statistics, count: torch.Tensor, clock: WaitClock) -> None:

@@ -17,6 +17,7 @@ from anyep.exchange.device.announced import board_of, counts_on
 from anyep.exchange.device.dispatch_form import DispatchForm, FormKey
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.plan import DevicePlan, make_plan
+from anyep.exchange.device.staged import StagedEndpoint, StagedPlan
 from anyep.exchange.handle import Handle
 from anyep.exchange.recall import LAYOUTS, Counts, Handles, geometry_for, number_of
 
@@ -71,6 +72,19 @@ class DeviceHandles(Handles):
         """Return a handle of another buffer with the same experts, on the same device, as one of this."""
         self._check_open()
         return handle if handle.buffer is self._identity else replace(handle, buffer=self._identity)
+
+
+class StagedHandles(Handles):
+    """The same between hosts, where handles are those of the host's dispatch: all ranks ask each other there."""
+
+    _end: StagedEndpoint
+
+    def ask(self, topk_idx: torch.Tensor, *, layout: str = "compact", expert_alignment: int = 1) -> Handle:
+        """Return a handle for rows that go the way of ``topk_idx`` [T, K] on the device. Collective."""
+        self._check_open()
+        end = self._end
+        handle = self._ask(end.host, topk_idx.cpu(), layout=layout, expert_alignment=expert_alignment)
+        return replace(handle, send=StagedPlan(handle.send, end.where))
 
 
 def _check_rows(rows_R: NDArray[np.int64], static_rows: int) -> None:

@@ -1,0 +1,125 @@
+"""V1 on devices of several hosts, which are played: tensors pass through the host's memory, bits are the host's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import anyep
+from anyep.compat.deep_ep import native
+from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.test_v1_handles import REMAKES
+from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
+
+SHAPES = [([5, 33, 12, 8], 2), ([0, 7, 0, 3], 2), ([9, 4, 6], 2), ([9, 4], 1)]
+
+
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch):
+    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
+    with pretended(PretendDevice()):
+        yield
+
+
+def assert_as_on_the_host(num_ranks, rank_main, monkeypatch, **options):
+    """Run the same on a device and on the host, and compare bits."""
+    on_device = on_ranks(num_ranks, rank_main, **options)
+    monkeypatch.setattr(native, "device_of", lambda rows: None)
+    for ours, theirs in zip(on_device, on_ranks(num_ranks, rank_main, **options), strict=True):
+        assert len(ours) == len(theirs)
+        assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(("tokens", "per_host"), SHAPES)
+def test_normal_calls_and_every_member_of_a_handle_are_those_of_the_host(tokens, per_host, waits, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    given = make_inputs(tokens)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, idx, weights, counts, handle, event = send(buffer, mine, async_finish=not waits)
+        assert (event.event is None) == waits
+        sums = buffer.combine(x, handle, weights, bias=mine.x)[:2]
+        again = buffer.dispatch(mine.x * 2, handle=handle)[0]
+        assert len(handle) == 10
+        return [one.clone() for one in (x, idx, weights, torch.tensor(counts), *sums, again, *handle)]
+
+    assert_as_on_the_host(len(tokens), rank_main, monkeypatch)
+
+
+@pytest.mark.parametrize("how", REMAKES)
+@pytest.mark.parametrize("worst", [0, 100])
+def test_copies_of_a_handle_serve_when_the_first_one_is_gone(how, worst, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+    given = make_inputs([9, 31, 0, 5])
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, weights, _, handle, _ = send(buffer, mine, num_worst_tokens=worst)
+        expected = [one.clone() for one in buffer.combine(x, handle, weights)[:2]]
+        again = REMAKES[how](handle)
+        del handle
+        for _ in range(2):
+            found = buffer.combine(x, again, weights)[:2]
+            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+            assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
+
+    on_ranks(4, rank_main)
+
+
+@pytest.mark.parametrize("how", ["at once", "hook", "event"])
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+    given = make_inputs([7, 12, 0, 3], hidden=256)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        asked = {"return_recv_hook": how == "hook", "async_finish": how == "event"}
+        stats = torch.zeros(E // 4, dtype=torch.int32)
+        recv_x, count, handle, event, hook = buffer.low_latency_dispatch(
+            mine.x, mine.topk_idx, 12, E, cumulative_local_expert_recv_stats=stats, use_fp8=use_fp8, **asked
+        )
+        assert (hook is not None, event.event is not None) == (how == "hook", how == "event")
+        if hook is not None:
+            hook()
+            hook()
+        if event.event is not None:
+            event.current_stream_wait()
+        assert torch.equal(stats, count)
+        rows = recv_x[0] if use_fp8 else recv_x
+        y = torch.zeros(rows.shape, dtype=torch.bfloat16)
+        filled = [(expert, slice(number)) for expert, number in enumerate(count.tolist())]
+        for expert, some in filled:
+            y[expert, some] = handle[0][expert, some].unsqueeze(1) + 0.5
+        copies = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in handle)
+        sums = []
+        for known in (handle, copies):
+            out, event, hook = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, known, **asked)
+            if hook is not None:
+                hook()
+            if event.event is not None:
+                event.current_stream_wait()
+            sums.append(out.clone())
+        parts = (rows, handle[0], *(recv_x[1:] if use_fp8 else ()))
+        return [count.clone(), handle[1].clone(), *sums, *(part[place].clone() for place in filled for part in parts)]
+
+    assert_as_on_the_host(4, rank_main, monkeypatch, low_latency_mode=True)
+
+
+def test_masks_are_refused_with_the_reason_and_stay_as_they_were(monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
+    given = make_inputs([5, 6], hidden=128)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        for _ in range(2):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, 6, E, use_fp8=False)
+            with pytest.raises(anyep.Unavailable, match="leave_out between hosts works on CPU tensors"):
+                buffer.low_latency_update_mask_buffer(1 - buffer.rank, True)
+            status = torch.ones(2, dtype=torch.int32)
+            buffer.low_latency_query_mask_buffer(status)
+            assert not status.any()
+
+    on_ranks(2, rank_main, low_latency_mode=True, enable_shrink=True)
