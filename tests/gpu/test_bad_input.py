@@ -128,6 +128,20 @@ def test_a_bad_expert_of_one_rank_is_an_error_on_all(device):
     on_two_ranks(act)
 
 
+def test_what_a_dispatch_was_refused_for_is_not_said_again(device):
+    def act(ep, batch):
+        idx = batch.topk_idx.clone()
+        idx[0, 1] = 4
+        for _ in range(2):
+            with pytest.raises(ValueError, match="names no expert"):
+                ep.dispatch(batch.x, idx)
+            ep.barrier()
+            got = ep.dispatch(batch.x, batch.topk_idx, layout="padded")  # whose faults a later call would say
+            ep.combine(got.x, got.handle)
+
+    on_two_ranks(act)
+
+
 def test_an_index_that_names_no_expert_is_kept_as_one_that_no_kernel_looks_up(device):
     """2 ** 40 behind a table of 4 would be memory that is not there."""
 

@@ -186,7 +186,7 @@ class DispatchForm:
             *(*board, end.rank, end.num_ranks, end.placement.num_experts, shape.num_local),
             *(end.tables.rank_addr, end.tables.local_addr),
             *(int(shape.by_expert), self._alignment, shape.block_rows, shape.static_rows, int(not self.waits)),
-            *(base_addr, plan.tables_addr, plan.summary_addr, end.faults.addr),
+            *(base_addr, plan.tables_addr, plan.summary_addr, 0 if self.waits else end.faults.addr),
             *(field("send_start"), field("dense_start"), field("recv_rows"), field("recv_start"), field("counts")),
             *(field("block_start"), field("filled_rows"), *self._gaps()),
             *((*plan.source_addr, field("source_rows")) if self._key.geometry.padded else (0, 0, 0)),

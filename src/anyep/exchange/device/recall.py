@@ -88,7 +88,7 @@ class StagedHandles(Handles):
 
 
 def _check_rows(rows_R: NDArray[np.int64], static_rows: int) -> None:
-    """Raise ValueError where rows are more than fit: launches would call that a dispatch's fault."""
+    """Raise ValueError where rows are more than fit, before anything is launched."""
     if static_rows >= 0 and (rows_R > static_rows).any():
         raise ValueError(f"a rank received {rows_R.max()} rows by these counts, more than static_rows={static_rows}")
 
