@@ -74,7 +74,7 @@ def check_going_on(given, away, experts=E):
     assert on_ranks(ranks, rank_main, **SHRINK) == [True] * ranks
 
 
-def test_the_others_go_on_without_a_rank_that_does_not_call_and_with_it_again(hosts):
+def test_a_rank_that_does_not_call_is_left_out_and_taken_in_again(hosts):
     check_going_on(make_inputs([9, 24, 5], hidden=H), away=1)
 
 

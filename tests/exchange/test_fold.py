@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anyep.exchange.crossing import address_of
+from anyep.machine.addresses import address_of
 from anyep.exchange.setup import load_books
 
 

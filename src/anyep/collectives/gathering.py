@@ -26,6 +26,7 @@ from anyep.collectives.tensors import bytes_of, dense, view_on
 from anyep.errors import CapacityError
 from anyep.exchange.arguments import check_integer
 from anyep.exchange.event import Pending
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Block, Lane, Words
 
 ALIGNMENT_BYTES = 32
@@ -276,7 +277,7 @@ class GatherSession:
         if x.nbytes:
             ranks_R = np.arange(len(table_R), dtype=np.int32)
             rows_R = np.full(len(table_R), self._gatherer.rank, np.int32)
-            addresses = (one.ctypes.data for one in (ranks_R, rows_R, table_R))
+            addresses = (address_of(one) for one in (ranks_R, rows_R, table_R))
             self._gatherer._kernels.scatter(x.data_ptr(), x.nbytes, 0, 1, len(table_R), *addresses)
 
 

@@ -23,6 +23,7 @@ from anyep.collectives.tensors import DESCRIPTION_WORDS, bytes_of, check_out, de
 from anyep.errors import CapacityError
 from anyep.exchange.arguments import shape_text
 from anyep.exchange.event import Pending
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Block, Lane, Words
 
 _OPEN = Lane(index=0, name="open", words=3 + DESCRIPTION_WORDS)
@@ -146,7 +147,7 @@ class RowStore(Station):
             indices.itemsize,
             table.rows_per_rank,
             self.num_ranks,
-            table.bases_R.ctypes.data,
+            address_of(table.bases_R),
             into.data_ptr(),
         )
         self._kernels.fence()  # the rows went past the caches, and another thread may read them next

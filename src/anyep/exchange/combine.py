@@ -22,7 +22,6 @@ from anyep.errors import CapacityError
 from anyep.exchange import ledger
 from anyep.exchange.adding import add_tokens
 from anyep.exchange.combine_across import CombineAcross, Entries, NearRows
-from anyep.exchange.crossing import address_of
 from anyep.exchange.desk import Desk
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.event import Targets
@@ -39,6 +38,7 @@ from anyep.exchange.opening import (
 from anyep.exchange.returning import NOWHERE, Loan, Returning, lend, lend_rows
 from anyep.exchange.scatter import place, place_at
 from anyep.exchange.straight_back import StraightBack
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Place, Words
 
 _NOTHING_LENT: Words = np.array([0, -1, 0, -1, 0], np.int64)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import Part, carry
-from anyep.exchange.crossing import Crossing, address_of
+from anyep.exchange.crossing import Crossing
 from anyep.exchange.desk import AddressTable
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.opening import BODY
@@ -25,6 +25,7 @@ from anyep.exchange.straight_back import StraightBack
 from anyep.exchange.sums_in import Summing, SumsHere, SumsIn, Supply, cut
 from anyep.exchange.sums_out import SumsOut, back_row, each_by_itself, terms_of
 from anyep.exchange.wire import ELEMENTS
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from anyep.exchange.across import Across
 from anyep.exchange.ledger import NEAR, STRAIGHT
 from anyep.kernels.spec import KernelSet
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:
@@ -88,9 +89,3 @@ def straight_hosts(across: Across, plan: SendPlan, crossing: Crossing, output_by
         back = straight_back * back_bytes, forwarded_back * back_bytes
         chosen_M[host] = rows > 0 and across.straight.pays(there, back)
     return chosen_M
-
-
-def address_of(array: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.uint8]) -> int:
-    """Return where an array's first element lies."""
-    address: int = array.__array_interface__["data"][0]
-    return address

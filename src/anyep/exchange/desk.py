@@ -11,6 +11,7 @@ from anyep.exchange.eager import EagerSlots
 from anyep.exchange.ledger import COUNTS, NUM_TALLY, PARTS, ROUTING_OFFSET
 from anyep.exchange.opening import BODY
 from anyep.layout.placement import Placement
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Lane, Words
 
 OFFER_WORDS = ROUTING_OFFSET + 1
@@ -44,7 +45,7 @@ class AddressTable:
 
     def __init__(self, num_tables: int, num_ranks: int) -> None:
         self.values: NDArray[np.int64] = np.zeros((num_tables, num_ranks), np.int64)
-        first: int = self.values.__array_interface__["data"][0]
+        first = address_of(self.values)
         self.addr = [first + 8 * num_ranks * i for i in range(num_tables)]
 
 
@@ -68,7 +69,7 @@ class Desk:
         self.lent = AddressTable(2, ranks)
         """where this rank's rows and weights lie at their owners"""
         self._starts = np.zeros(ranks + num_experts, np.int32)
-        self.starts_addr: int = self._starts.__array_interface__["data"][0]
+        self.starts_addr = address_of(self._starts)
         """int32 [R + E], for whatever an operation needs"""
         self.to_R: Words = np.zeros(ranks, np.int64)
         self.from_R: Words = np.zeros(ranks, np.int64)

@@ -9,7 +9,6 @@ import numpy as np
 from anyep.exchange import ledger
 from anyep.exchange.across import Across
 from anyep.exchange.courier import Part, carry, piece_memory
-from anyep.exchange.crossing import address_of
 from anyep.exchange.opening import BODY
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.retract import retract
@@ -17,6 +16,7 @@ from anyep.exchange.rows_across import RowsOut
 from anyep.exchange.rows_in import RowsIn
 from anyep.exchange.straight import StraightIn, StraightOut, straight_sources
 from anyep.layout.pieces import pack_rows
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 
 if TYPE_CHECKING:

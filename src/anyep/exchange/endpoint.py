@@ -25,6 +25,7 @@ from anyep.exchange.workers import Workers
 from anyep.kernels.spec import KernelSet
 from anyep.layout.placement import Placement
 from anyep.layout.regions import aligned
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Lane, Place, Transport, Words
 
 Addresses = NDArray[np.int64]
@@ -46,7 +47,7 @@ class ExpertTables:
     @classmethod
     def of(cls, placement: Placement) -> ExpertTables:
         kept = (np.ascontiguousarray(placement.expert_rank_E), np.ascontiguousarray(placement.expert_local_E))
-        rank_addr, local_addr = (int(table.__array_interface__["data"][0]) for table in kept)
+        rank_addr, local_addr = (address_of(table) for table in kept)
         return cls(rank_addr=rank_addr, local_addr=local_addr, kept=kept)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anyep.exchange.crossing import address_of
 from anyep.exchange.ledger import FIELDS, PARTS
+from anyep.machine.addresses import address_of
 
 if TYPE_CHECKING:
     from anyep.exchange.desk import Desk

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from anyep.exchange.crossing import address_of
 from anyep.exchange.handle import SendPlan
 from anyep.exchange.opening import BODY
 from anyep.exchange.routing import order_entries, plan_of
 from anyep.exchange.scatter import place
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from anyep.errors import Unavailable
 from anyep.exchange import ledger
 from anyep.exchange.arguments import CPU, check_choice, check_tensor
-from anyep.exchange.crossing import address_of
 from anyep.exchange.endpoint import Endpoint
 from anyep.exchange.geometry import Geometry, GeometryKey
 from anyep.exchange.handle import Handle, SendPlan, check_handle
 from anyep.exchange.opening import BODY
 from anyep.exchange.outgoing import make_plan
 from anyep.layout.hosts import HostMap
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 
 Counts = NDArray[np.int32]

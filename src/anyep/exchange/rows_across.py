@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anyep.exchange.courier import DATA, ROUTING, Outbox
-from anyep.exchange.crossing import Crossing, address_of
+from anyep.exchange.crossing import Crossing
 from anyep.exchange.scatter import Route
 from anyep.layout.pieces import pack_rows, rows_a_piece
 from anyep.layout.regions import RowBytes
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes, Transfer
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anyep.exchange.courier import DATA, ROUTING, Inbox
-from anyep.exchange.crossing import address_of
 from anyep.exchange.proxy import Proxy, make_proxy
 from anyep.exchange.rows_across import crossing_row, idx_row_bytes
 from anyep.layout.pieces import pack_rows, rows_a_piece
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes, Transfer
 

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.courier import piece_memory
-from anyep.exchange.crossing import address_of
 from anyep.exchange.ledger import COMES_STRAIGHT, GOES_STRAIGHT, NEAR
 from anyep.exchange.retract import retract
 from anyep.exchange.straight import StraightIn, StraightOut
 from anyep.exchange.sums_out import back_row
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes
 

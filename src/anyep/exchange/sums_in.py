@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.courier import DATA, Inbox, piece_memory
-from anyep.exchange.crossing import address_of
 from anyep.exchange.sums_out import BackRow
 from anyep.layout.pieces import cut_tokens
+from anyep.machine.addresses import address_of
 from anyep.transport.base import Words
 from anyep.transport.engine import Bytes, Transfer
 

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyep.exchange.courier import DATA, Outbox
-from anyep.exchange.crossing import address_of
 from anyep.exchange.proxy import Proxy
 from anyep.exchange.rows_in import post_done
 from anyep.exchange.wire import ELEMENTS
 from anyep.layout.pieces import cut_tokens, rows_a_piece
 from anyep.layout.regions import aligned
+from anyep.machine.addresses import address_of
 from anyep.numerics.logfmt import logfmt_row_bytes
 from anyep.transport.engine import Transfer
 

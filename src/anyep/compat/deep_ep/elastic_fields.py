@@ -22,6 +22,7 @@ from anyep.compat.deep_ep.layout import tensor_on
 from anyep.compat.deep_ep.notebook import Bytes, bytes_at
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.handle import Handle
+from anyep.machine.addresses import address_of
 
 
 class Late:
@@ -90,7 +91,7 @@ def describe_rows(origin: Origin, idx: torch.Tensor | NDArray[np.int32], places:
     metadata = torch.empty((rows, num_topk + 2), dtype=torch.int32, device="cpu")
     cursors = slab_starts(terms, origin.native) if terms.do_expand else None
     context.loops.describe_rows(
-        idx.data_ptr() if isinstance(idx, torch.Tensor) else idx.ctypes.data,
+        idx.data_ptr() if isinstance(idx, torch.Tensor) else address_of(idx),
         idx.itemsize,
         rows,
         num_topk,
@@ -100,7 +101,7 @@ def describe_rows(origin: Origin, idx: torch.Tensor | NDArray[np.int32], places:
         context.number,
         max(1, terms.num_max_tokens),
         0 if places is None else places.data_ptr(),
-        0 if cursors is None else cursors.__array_interface__["data"][0],
+        0 if cursors is None else address_of(cursors),
         metadata.data_ptr(),
     )
     return metadata
@@ -163,7 +164,7 @@ def _slots(origin: Origin) -> torch.Tensor:
         context.num_ranks,
         terms.num_experts // context.num_ranks,
         context.number * terms.num_max_tokens,
-        slots_TK.__array_interface__["data"][0],
+        address_of(slots_TK),
     )
     return tensor_on(slots_TK)
 

@@ -7,6 +7,8 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
+from anyep.machine.addresses import address_of
+
 Bytes = NDArray[np.uint8]
 _BLOCK_BYTES = 64 << 10
 """Kept as long as any piece of it is: 90 decode batches of 700 rows, or 8 of 8192."""
@@ -21,7 +23,7 @@ class Notebook:
 
     def _begin(self, num_bytes: int) -> None:
         self._block: Bytes = np.empty(num_bytes, np.uint8)
-        self._next: int = self._block.ctypes.data
+        self._next = address_of(self._block)
         self._left = num_bytes
 
     def piece(self, num_bytes: int) -> tuple[Bytes, int]:
@@ -37,5 +39,5 @@ class Notebook:
 
 def bytes_at(block: Bytes, address: int, num_bytes: int) -> Bytes:
     """Return a piece; a view."""
-    first = address - block.ctypes.data
+    first = address - address_of(block)
     return block[first : first + num_bytes]

@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import types
 
 from anyep.kernels.tapes import Number
+from anyep.machine.addresses import address_of
 from anyep.machine.compiler import compiled
 from anyep.machine.intrinsics import instruction, load_i64, stack_block, store_i64
 
@@ -164,7 +165,7 @@ class Tape:
     def __init__(self, driver: Driver, words: Any) -> None:
         self._driver = driver
         self._words = words
-        self._addr: int = words.__array_interface__["data"][0]
+        self._addr = address_of(words)
 
     def __call__(self, bases: Sequence[int], stream: int) -> None:
         """Launch all on ``stream``. Raises RuntimeError with what the driver says; runs without the GIL."""
