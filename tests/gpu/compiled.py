@@ -40,7 +40,7 @@ def main(name, how_many):
 
     call_every_variant(GpuKernels(torch.device("cpu"), ours, note))
     facts = [
-        _facts(kernel, dict(constants), options_of(ours, threads), theirs)
+        _facts(kernel, dict(constants), options_of(kernel, ours, threads), theirs)
         for (_, constants, threads), kernel in forms.items()
     ]
     print(json.dumps(facts))

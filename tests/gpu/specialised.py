@@ -27,7 +27,7 @@ class _Driver:
 def main():
     driver.set_active(_Driver())
     for number in (1, 7, 16, 2**40):
-        compiled = copy.warmup(number, number, number, number, grid=(1,), PIECE=2048, **options_of(SM_90, 128))
+        compiled = copy.warmup(number, number, number, number, grid=(1,), PIECE=2048, **options_of(copy, SM_90, 128))
     forms, *_ = copy.device_caches[0]
     print(json.dumps({"forms": len(forms), "types": dict(Counter(compiled.src.signature.values()))}))
 

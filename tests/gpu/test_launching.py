@@ -59,7 +59,7 @@ def test_what_triton_cannot_bring_onto_a_device_is_unavailable_with_its_reason(m
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr("torch.cuda.device", nullcontext)
-    kernel = Mock(__name__="copy", warmup=warmup)
+    kernel = Mock(__name__="copy", warmup=warmup, registers_on=None)
     launch = OnStream(torch.device("cuda", 0), SM_90)
     with pytest.raises(Unavailable, match="could not bring kernel copy onto sm_90: RuntimeError: Failed to find C"):
         launch.prepare(kernel, (1,), (), {}, 128)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyep.kernels.gpu.jit import kernel
+from anyep.kernels.gpu.jit import kernel_of_registers
 from anyep.kernels.gpu.memory import base_of, copy_stretch, i32_at, i64_at, load_indices, store_indices
 
 
@@ -104,7 +104,7 @@ def expand_routing(
             tl.store(i32_at(out_token_addr) + out, token, mask=number >= 0)
 
 
-@kernel
+@kernel_of_registers(80)
 def expand(
     x_bytes: tl.int64,
     scale_bytes: tl.int64,

@@ -38,9 +38,12 @@ class Noted(NamedTuple):
     threads: int
 
 
-def options_of(target: Target, threads: int) -> dict[str, int | bool]:
+def options_of(kernel: Any, target: Target, threads: int) -> dict[str, int | bool]:
     """Return the compiler's options: products are rounded before they are added, as the oracle does."""
-    return {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
+    options: dict[str, int | bool] = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
+    if kernel.registers_on is not None and target.name.startswith(kernel.registers_on[0]):
+        options["maxnreg"] = kernel.registers_on[1]
+    return options
 
 
 class OnStream:
@@ -116,7 +119,7 @@ class OnStream:
             return found
         try:
             with torch.cuda.device(self._device):
-                compiled = kernel.warmup(*numbers, grid=grid, **constants, **options_of(self._target, threads))
+                compiled = kernel.warmup(*numbers, grid=grid, **constants, **options_of(kernel, self._target, threads))
                 compiled[(1, 1, 1)]  # finds out, too, whether the device has the registers and the memory for it
         except Exception as error:
             raise Unavailable(

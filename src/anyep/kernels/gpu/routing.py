@@ -98,8 +98,9 @@ def number_bin(
 ):
     """Give the keys that equal ``bin_`` their numbers in order, and return how many there are."""
     total = tl.cast(bin_ * 0, tl.int32)
+    num_keys = tl.cast(num_keys, tl.int32)
     for begin in range(0, num_keys, BLOCK):
-        position = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK)
+        position = tl.cast(begin, tl.int32) + tl.arange(0, BLOCK)
         ours = tl.where(load_indices(keys_addr, position, position < num_keys, KEY_BYTES) == bin_, 1, 0)
         if WRITES:
             tl.store(i32_at(slots_addr) + position, total + tl.cumsum(ours) - 1, mask=ours != 0)
@@ -110,12 +111,29 @@ def number_bin(
 @triton.jit
 def first_bad(kept_idx_addr, num_pairs, IDX_BYTES: tl.constexpr, BLOCK: tl.constexpr):
     """Return the flat index of the first BAD, or NO_FAULT."""
-    first = tl.cast(num_pairs * 0, tl.int64) + NO_FAULT
+    num_pairs = tl.cast(num_pairs, tl.int32)
+    first = num_pairs
     for begin in range(0, num_pairs, BLOCK):
-        position = tl.cast(begin, tl.int64) + tl.arange(0, BLOCK)
+        position = tl.cast(begin, tl.int32) + tl.arange(0, BLOCK)
         experts = load_indices(kept_idx_addr, position, position < num_pairs, IDX_BYTES)
-        first = tl.minimum(first, tl.min(tl.where(experts == BAD, position, NO_FAULT)))
-    return first
+        first = tl.minimum(first, tl.min(tl.where(experts == BAD, position, num_pairs)))
+    return tl.where(first < num_pairs, first.to(tl.int64), NO_FAULT)
+
+
+@triton.jit
+def messages_of(peer_message_addr, num_ranks, RANKS: tl.constexpr):
+    """Return where this rank's message to each rank lies, [RANKS]; 0 for none."""
+    peers = tl.arange(0, RANKS)
+    some = tl.where(peer_message_addr != 0, num_ranks, 0)
+    return tl.load(i64_at(peer_message_addr) + peers, mask=peers < some, other=0)
+
+
+@triton.jit
+def tell_count(peer_message_addr, num_ranks, number, rows, RANKS: tl.constexpr):
+    """Write count ``number`` to every rank's message. Looked up only now: kept through a count, it would be spilled."""
+    messages = messages_of(peer_message_addr, num_ranks, RANKS)
+    there = i32_at(messages + (COUNTS_FROM + 4 * number))
+    tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
 
 
 @kernel
@@ -150,24 +168,19 @@ def number_entries(
     the program that has counted it, the head of the message by one more.
     """
     bin_ = tl.program_id(0).to(tl.int64)
-    peers = tl.arange(0, RANKS)
-    messages = tl.load(
-        i64_at(peer_message_addr) + peers, mask=peers < tl.where(peer_message_addr != 0, num_ranks, 0), other=0
-    )
     if bin_ < num_experts:
         rows = number_bin(kept_idx_addr, IDX_BYTES, num_pairs, bin_, entry_slot_addr, BY_EXPERT, BLOCK)
         tl.store(i32_at(expert_rows_addr) + bin_, rows)
-        there = i32_at(messages + (COUNTS_FROM + 4 * (num_ranks + bin_)))
-        tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
+        tell_count(peer_message_addr, num_ranks, num_ranks + bin_, rows, RANKS)
     elif bin_ < num_experts + num_ranks:
         rank = bin_ - num_experts
         rows = number_bin(entry_rank_addr, 4, num_entries, rank, compact_slot_addr, COMPACT, BLOCK)
         tl.store(i32_at(rank_rows_addr) + rank, rows)
-        there = i32_at(messages + (COUNTS_FROM + 4 * rank))
-        tl.store(there, tl.zeros([RANKS], tl.int32) + rows, mask=messages != 0)
+        tell_count(peer_message_addr, num_ranks, rank, rows, RANKS)
     else:
         verdict = first_bad(kept_idx_addr, num_pairs, IDX_BYTES, BLOCK)
         tl.store(i64_at(verdict_addr), verdict)
+        messages = messages_of(peer_message_addr, num_ranks, RANKS)
         tell(messages, capacity, place0, place1, place2, place3, place4, verdict)
 
 

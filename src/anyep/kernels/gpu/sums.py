@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from anyep.kernels.gpu.codec import load_numbers, nothing, store_numbers
-from anyep.kernels.gpu.jit import kernel
+from anyep.kernels.gpu.jit import kernel, kernel_of_registers
 from anyep.kernels.gpu.memory import i32_at, i64_at
 
 
@@ -155,7 +155,7 @@ def sum_piece(
     store_numbers(out_addr + here, channel, total, channel < left, ELEMENT, ALIGNED)
 
 
-@kernel
+@kernel_of_registers(120, on="sm_80")
 def reduce(
     hidden: tl.int64,
     first_token: tl.int64,
