@@ -86,26 +86,29 @@ def test_an_allocation_that_fails_prints_the_account(monkeypatch):
 
     monkeypatch.setattr(devices.torch, "empty", full)
     device = PretendDevice(free_bytes=1 << 30)
-    with pytest.raises(CapacityError, match=r"has 1.000 GiB free, too little for 2.000 GiB; .* the account"):
+    told = r"has 1.000 GiB free, too little for 2.000 GiB; .* the account"
+    with pytest.raises(CapacityError, match=told):
         devices.allocate(device, (1 << 29,), torch.float32, lambda: "the account")
+    with pytest.raises(CapacityError, match=told):
+        devices.allocate_all(device, [None, devices.Wanted((1 << 29,), torch.float32)], lambda: "the account")
 
 
 def test_a_rank_without_memory_for_its_batch_makes_all_ranks_refuse(device, monkeypatch):
-    real = reach.allocate
+    real = reach.allocate_all
 
     def act(ep, batch):
-        def scarce(where, shape, dtype, account):
+        def scarce(where, wanted, account):
             if ep.rank == 1:
                 raise CapacityError("full")
-            return real(where, shape, dtype, account)
+            return real(where, wanted, account)
 
         if ep.rank == 1:
-            monkeypatch.setattr(reach, "allocate", scarce)
+            monkeypatch.setattr(reach, "allocate_all", scarce)
         ep.barrier()
         with pytest.raises(CapacityError, match="rank 1 could not allocate"):
             ep.dispatch(batch.x, batch.topk_idx)
         ep.barrier()
-        monkeypatch.setattr(reach, "allocate", real)
+        monkeypatch.setattr(reach, "allocate_all", real)
 
     on_two_ranks(act)
 

@@ -182,6 +182,18 @@ def test_the_faults_of_a_replay_are_said_by_the_barrier(world):
     assert [sum(one.counts) for one in received] != [0, 0]
 
 
+def test_the_faults_of_a_replay_are_said_by_a_later_call(world):
+    device, ranks, kept = world
+    replay, received = record(device, kept, lambda: ranks.dispatch("compact"))
+    ranks.idx[1][2, 1] = 4
+    replay()
+    for ep, one in zip(ranks.buffers, received, strict=True):
+        with pytest.raises(ValueError, match=r"an earlier dispatch: rank 1: topk_idx\[2, 1\] names no expert"):
+            ep.combine(one.x, one.handle)
+    ranks.change(0)
+    assert [one.shape for one in ranks.both("compact")[1]] == [(T, 8)] * R
+
+
 def test_words_do_not_come_to_the_host_while_a_graph_is_recorded():
     """A test of the test."""
     device = LazyDevice(0)

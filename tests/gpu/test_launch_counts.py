@@ -9,20 +9,20 @@ from tests.gpu.programs import needs_triton, run_program
 COUNTED = ["find_entries", "number_entries", "settle", "send"]
 CONCURRENT = ["find_entries", "number_entries", "send", "tick", "signal", "wait", "settle", "expand"]
 WANTED = {
-    "compact": [*COUNTED, "fill_gaps", "fetch"],
-    "expert": [*COUNTED, "fill_gaps", "fetch"],
-    "expert, many entries": ["find_entries", "number_entries", "settle", "place", "send", "fill_gaps", "fetch"],
-    "padded": ["find_entries", "number_entries", "send", "settle", "expand", "transpose_scales", "fetch"],
+    "compact": [*COUNTED, "fill_gaps"],
+    "expert": [*COUNTED, "fill_gaps"],
+    "expert, many entries": ["find_entries", "number_entries", "settle", "place", "send", "fill_gaps"],
+    "padded": ["find_entries", "number_entries", "send", "settle", "expand", "transpose_scales"],
     "compact, cached": ["announce", "connect", "send", "fill_gaps"],
     "expert, cached": ["announce", "connect", "send", "fill_gaps"],
     "padded, cached": ["announce", "send", "connect", "expand", "transpose_scales"],
-    "padded, no slots": [*COUNTED, "transpose_scales", "fetch"],
+    "padded, no slots": [*COUNTED, "transpose_scales"],
     "padded, no slots, cached": ["announce", "connect", "send", "transpose_scales"],
     "compact, combine": ["announce", "connect", "reduce"],
     "expert, combine": ["announce", "connect", "reduce"],
     "padded, combine": ["announce", "connect", "reduce"],
-    "concurrent": [*CONCURRENT, "meet", "fetch"],
-    "concurrent, combine": ["announce", "tick", "signal", "wait", "connect", "reduce", "meet", "fetch"],
+    "concurrent": [*CONCURRENT, "meet"],
+    "concurrent, combine": ["announce", "tick", "signal", "wait", "connect", "reduce", "meet"],
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +133,7 @@ class Endpoint:
     returns: dict[tuple[int, int], ReturnSlots] = field(default_factory=dict)
     ways: dict[tuple[object, ...], WayBack] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return self.transport.rank
 
@@ -141,7 +142,7 @@ class Endpoint:
         """Where a caller's tensors must lie."""
         return CPU
 
-    @property
+    @cached_property
     def num_ranks(self) -> int:
         return self.transport.size
 

@@ -151,8 +151,6 @@ class DeviceCombine:
             end.order.drop(turn)
             check_agreement(self._header, opened_RW, self._step)
         end.order.launch(turn, end.crowd.absent)
-        if end.order.is_concurrent:
-            end.faults.ask()
         visit.end([back.out, back.weights_out])
         end.counters.combined(0)
         return back.out if back.weights_out is None else Combined(x=back.out, topk_weights=back.weights_out)

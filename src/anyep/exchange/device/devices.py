@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
@@ -22,6 +22,16 @@ Tape = Any
 """What a device makes of a recording; only that device plays it (:meth:`Device.play`)."""
 
 _MEASURED_LOOKS = 20_000
+
+
+class Wanted(NamedTuple):
+    """A tensor that is to be made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Rooms = tuple[torch.Tensor | None, ...]
 
 
 class Fetch(Protocol):
@@ -258,3 +268,12 @@ def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: 
             f"{device.where} has {device.free_bytes() / 2**30:.3f} GiB free, too little for {needed / 2**30:.3f} GiB; "
             f"release received tensors, or make a smaller buffer. This one: {account()}"
         ) from error
+
+
+def allocate_all(device: Device, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
+    """Do so for each that is wanted: every call of a buffer comes here."""
+    where, empty = device.where, torch.empty
+    try:
+        return tuple([None if one is None else empty(one[0], dtype=one[1], device=where) for one in wanted])
+    except torch.OutOfMemoryError:  # asked for again one by one, for the error of the first that has no room
+        return tuple([None if one is None else allocate(device, *one, account) for one in wanted])

@@ -55,6 +55,7 @@ class DeviceDispatch:
         self.label = "dispatch" if out.cached is None else "cached dispatch"
         self._step = self.label
         self._epoch = 0
+        self._turn = Turn(0, 0)
         self._landing: Landing | None = None
         self._no_memory: CapacityError | None = None
         self._turned: torch.Tensor | None = None
@@ -97,6 +98,7 @@ class DeviceDispatch:
         end = self._end
         end.faults.check_silence()
         self._epoch, self._step, self._absent = epoch, f"{self.label} {epoch}", end.crowd.absent
+        self._turn = Turn(epoch, 0)
         words_RW = end.desk(epoch).places_RW
         words_RW[:, :BODY] = self._header
         words_RW[:, _TOKENS] = self._plan.num_tokens
@@ -105,7 +107,7 @@ class DeviceDispatch:
         self._visit.borrow(self._plan.device_memory, self._plan.home)
         self._bases = self._form.bases(self._out, self._plan, epoch, self._landing, self._turned)
         end.device.play(self._form.first, self._bases, end.stream)
-        end.order.hand_in(Turn(epoch, 0), end.rank, self._second_half)
+        end.order.hand_in(self._turn, end.rank, self._second_half)
         if self._waits:
             end.offers.enter(epoch, end.rank, self._offer_again)
         end.announce(epoch, words_RW, claim=self._expels)
@@ -115,7 +117,7 @@ class DeviceDispatch:
         cached = self._out.cached
         rows = self._geometry.expected_rows(self._plan.num_tokens) if cached is None else cached.num_rows
         try:
-            self._landing = cut_landing(self._end, self._form.parts, rows)
+            self._landing = cut_landing(self._end, self._form.landing, rows)
             if self._form.turned_shape is not None:
                 end, shape = self._end, self._form.turned_shape
                 self._turned = allocate(end.device, shape, end.wire.scale_dtype, end.account.__str__)
@@ -154,8 +156,7 @@ class DeviceDispatch:
         batch = self._landing.cut(rows)
         if self._form.turn is not None:
             end.device.play(self._form.turn, self._bases, end.stream)
-        if end.order.is_concurrent or (not self._waits and self._out.cached is None):
-            end.faults.ask(end.limits)
+        end.faults.limits = end.limits
         visit.end([*batch.parts, self._turned])
         self._plan.routes = None
         end.counters.dispatched_on_device(cached=self._out.cached is not None, rows=rows if self._waits else 0)
@@ -168,7 +169,7 @@ class DeviceDispatch:
         with self._launching:
             if self._launched:
                 return
-            end, turn = self._end, Turn(self._epoch, 0)
+            end, turn = self._end, self._turn
             opened_RW = (end.hear_or_expel if self._expels else end.hear)(self._epoch, self._step, self._header)
             if end.crowd.absent:
                 end.crowd.expelled_since(self._absent, self._step, goes_on=self._expels)
@@ -224,7 +225,7 @@ class DeviceDispatch:
             try:
                 assert self._landing is not None
                 if self._landing.capacity < needed:
-                    self._landing = cut_landing(end, self._form.parts, needed)
+                    self._landing = cut_landing(end, self._form.landing, needed)
             except CapacityError as error:
                 self._no_memory = error
                 offers_RW[:, 0] = max(1, needed * self._geometry.row.sent)

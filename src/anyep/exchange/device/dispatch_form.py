@@ -19,7 +19,7 @@ import torch
 
 from anyep.exchange.device.devices import Tape
 from anyep.exchange.device.endpoint import DeviceEndpoint
-from anyep.exchange.device.landing import Landing, PartShape, part_shapes
+from anyep.exchange.device.landing import Landing, LandingShapes, part_shapes
 from anyep.exchange.device.plan import IDX, PLAN, WEIGHTS, DevicePlan, PlanMap, address_of, route_on
 from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.slots import SlotKind
@@ -60,11 +60,12 @@ class DispatchForm:
         self._map = key.plan
         self.geometry = geometry = key.geometry
         self.slots: SlotKind | None = end.slots_of(geometry, self._map.geometry.shape.block_rows // end.num_ranks)
-        self.parts: tuple[PartShape | None, ...] = part_shapes(end, geometry)
+        self.landing = LandingShapes(part_shapes(end, geometry))
         self.turned_shape = None
         if geometry.padded and geometry.row.scales:
             self.turned_shape = (geometry.shape.num_local, end.wire.scale_columns, geometry.shape.block_rows)
         self.waits = waits
+        self._in_flight = [self._where(epoch) for epoch in range(end.boards.ring)]
         tape = end.device.tape
         self.first: Tape = tape(self._first_half)
         self.again: Tape | None = tape(self._announce) if waits else None
@@ -81,8 +82,8 @@ class DispatchForm:
         turned: torch.Tensor | None,
     ) -> array[int]:
         """Return the values of all bases for one dispatch; without a landing others are told that nothing fits."""
-        end, slots, rows = self._end, self.slots, out.rows
-        capacity, parts, places = (-1, _NO_PARTS, _NO_PLACES) if landing is None else landing.addresses(end.reach)
+        rows, in_flight = out.rows, self._in_flight
+        capacity, parts, places = (-1, _NO_PARTS, _NO_PLACES) if landing is None else landing.addresses(self._end.reach)
         return array(
             "q",
             (
@@ -91,10 +92,7 @@ class DispatchForm:
                 address_of(out.topk_weights),
                 rows.x.data_ptr(),
                 address_of(rows.scales),
-                end.boards.messages_addr(epoch),
-                end.boards.board_addr(epoch),
-                0 if slots is None else slots.first_table_addr(epoch),
-                0 if slots is None else slots.receiving_addr(epoch),
+                *in_flight[epoch % len(in_flight)],
                 capacity,
                 0 if out.cached is None else out.cached.num_rows,
                 address_of(turned),
@@ -109,6 +107,12 @@ class DispatchForm:
         bases[PLAN], bases[IDX] = plan.device_memory.data_ptr(), address_of(plan.routes)
         bases[_MESSAGES], bases[_BOARD] = messages_addr, board_addr
         return bases
+
+    def _where(self, epoch: int) -> tuple[int, int, int, int]:
+        """Return the bases _MESSAGES to _HERE: of operations that are in flight together each has its own."""
+        boards, slots = self._end.boards, self.slots
+        places = (0, 0) if slots is None else (slots.first_table_addr(epoch), slots.receiving_addr(epoch))
+        return boards.messages_addr(epoch), boards.board_addr(epoch), *places
 
     def _first_half(self, kernels: DeviceKernels) -> None:
         end, plan, key = self._end, self._map, self._key
@@ -139,7 +143,7 @@ class DispatchForm:
         """Return what this rank announces: where the others write, or where parts of its rows stand in slots."""
         if self.slots is not None:
             return self.slots.places
-        return [NOWHERE if part is None else counted_from(_PLACE + n) for n, part in enumerate(self.parts)]
+        return [NOWHERE if part is None else counted_from(_PLACE + n) for n, part in enumerate(self.landing.parts)]
 
     def _send(self, kernels: DeviceKernels, route: Route, tables: Sequence[int], row: RowBytes) -> None:
         """Write rows of ``row``'s parts along ``route``; ``tables``: a peer table for each part."""
@@ -230,7 +234,7 @@ class DispatchForm:
         )
 
     def _part_addrs(self) -> list[int]:
-        return [0 if part is None else counted_from(_PART + n) for n, part in enumerate(self.parts)]
+        return [0 if part is None else counted_from(_PART + n) for n, part in enumerate(self.landing.parts)]
 
     def _fill_gaps(self, kernels: DeviceKernels) -> None:
         """Define the rows of this rank's batch that nobody sends."""

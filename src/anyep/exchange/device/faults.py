@@ -1,4 +1,4 @@
-"""What went wrong on the device in calls that did not wait for it; said by a later call of the same rank."""
+"""What went wrong on the device in calls that did not wait for it, in graphs too; said by a later call of that rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from anyep.errors import CapacityError, PeerTimeout
-from anyep.exchange.device.devices import Device, Fetch, Stream
+from anyep.exchange.device.devices import Device, Stream
 from anyep.kernels.spec_device import BAD_EXPERT, BLOCK_TOO_SMALL, STATIC_TOO_SMALL, SUMMARY_WORDS
 from anyep.transport.base import Words
 
@@ -27,71 +27,72 @@ class Limits:
 
 
 class Faults:
-    """Words on the device that kernels fill, and copies of them on their way to the host.
+    """Words in pinned memory of the host that kernels fill, and only where something went wrong.
 
-    A summary, when they refuse a batch; and for each rank that did not come to an operation's end, an error word.
+    A summary, when they refuse a batch; and for each rank that did not come to an operation's end, an error word. The
+    host looks at them without asking the device, so that a call in which all goes well launches nothing for them.
     """
 
     def __init__(self, device: Device, stream: Stream, limits: Limits, num_ranks: int) -> None:
         self._device = device
         self._stream = stream
         self.limits = limits
-        self.words = torch.zeros(SUMMARY_WORDS + num_ranks, dtype=torch.int64, device=device.where)
-        self._coming: Fetch | None = None
-        self.addr = self.words.data_ptr()
+        """those of the batch that may have broken them last; of several kinds of batches the last one's are told"""
+        num_words = SUMMARY_WORDS + num_ranks
+        self.memory = device.pinned(8 * num_words).view(torch.int64)
+        self._clear()
+        self._words: Words = self.memory.numpy()
+        self._quiet = bytes(8 * num_words)
+        self.addr = self.memory.data_ptr()
         self.late_addr = self.addr + 8 * SUMMARY_WORDS
         """int64 [R]: ``epoch << 32 | the epoch that a silent rank has reached``"""
 
-    def ask(self, limits: Limits | None = None) -> None:
-        """Begin to bring the words over, behind what the exchange has launched. Not in a graph.
+    def _clear(self) -> None:
+        """Write zeros by a copy of the exchange's stream, and wait for it.
 
-        ``limits``: those of the batch that may have broken them; of several kinds of batches the last one's are told.
+        What it copies to, torch's allocator hands out again only when that stream has come to where memory was freed.
         """
-        self.limits = self.limits if limits is None else limits
-        if not self._device.capturing() and (self._coming is None or self._coming.done()):
-            with self._device.on(self._stream):
-                self._coming = self._device.fetch(self.words)
+        zeros = torch.zeros(len(self.memory), dtype=torch.int64, device=self._device.where)
+        self._device.follow(self._stream, self._device.mark(self._device.current_stream()))
+        with self._device.on(self._stream):
+            self._device.copy(zeros, self.memory)
+        self._device.wait(self._device.mark(self._stream))
 
     def look(self) -> None:
-        """Raise what an earlier call met, if that is known by now; waits for nothing. Once for each.
+        """Raise what an earlier call met, if that is known by now; waits for nothing where all is well. Once for each.
 
         But not of a silent rank: :meth:`check_silence` does, where the buffer ends by it.
         """
-        words = self._known()
-        if words is None:
-            return
-        if not words.any():
-            self._coming = None
-        elif _silence(words, self.limits) is None:
-            self._raise(words)
+        if self._words.tobytes() != self._quiet and not self._device.capturing():
+            words = self._told()
+            if _silence(words, self.limits) is None:
+                self._raise(words)
 
     def check_silence(self) -> None:
         """Raise PeerTimeout if a rank was found silent, and that is known by now."""
-        words = self._known()
-        silence = None if words is None else _silence(words, self.limits)
-        if silence is not None:
-            raise silence
-
-    def _known(self) -> Words | None:
-        if self._coming is None or self._device.capturing():  # an event must not be asked while a graph is recorded
-            return None
-        return self._coming.wait() if self._coming.done() else None
+        if self._words.tobytes() != self._quiet and not self._device.capturing():
+            silence = _silence(self._told(), self.limits)
+            if silence is not None:
+                raise silence
 
     def settle(self) -> None:
         """Wait for all that was launched, and raise what it met."""
-        with self._device.on(self._stream):
-            words = self._device.fetch(self.words).wait()
+        words = self._told()
         silence = _silence(words, self.limits)
         if silence is not None:
             raise silence
         self._raise(words)
 
+    def _told(self) -> Words:
+        """Return the words when all that was launched is done: what is seen before may be a part of what went wrong."""
+        self._device.wait(self._device.mark(self._stream))
+        words: Words = self._words.copy()
+        return words
+
     def _raise(self, words: Words) -> None:
-        self._coming = None
         error = refusal("an earlier dispatch", words[:SUMMARY_WORDS], self.limits)
         if error is not None:
-            with self._device.on(self._stream):
-                self.words.zero_()
+            self._clear()
             raise error
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from anyep.exchange.device.devices import Rooms, Wanted
 from anyep.exchange.device.endpoint import DeviceEndpoint
-from anyep.exchange.device.reach import NOWHERE, Reach
+from anyep.exchange.device.reach import Reach
 from anyep.exchange.geometry import Geometry
 
 
@@ -33,16 +34,34 @@ def part_shapes(end: DeviceEndpoint, geometry: Geometry) -> tuple[PartShape | No
     )
 
 
+class LandingShapes:
+    """What :func:`cut_landing` asks for; worked out again only where there shall be room for another number of rows."""
+
+    def __init__(self, parts: tuple[PartShape | None, ...]) -> None:
+        self.parts = parts
+        self._last: tuple[int, tuple[Wanted | None, ...]] = (-1, ())
+
+    def of(self, capacity: int) -> tuple[Wanted | None, ...]:
+        """Return the tensors of a batch of up to ``capacity`` rows."""
+        known = self._last
+        if known[0] != capacity:
+            known = self._last = capacity, tuple(self._wanted(one, capacity) for one in self.parts)
+        return known[1]
+
+    def _wanted(self, part: PartShape | None, capacity: int) -> Wanted | None:
+        return None if part is None else Wanted((*(part.blocks or (capacity,)), *part.columns), part.dtype)
+
+
 class Landing(NamedTuple):
     """Room for ``capacity`` rows of the parts of :func:`part_shapes`, in blocks or one behind the other."""
 
-    parts: tuple[torch.Tensor | None, ...]
+    parts: Rooms
     capacity: int
 
     def addresses(self, reach: Reach) -> tuple[int, Sequence[int], Sequence[int]]:
         """Return for how many rows there is room, where each part lies, and what peers are told of it."""
         where = [0 if part is None else part.data_ptr() for part in self.parts]
-        return self.capacity, where, [NOWHERE if part is None else _known(reach.place(part)) for part in self.parts]
+        return self.capacity, where, reach.places(where)
 
     def cut(self, num_rows: int) -> Landing:
         """Return the first ``num_rows`` rows."""
@@ -51,16 +70,6 @@ class Landing(NamedTuple):
         return Landing(parts=tuple(None if part is None else part[:num_rows] for part in self.parts), capacity=num_rows)
 
 
-def cut_landing(end: DeviceEndpoint, shapes: Sequence[PartShape | None], capacity: int) -> Landing:
+def cut_landing(end: DeviceEndpoint, shapes: LandingShapes, capacity: int) -> Landing:
     """Allocate room for ``capacity`` rows on the caller's stream; CapacityError where the device has none."""
-    room, account = end.reach.room, end.account.__str__
-
-    def part(one: PartShape | None) -> torch.Tensor | None:
-        return None if one is None else room((*(one.blocks or (capacity,)), *one.columns), one.dtype, account)
-
-    return Landing(tuple(map(part, shapes)), capacity)
-
-
-def _known(place: int | None) -> int:
-    assert place is not None, "a landing is cut where others can reach it"
-    return place
+    return Landing(end.reach.rooms(shapes.of(capacity), end.account.__str__), capacity)

@@ -45,7 +45,8 @@ class PlanMap(SendPlan):
     """Where everything lies in the memory of plans of one size: addresses are counted from a base."""
 
     __slots__ = (
-        *("board_addr", "first_behind", "keeps_weights", "num_experts", "num_ranks", "num_record_words", "num_words"),
+        *("board_addr", "counts_first", "first_behind", "keeps_weights", "num_experts", "num_ranks"),
+        *("num_record_words", "num_words"),
         *("summary_addr", "tables_addr", "verdict_addr", "weights_addr"),
     )
 
@@ -72,6 +73,8 @@ class PlanMap(SendPlan):
         self.board_addr = self.summary_addr + 4 * first_board if keeps_board else 0
         """a copy of what all ranks announced, where rows say which token they are: handles show it (``announced``)"""
         super().__init__(geometry, _NOT_HERE, self.summary_addr + 8 * first_word, num_tokens, shape)
+        self.counts_first = self.first(self.field("counts"))
+        """which int32 the counts begin with"""
 
     def first(self, addr: int) -> int:
         """Return which int32 of the plan's memory an address is."""
@@ -249,7 +252,7 @@ class DeviceCounts(Sequence[int]):
 
     def __init__(self, plan: DevicePlan) -> None:
         self._memory = plan.device_memory
-        self._first = plan.map.first(plan.map.field("counts"))
+        self._first = plan.map.counts_first
         self._count = plan.geometry.shape.num_local
         self._changes = plan.changes
         self._numbers: list[int] | None = None

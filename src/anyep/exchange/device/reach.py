@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from anyep.errors import CapacityError
-from anyep.exchange.device.devices import Device, allocate
+from anyep.exchange.device.devices import Device, Rooms, Wanted, allocate, allocate_all
 from anyep.transport.cuda_symmetric import SymmetricHeap
 
 NOWHERE = -1
@@ -31,8 +31,16 @@ class Reach(Protocol):
         """Return a tensor with any content that others can address; CapacityError with ``account()`` without memory."""
         ...
 
+    def rooms(self, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
+        """Do so for each that is wanted."""
+        ...
+
     def place(self, tensor: torch.Tensor) -> int | None:
         """Return a tensor's place; None where others cannot address it."""
+        ...
+
+    def places(self, addresses: Sequence[int]) -> Sequence[int]:
+        """Return the places of what begins at these addresses of this rank's :meth:`rooms`; 0 is nowhere."""
         ...
 
 
@@ -48,8 +56,14 @@ class OneDevice:
     def room(self, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:
         return allocate(self._device, shape, dtype, account)
 
+    def rooms(self, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
+        return allocate_all(self._device, wanted, account)
+
     def place(self, tensor: torch.Tensor) -> int | None:
         return tensor.data_ptr() if tensor.numel() else NOWHERE
+
+    def places(self, addresses: Sequence[int]) -> Sequence[int]:
+        return [address or NOWHERE for address in addresses]
 
 
 class OwnDevices:
@@ -78,5 +92,12 @@ class OwnDevices:
             self._in_graphs.append(taken)
         return taken.view(dtype).view(tuple(shape))
 
+    def rooms(self, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
+        return tuple([None if one is None else self.room(*one, account) for one in wanted])
+
     def place(self, tensor: torch.Tensor) -> int | None:
         return self._heap.offset(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else NOWHERE
+
+    def places(self, addresses: Sequence[int]) -> Sequence[int]:
+        first = self._heap.memory.data_ptr()
+        return [address - first if address else NOWHERE for address in addresses]

@@ -149,7 +149,7 @@ def _on_device(
     inherited = {field.name: getattr(base, field.name) for field in fields(base)}
     tables = ExpertTables(rank_addr=owner.data_ptr(), local_addr=local.data_ptr(), kept=base.tables.kept)
     workers = Workers(1)  # a device has no use for threads
-    lasting = (*boards.tensors(), *order.tensors(), faults.words, owner, local, bases)
+    lasting = (*boards.tensors(), *order.tensors(), owner, local, bases)
     lasting += () if slots is None else slots.tensors()
     for tensor in lasting:
         device.lend(tensor, ground.stream)  # which may be at work when the buffer is closed, and these are freed

@@ -26,9 +26,9 @@ class Visit:
     @classmethod
     def begin(cls, device: Device, exchange: Stream) -> Visit:
         """Let the exchange's stream see what the caller has launched so far."""
-        visit = cls(device, exchange, device.current_stream())
-        visit.again()
-        return visit
+        caller = device.current_stream()
+        device.follow(exchange, device.mark(caller))
+        return cls(device, exchange, caller)
 
     def borrow(self, tensor: torch.Tensor | None, home: Stream) -> None:
         """Use memory of an earlier call: where that ran on another stream, its allocator must know."""
@@ -45,21 +45,9 @@ class Visit:
         """Let it see what has been launched since then, in the stream that is current now."""
         self._device.follow(self._exchange, self._device.mark(self._device.current_stream()))
 
-    @contextmanager
-    def cleared(self, operation: object, abandoned: list[object]) -> Iterator[None]:
-        """See that an operation which fails leaves no memory that somebody still uses.
-
-        Where all ranks refuse it, its launches are over before the caller's stream goes on. Where it broke off, peers
-        may write at any time to where they were told: what it holds is kept with ``abandoned``.
-        """
-        try:
-            yield
-        except RefusedError:
-            self.end(())
-            raise
-        except BaseException:
-            abandoned.append(operation)
-            raise
+    def cleared(self, operation: object, abandoned: list[object]) -> Cleared:
+        """See that an operation which fails meanwhile leaves no memory that somebody still uses."""
+        return Cleared(self, operation, abandoned)
 
     def end(self, results: Iterable[torch.Tensor | None]) -> None:
         """Let the caller see the results, also on a stream on which it did not begin."""
@@ -71,3 +59,25 @@ class Visit:
             for tensor in results:
                 if tensor is not None:
                     self._device.lend(tensor, now)
+
+
+class Cleared:
+    """What becomes of an operation's memory where it fails.
+
+    Where all ranks refuse it, its launches are over before the caller's stream goes on. Where it broke off, peers may
+    write at any time to where they were told: what it holds is kept with ``abandoned``.
+    """
+
+    def __init__(self, visit: Visit, operation: object, abandoned: list[object]) -> None:
+        self._visit = visit
+        self._operation = operation
+        self._abandoned = abandoned
+
+    def __enter__(self) -> None:
+        """Nothing to do before."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RefusedError):
+            self._visit.end(())
+        elif error is not None:
+            self._abandoned.append(self._operation)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from anyep.kernels.gpu.codec import load_numbers, nothing, store_numbers
-from anyep.kernels.gpu.jit import kernel, kernel_of_registers
+from anyep.kernels.gpu.jit import kernel_of_registers
 from anyep.kernels.gpu.memory import i32_at, i64_at
 
 
