@@ -242,6 +242,41 @@ def test_layers_have_the_gradients_of_a_dense_model(device):
     assert_results(play_gradients(case, reduce="rank", options={"device": "cuda"}), reference(case))
 
 
+@pytest.mark.parametrize("options", [{}, {"wire": "fp8", "eager_bytes": 0}, {"arena_bytes": 1 << 22, "max_in_flight": 2}])
+@pytest.mark.parametrize(("num_ranks", "ranks_per_host"), [(5, 2), (3, 1), (3, 3), (3, 4)])
+def test_the_account_is_known_before_anything_is_allocated(played, num_ranks, ranks_per_host, options):
+    """On one host all memory is the device's; between hosts the host's, and what is pinned of it."""
+    played(ranks_per_host)
+    sizes = {"hidden": 512, "num_experts": 15, "num_topk": 4, "max_tokens_per_rank": 100, **options}
+
+    def rank_main(member):
+        with anyep.Buffer(member, **sizes, device="cuda") as ep:
+            return ep.explain().memory
+
+    with pretended(PretendDevice()):
+        memories = anyep.local_group(num_ranks).run(rank_main)
+    for rank, memory in enumerate(memories):
+        told = anyep.memory_account(num_ranks, rank=rank, ranks_per_host=ranks_per_host, device="cuda", **sizes)
+        assert memory == told
+        assert (memory.pinned_bytes > 0) == (memory.crossing_bytes > 0) == (num_ranks > ranks_per_host)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "reason"),
+    [
+        ({"device": "meta"}, ValueError, "device must be a CUDA device"),
+        ({"device": 7}, ValueError, "device must be 'cuda'"),
+        ({"ranks_per_host": 0}, ValueError, "ranks_per_host must be at least 1"),
+        ({"ranks_per_host": 2.0}, TypeError, "ranks_per_host must be an integer"),
+        ({"rank": 3}, ValueError, "rank must be at least 0 and at most 2"),
+    ],
+)
+def test_an_account_of_what_cannot_be_is_refused(wrong, error, reason):
+    sizes = {"hidden": 512, "num_experts": 15, "num_topk": 4, "max_tokens_per_rank": 100, "device": "cuda"}
+    with pytest.raises(error, match=reason):
+        anyep.memory_account(3, **sizes | wrong)
+
+
 def test_what_was_chosen_and_what_it_costs_is_told(device):
     def rank_main(member):
         with anyep.Buffer(member, **SIZES, wire="fp8", device="cuda") as ep:

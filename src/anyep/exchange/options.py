@@ -253,14 +253,18 @@ def memory_account(
     options.check()
     check_integer("num_ranks", num_ranks, at_least=1)
     check_integer("rank", rank, at_least=0, at_most=num_ranks - 1)
-    if ranks_per_host is None and options.device is not None:
+    if ranks_per_host is not None:
+        check_integer("ranks_per_host", ranks_per_host, at_least=1)
+    if options.device is not None:
+        from anyep.exchange.device.devices import named
         from anyep.exchange.device.setup import device_account
 
-        return device_account(options, num_ranks, rank)
+        named(options.device)
+        if ranks_per_host is None or ranks_per_host >= num_ranks:
+            return device_account(options, num_ranks, rank)
     account = replace(options, device=None, kernels="cpu").account(num_ranks, rank)
     if ranks_per_host is None:
         return account
-    check_integer("ranks_per_host", ranks_per_host, at_least=1)
     crossing_bytes = bound_bytes(
         group_ranks(num_ranks, ranks_per_host),
         rank,

@@ -232,6 +232,17 @@ class CudaDevice:
         event.synchronize()
 
 
+def named(name: str) -> torch.device:
+    """Return the CUDA device of that name; ValueError for another kind of device. No GPU is asked."""
+    try:
+        where = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cuda', 'cuda:0' and the like, or None, got {name!r}") from None
+    if where.type != "cuda":
+        raise ValueError(f"device must be a CUDA device, or None for CPU tensors, got {name!r}")
+    return where
+
+
 def find_device(
     name: str, num_sms: int | None = None, at_once: int = 1, sizes: tuple[int, int, int] = (8, 8, 8)
 ) -> Device:
@@ -240,12 +251,7 @@ def find_device(
     ``num_sms``: for each of them; None: an equal share, and no bound for one. ``sizes``: K, R and L of the buffer; its
     kernels are loaded. ValueError for another kind of device, Unavailable where there is none.
     """
-    try:
-        where = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be 'cuda', 'cuda:0' and the like, or None, got {name!r}") from None
-    if where.type != "cuda":
-        raise ValueError(f"device must be a CUDA device, or None for CPU tensors, got {name!r}")
+    where = named(name)
     from anyep.kernels.gpu.loading import load_gpu
 
     if torch.cuda.is_available():
