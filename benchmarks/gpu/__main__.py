@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from anyep.errors import Unavailable
@@ -20,17 +21,12 @@ from benchmarks.gpu.contest import Contest, Row, add_copy, add_launches, as_json
 from benchmarks.gpu.correct import examine
 from benchmarks.gpu.measure import Measured
 from benchmarks.gpu.stopwatch import GpuStopwatch
+from benchmarks.gpu.verdicts import Verdict, lines, verdicts
 from benchmarks.gpu.work import Work
 
 PREFILL = Work(name="prefill", layout="compact", tokens=4096)
 DECODE = Work(name="decode", layout="padded", tokens=128)
 COPY_BYTES = 1 << 30
-WANTED = {
-    "prefill": "dispatch and combine at least 0.80 of the copy; at least 5 times as fast as torch's operations",
-    "decode": "all sends, all receives, combine: each within 2 of the floor and the launches, in a graph; dispatch and "
-    "combine 10 times as fast as torch's",
-    "host": "at most 60 us a call outside of graphs",
-}
 
 
 def measure(contest: Contest, works: list[Work], kernels: DeviceKernels, *, copy_bytes: int) -> list[Row]:
@@ -77,19 +73,26 @@ def main(arguments: list[str] | None = None) -> int:
         rows = measure(contest, [PREFILL, DECODE], device.kernels, copy_bytes=COPY_BYTES)
     except Exception as error:  # all that can be said is said, and written down
         contest.problems.append(f"the device does not answer any more: {type(error).__name__}: {error}")
-    print("\n" + table(rows))
+    told = verdicts(rows, PREFILL, DECODE)
+    print("\n" + table(rows) + "\n\n" + lines(told))
     if options.json is not None:
-        write(options.json, contest, rows)
+        write(options.json, contest, rows, told)
     for problem in contest.problems:
         print(f"benchmarks.gpu: wrong: {problem}", file=sys.stderr)
     return 1 if contest.problems else 0
 
 
-def write(path: Path, contest: Contest, rows: list[Row]) -> None:
-    """Write what was measured, with what, and what went wrong."""
-    told = {"anyep": __version__, "machine": contest.stopwatch.facts(), "wanted": WANTED}
+def write(path: Path, contest: Contest, rows: list[Row], told: list[Verdict]) -> None:
+    """Write what was measured, with what, what is wanted of it, and what went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told | {"problems": contest.problems, "rows": as_json(rows)}, indent=1) + "\n")
+    written = {
+        "anyep": __version__,
+        "machine": contest.stopwatch.facts(),
+        "verdicts": [asdict(one) | {"reached": one.reached} for one in told],
+        "problems": contest.problems,
+        "rows": as_json(rows),
+    }
+    path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

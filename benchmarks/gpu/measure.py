@@ -45,7 +45,7 @@ class Measured:
     """A work whose ways are timed as far as they were found right. ``stack`` closes its buffers."""
 
     def __init__(self, contest: Contest, work: Work, stack: ExitStack, **options: object) -> None:
-        self.work, self.name = work, f"{work.name} {work.ranks} x {work.tokens}"
+        self.work, self.name = work, work.title
         self._contest = contest
         self._stack = stack
         self._options = options
@@ -134,6 +134,12 @@ class Measured:
         dispatch = partial(torch_ops.dispatch, self.inputs, self.pieces, out)
         self._contest.add(self.name, "dispatch, torch", dispatch, self._sent)
         self._contest.add(self.name, "combine, torch", lambda: self._torch_sums(outputs), self._summed)
+        with self._contest.noting(f"{self.name}, torch in graphs"):
+            graph = self._contest.stopwatch.graph
+            self._contest.add(self.name, "dispatch, torch, graph", graph(dispatch)[0], self._sent)
+            self._contest.add(
+                self.name, "combine, torch, graph", graph(partial(self._torch_sums, outputs))[0], self._summed
+            )
 
     def _check_dispatched(self, act: Callable[[], list[anyep.Received]]) -> list[anyep.Received]:
         received = act()

@@ -26,6 +26,10 @@ class Work:
     ranks: int = 8
     wire: str = "fp8"
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.ranks} x {self.tokens}"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:

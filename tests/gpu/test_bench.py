@@ -14,6 +14,7 @@ from benchmarks.gpu import torch_ops
 from benchmarks.gpu.contest import Contest, add_copy
 from benchmarks.gpu.correct import examine
 from benchmarks.gpu.stopwatch import HostStopwatch
+from benchmarks.gpu.verdicts import Verdict
 from benchmarks.gpu.work import Work
 from tests.gpu.programs import needs_triton
 
@@ -53,6 +54,43 @@ def test_works_are_checked_against_torch_and_timed_beside_it(layout):
     assert "small 2 x 5" in bench.table(rows)
 
 
+WANTED = {
+    "of the copy": ["prefill 2 x 5, dispatch", "prefill 2 x 5, combine"],
+    "of floor + launches": [f"decode 2 x 5, {what}, graph" for what in ("all sends", "all receives", "combine")],
+    "times as fast": [
+        f"{work} 2 x 5, {part} against torch" for work in ("prefill", "decode") for part in ("dispatch", "combine")
+    ],
+    "us": [f"{work} 2 x 5, {part}, host by call" for work in ("prefill", "decode") for part in ("dispatch", "combine")],
+}
+
+
+def test_one_run_says_of_every_row_that_is_wanted_what_came(tmp_path):
+    works = [Work(name="prefill", layout="compact", **SMALL), Work(name="decode", layout="padded", **SMALL)]
+    contest = Contest(HostStopwatch(), 2)
+    with pretended(PretendDevice()) as device:
+        rows = bench.measure(contest, works, device.kernels, copy_bytes=1 << 10)
+    bench.write(tmp_path / "gpu.json", contest, rows, bench.verdicts(rows, *works))
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert told["problems"] == []
+    found = {unit: [one["what"] for one in told["verdicts"] if one["unit"] == unit] for unit in WANTED}
+    assert found == WANTED
+    assert sum(map(len, WANTED.values())) == len(told["verdicts"])
+    assert all(one["got"] > 0 and one["reached"] is not None for one in told["verdicts"])
+
+
+def test_what_was_not_measured_is_not_reached():
+    works = [Work(name="prefill", layout="compact", **SMALL), Work(name="decode", layout="padded", **SMALL)]
+    told = bench.verdicts([], *works)
+    assert {(one.got, one.reached) for one in told} == {(None, None)}
+    assert bench.lines(told).count("not measured") == len(told) == 13
+
+
+@pytest.mark.parametrize(("at_least", "got", "reached"), [(True, 0.8, True), (True, 0.79, False), (False, 2.1, False)])
+def test_a_verdict_is_by_its_own_direction(at_least, got, reached):
+    wanted = 0.8 if at_least else 2.0
+    assert Verdict(what="", unit="", wanted=wanted, at_least=at_least, got=got).reached is reached
+
+
 def test_a_wrong_row_is_named_and_not_timed(monkeypatch):
     def flipped(x):
         q, scales = right(x)
@@ -68,11 +106,15 @@ def test_a_wrong_row_is_named_and_not_timed(monkeypatch):
 
 
 def test_a_wrong_graph_is_named_and_the_rest_is_timed(monkeypatch, tmp_path):
-    monkeypatch.setattr(HostStopwatch, "graph", lambda self, act: (lambda: None, [-one for one in act()]))
+    def negated(self, act):
+        result = act()
+        return (lambda: None), None if result is None else [-one for one in result]
+
+    monkeypatch.setattr(HostStopwatch, "graph", negated)
     named, rows, contest = _measure("padded", ["small 2 x 5, graph: TypeError"])
     assert {"dispatch, launched", "combine, launched"} <= named.keys()
     assert named.keys().isdisjoint({"dispatch, graph", "combine, graph"})
-    bench.write(tmp_path / "results" / "gpu.json", contest, rows)
+    bench.write(tmp_path / "results" / "gpu.json", contest, rows, [])
     told = json.loads((tmp_path / "results" / "gpu.json").read_text())
     assert told["problems"] == contest.problems
     assert len(told["rows"]) == len(rows)

@@ -242,7 +242,9 @@ def test_layers_have_the_gradients_of_a_dense_model(device):
     assert_results(play_gradients(case, reduce="rank", options={"device": "cuda"}), reference(case))
 
 
-@pytest.mark.parametrize("options", [{}, {"wire": "fp8", "eager_bytes": 0}, {"arena_bytes": 1 << 22, "max_in_flight": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"wire": "fp8", "eager_bytes": 0}, {"arena_bytes": 1 << 22, "max_in_flight": 2}]
+)
 @pytest.mark.parametrize(("num_ranks", "ranks_per_host"), [(5, 2), (3, 1), (3, 3), (3, 4)])
 def test_the_account_is_known_before_anything_is_allocated(played, num_ranks, ranks_per_host, options):
     """On one host all memory is the device's; between hosts the host's, and what is pinned of it."""
