@@ -37,7 +37,8 @@ the device instead (:class:`~anyep.exchange.device.concurrent.Concurrent`), a bo
 
 *The host waits for the device* once in a dispatch whose number of rows is not known before: for the ledger, which comes
 along while rows are moved, without the GIL. With ``static_rows``, in the padded layout, for a cached dispatch and for a
-combine it does not wait at all. What goes wrong there is said by the next call, or by ``barrier`` (``faults``).
+combine it does not wait at all. What goes wrong there kernels write to pinned memory; the next call says it, or
+``barrier`` (``faults``).
 
 *Streams.* Memory is allocated on the caller's stream. The exchange runs on a stream of its own, which follows an event
 of the caller's and which the caller's follows afterwards; so memory needs no other care. What outlives a call
