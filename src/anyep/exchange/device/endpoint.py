@@ -9,7 +9,7 @@ import torch
 
 from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device, Stream
-from anyep.exchange.device.faults import Faults, Limits
+from anyep.exchange.device.faults import Faults, Limits, limits_of
 from anyep.exchange.device.forms import Forms
 from anyep.exchange.device.offers import Offers
 from anyep.exchange.device.order import Order
@@ -59,10 +59,11 @@ class DeviceEndpoint(Endpoint):
     @cached_property
     def limits(self) -> Limits:
         """What a batch must fit."""
-        return Limits(
+        return limits_of(
             num_topk=self.num_topk,
             num_experts=self.placement.num_experts,
-            static_rows=-1 if self.static_rows is None else self.static_rows,
-            block_rows=self.num_ranks * self.max_tokens,
+            num_ranks=self.num_ranks,
+            max_tokens=self.max_tokens,
+            static_rows=self.static_rows,
             timeout_s=self.faults.limits.timeout_s,
         )

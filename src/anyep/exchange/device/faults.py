@@ -26,6 +26,19 @@ class Limits:
     timeout_s: float
 
 
+def limits_of(
+    *, num_topk: int, num_experts: int, num_ranks: int, max_tokens: int, static_rows: int | None, timeout_s: float
+) -> Limits:
+    """Return the limits of batches of up to ``max_tokens`` a rank."""
+    return Limits(
+        num_topk=num_topk,
+        num_experts=num_experts,
+        static_rows=-1 if static_rows is None else static_rows,
+        block_rows=num_ranks * max_tokens,
+        timeout_s=timeout_s,
+    )
+
+
 class Faults:
     """Words in pinned memory of the host that kernels fill, and only where something went wrong.
 

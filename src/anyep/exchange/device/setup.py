@@ -13,7 +13,7 @@ from anyep.exchange.device.boards import Boards
 from anyep.exchange.device.devices import Device
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.explain import explain_device
-from anyep.exchange.device.faults import Faults, Limits
+from anyep.exchange.device.faults import Faults, limits_of
 from anyep.exchange.device.meeting import (
     SYMMETRIC,
     Ground,
@@ -139,7 +139,15 @@ def _on_device(
     boards = Boards(device, reach, ranks, base.placement.num_experts, options.ring)
     boards.meet(rendezvous.rank, addresses(rendezvous, reach, reach.place(boards.memory)))
     slots = _slots_on(ground, rendezvous, options, account)
-    faults = Faults(device, ground.stream, _limits(options, ranks), ranks)
+    limits = limits_of(
+        num_topk=options.num_topk,
+        num_experts=options.num_experts,
+        num_ranks=ranks,
+        max_tokens=options.max_tokens_per_rank,
+        static_rows=options.static_rows,
+        timeout_s=options.timeout_s,
+    )
+    faults = Faults(device, ground.stream, limits, ranks)
     order = order_on(ground, rendezvous, boards, faults, options.timeout_s)
     owner, local = (
         torch.from_numpy(np.ascontiguousarray(table)).to(device.where)
@@ -195,13 +203,3 @@ def _most_words(placement: Placement, rank: int) -> int:
     """Return the size of the largest record of a plan, in words of 8 bytes."""
     shape = LedgerShape(placement, rank, by_expert=True, alignment=1, block_rows=1, static_rows=-1)
     return SUMMARY_WORDS + 1 + NUM_PLACES * placement.num_ranks + shape.num_words // 2
-
-
-def _limits(options: BufferOptions, num_ranks: int) -> Limits:
-    return Limits(
-        num_topk=options.num_topk,
-        num_experts=options.num_experts,
-        static_rows=-1 if options.static_rows is None else options.static_rows,
-        block_rows=num_ranks * options.max_tokens_per_rank,
-        timeout_s=options.timeout_s,
-    )

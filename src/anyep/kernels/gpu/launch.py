@@ -15,7 +15,7 @@ from anyep.kernels.tapes import Play, placed, split
 from anyep.machine.compiler import compiling
 
 if TYPE_CHECKING:
-    from anyep.kernels.gpu.driver import Driver
+    from anyep.kernels.gpu.driver import Driver, Launched
 
 Constants = dict[str, int]
 
@@ -88,7 +88,7 @@ class OnStream:
         assert self._device.index is not None, "kernels are loaded for one device"
         return Driver(self._device.index)
 
-    def _lowered(self, one: Noted) -> Any:
+    def _lowered(self, one: Noted) -> Launched:
         """Return a launch as the driver takes it. Triton's own parameters come last, and are 0."""
         from anyep.kernels.gpu.driver import Launched, hidden_parameters
 
