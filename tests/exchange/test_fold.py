@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anyep.machine.addresses import address_of
 from anyep.exchange.setup import load_books
+from anyep.machine.addresses import address_of
 
 
 def folded(
