@@ -31,8 +31,8 @@ class Across:
     """each expert's own number: between hosts experts keep it"""
     first_M: NDArray[np.int32]
     """the first rank of each host"""
-    nobody_R: Words
-    """[R]: NEAR for ranks of this host, 0 for others"""
+    far_R: Words
+    """as :func:`far_ranks`"""
     chunk_bytes: int
     """what a piece has at most, unless a single token has more"""
     straight: StraightRule
@@ -64,6 +64,11 @@ class Across:
         """Return what one operation keeps of rows that cross, at most."""
         sizes = {"num_topk": num_topk, "max_tokens": max_tokens, "straight_bytes": self.straight.most_bytes}
         return bound_bytes(self.hosts, self.transport.rank, row, chunk_bytes=self.chunk_bytes, **sizes)
+
+
+def far_ranks(hosts: HostMap, rank: int) -> Words:
+    """Return int64 [R]: NEAR for ranks of the host of ``rank``, 0 for those of others."""
+    return np.where(hosts.host_R == hosts.host_R[rank], NEAR, 0).astype(np.int64)
 
 
 def num_streams(hosts: HostMap, rank: int) -> int:
@@ -101,13 +106,12 @@ def bound_bytes(
 def look_across(transport: HierarchicalTransport, placement: Placement, straight: StraightRule) -> Across:
     """Return the tables of one rank."""
     hosts = transport.hosts
-    near_R = hosts.host_R == hosts.host_R[transport.rank]
     return Across(
         transport=transport,
         host_E=np.ascontiguousarray(hosts.host_R[placement.expert_rank_E]),
         number_E=np.arange(placement.num_experts, dtype=np.int32),
         first_M=np.array([members[0] for members in hosts.members], np.int32),
-        nobody_R=np.where(near_R, NEAR, 0).astype(np.int64),
+        far_R=far_ranks(hosts, transport.rank),
         chunk_bytes=CHUNK_BYTES,
         straight=straight,
     )

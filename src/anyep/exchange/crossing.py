@@ -53,7 +53,7 @@ class Crossing:
         self.straight_M = straight_hosts(across, plan, self, output_bytes)
         """hosts to whose ranks rows go straight; nothing is forwarded there"""
         straight_R = self.straight_M[hosts.host_R]
-        self.far_tokens_R: Words = np.where(across.nobody_R == NEAR, NEAR, np.where(straight_R, STRAIGHT, tokens_R))
+        self.far_tokens_R: Words = np.where(across.far_R == NEAR, NEAR, np.where(straight_R, STRAIGHT, tokens_R))
         self.straight_ranks: list[int] = np.flatnonzero(straight_R & (plan.numbers("rank_rows") > 0)).tolist()
         """those that get rows straight"""
 

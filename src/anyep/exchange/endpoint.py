@@ -126,7 +126,7 @@ class Endpoint:
     desks: tuple[Desk, ...]
     crowd: Crowd
     far_R: Words
-    """[R]: NEAR, or 0 for ranks of other hosts"""
+    """[R]: NEAR for ranks of this host, 0 for those of others"""
     across: Across | None = None
     """what there is besides on several hosts"""
     geometries: dict[tuple[GeometryKey, int], Geometry] = field(default_factory=dict)

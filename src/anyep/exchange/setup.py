@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from anyep.exchange import calibrate_links
-from anyep.exchange.across import look_across
+from anyep.exchange.across import far_ranks, look_across
 from anyep.exchange.calibrate import NUM_EPOCHS, given_rule, measured_rule
 from anyep.exchange.crowd import Crowd
 from anyep.exchange.desk import Desk, Lanes
@@ -82,7 +82,7 @@ def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options:
     hosts = (
         transport.hosts if isinstance(transport, HierarchicalTransport) else group_ranks(transport.size, transport.size)
     )
-    far_R = np.where(hosts.host_R == hosts.host_R[transport.rank], NEAR, 0).astype(np.int64)
+    far_R = far_ranks(hosts, transport.rank)
     links_measured = hosts.num_hosts > 1 and options.straight_bytes is None
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
     first = (

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 def straight_sources(across: Across, opened_RW: Words, rows_R: NDArray[np.int32]) -> list[int]:
     """Return the ranks of other hosts whose rows for this rank come straight."""
-    far_R = across.nobody_R != ledger.NEAR
-    straight_R = far_R & (opened_RW[:, BODY + ledger.WAY] <= ledger.STRAIGHT) & (rows_R > 0)
+    is_far_R = across.far_R != ledger.NEAR
+    straight_R = is_far_R & (opened_RW[:, BODY + ledger.WAY] <= ledger.STRAIGHT) & (rows_R > 0)
     return [int(rank) for rank in np.flatnonzero(straight_R)]
 
 

@@ -39,10 +39,10 @@ class StraightBack:
         self._to = back.handle.straight_from
         self._rows_of_R = plan.numbers("source_entries")
         self._rows_at_R = plan.numbers("rank_entries")
-        self.far_R: Words = across.nobody_R.copy()
+        self.far_R: Words = across.far_R.copy()
         """as exchange/connect.py reads it"""
         self.far_R[list(self._to)] |= GOES_STRAIGHT
-        self.far_R[plan.crossing.straight_M[across.hosts.host_R] & (across.nobody_R != NEAR)] |= COMES_STRAIGHT
+        self.far_R[plan.crossing.straight_M[across.hosts.host_R] & (across.far_R != NEAR)] |= COMES_STRAIGHT
         self.outgoing: StraightOut | None = None
         self.incoming: StraightIn | None = None
         self.first_row_R: NDArray[np.int32] = np.zeros(end.num_ranks, np.int32)
