@@ -145,7 +145,7 @@ def places_of_handle(context: ElasticContext, handle: EPHandle, num_rows: int) -
     if not isinstance(metadata, torch.Tensor) or metadata.dtype != torch.int32 or list(metadata.shape) != shape:
         told = f"{metadata.dtype} {list(metadata.shape)}" if isinstance(metadata, torch.Tensor) else repr(metadata)
         refuse(f"a handle's recv_src_metadata must be an int32 tensor {shape}, got {told}")
-    known = context.natives.recalled.get(metadata)
+    known = context.natives.handles.recalled.get(metadata)
     if known is not None and known[0] == _version(handle, metadata):
         places: Places = known[1]
         return places
@@ -172,5 +172,5 @@ def _remember(context: ElasticContext, handle: EPHandle, metadata: torch.Tensor,
     """Know again what a tensor says, if torch counts what is written to it."""
     version = _version(handle, metadata)
     if version[0] >= 0:
-        context.natives.recalled[metadata] = version, places
+        context.natives.handles.recalled[metadata] = version, places
     return places

@@ -70,7 +70,7 @@ def find_handle(natives: Natives, handle: object) -> Kept:
             return made
     if not isinstance(handle, (tuple, list)) or len(handle) not in KEY:
         refuse(f"handle must be a tuple of {INTRANODE} or {INTERNODE} tensors as dispatch returned it")
-    kept = natives.find(handle[KEY[len(handle)]])
+    kept = natives.handles.find(handle[KEY[len(handle)]])
     return kept if isinstance(kept, NormalKept) else recalled(natives, tuple(handle))
 
 
@@ -104,7 +104,7 @@ def _on_device(kept: NormalKept) -> tuple[Any, ...]:
     """Six members: on a device all ranks are on one host."""
     assert kept.token is not None, "the variants of normal calls bring source tokens"
     prefix, *others = members_on_device(kept.handle, kept.token, kept.inside, kept.served.ep.rank, kept.channels)
-    return kept.context.natives.keep_tensor(prefix, kept), *others
+    return kept.context.natives.handles.keep_tensor(prefix, kept), *others
 
 
 def _by_way_of_host(kept: NormalKept, key: int) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ def _by_way_of_host(kept: NormalKept, key: int) -> tuple[Any, ...]:
     on_host = kept._replace(token=kept.token.cpu())
     made = (_intranode if key == KEY[INTRANODE] else _internode)(on_host)
     members = [kept.inside if one is kept.inside else one.to(kept.token.device, copy=True) for one in made]
-    members[key] = kept.context.natives.keep_tensor(members[key], kept)
+    members[key] = kept.context.natives.handles.keep_tensor(members[key], kept)
     return tuple(members)
 
 
@@ -122,7 +122,7 @@ def _intranode(kept: NormalKept) -> tuple[Any, ...]:
     assert token is not None, "the variants of normal calls bring source tokens"
     prefix, head = _numbered(_sent(kept, domain.num_ranks), 1, channels)
     return (
-        kept.context.natives.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
+        kept.context.natives.handles.keep(np.cumsum(kept.handle.pair_rows, axis=0, dtype=np.int32), kept),
         prefix,
         tensor_on(_starts(kept, token, kept.served.ep.rank, channels)),
         token,
@@ -158,7 +158,7 @@ def _internode(kept: NormalKept) -> tuple[Any, ...]:
         torch.from_numpy(host_ends_HC),
         torch.from_numpy(np.cumsum(host_ends_HC[:, -1], dtype=np.int32)),
         torch.from_numpy(starts_RC + (ends_R - rows_R)[:, None].astype(np.int32)),
-        kept.context.natives.keep(ends_R, kept),
+        kept.context.natives.handles.keep(ends_R, kept),
         tensor_on(meta.view(np.uint8)),
         host_head,
         tensor_on(nvl_head),

@@ -11,6 +11,7 @@ import torch
 from anyep.compat.deep_ep import low_latency, low_latency_sums
 from anyep.compat.deep_ep.checks import check_torch_deterministic, is_deterministic, refuse
 from anyep.compat.deep_ep.events import EventOverlap
+from anyep.compat.deep_ep.low_latency_handles import LowLatencyHandle
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.normal_batch import NormalContext
@@ -45,7 +46,7 @@ class LowLatencyCalls:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> tuple[Tensors, torch.Tensor, low_latency.LowLatencyHandle, EventOverlap, Hook | None]:
+    ) -> tuple[Tensors, torch.Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Send a row for each (token, expert): (recv_x, recv_count [L], handle, event, hook).
 
         ``recv_x`` [L, R * Tmax, H], with FP8 a pair with its scales. With a hook nothing is valid until it was called.

@@ -12,7 +12,8 @@ import torch
 
 from anyep.compat.deep_ep import indices
 from anyep.compat.deep_ep.checks import check_dense, host_assert, refuse
-from anyep.compat.deep_ep.low_latency import Blocks, LowLatencyKept, WaitClock, find_handle
+from anyep.compat.deep_ep.low_latency import WaitClock
+from anyep.compat.deep_ep.low_latency_handles import Blocks, LowLatencyKept, find_handle
 from anyep.compat.deep_ep.masks import Masks
 from anyep.compat.deep_ep.native import Natives
 from anyep.compat.deep_ep.recalled import ask_for_blocks

@@ -6,7 +6,6 @@ experts, on all ranks, since all make the same calls; everything else (hidden si
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import anyep
 from anyep.compat.deep_ep.checks import check_device
+from anyep.compat.deep_ep.known_handles import KnownHandles
 from anyep.compat.deep_ep.layout import Layout, loops
 from anyep.compat.deep_ep.underway import Underway
 from anyep.exchange.calls import Calls
@@ -107,10 +106,7 @@ class Natives:
         """buffers by the shapes, dtypes and flags of calls that passed every check of them"""
         self.layouts: tuple[KnownLayout, ...] = ()
         """those that were counted last: most dispatches bring one of them"""
-        self._kept: dict[int, object] = {}
-        self._arrays: dict[int, weakref.ref[Any]] = {}
-        self.recalled: Any = WeakTensorKeyDictionary()
-        """from copies of a handle's member to the versions of all of them, and what they stand for"""
+        self.handles = KnownHandles()
         self.loops: Any = None
         """the compiled ones of this interface; there as soon as there is a buffer"""
         self.closed = False
@@ -228,29 +224,6 @@ class Natives:
         underway = Underway(pending, fill)
         self._underway.append(underway)
         return underway
-
-    def keep(self, memory: NDArray[Any], kept: object) -> torch.Tensor:
-        """Return a tensor on ``memory`` by whose storage a handle tuple is known, as long as that lives."""
-        tensor = torch.from_numpy(memory)
-        address = tensor.data_ptr()
-        self._kept[address] = kept
-        self._arrays[address] = weakref.ref(memory, lambda _: self._forget(address))
-        return tensor
-
-    def keep_tensor(self, tensor: torch.Tensor, kept: object) -> torch.Tensor:
-        """Return a tensor by whose storage a handle tuple is known, as long as this object lives."""
-        address = tensor.data_ptr()
-        self._kept[address] = kept
-        self._arrays[address] = weakref.ref(tensor, lambda _: self._forget(address))
-        return tensor
-
-    def _forget(self, address: int) -> None:
-        self._kept.pop(address, None)
-        self._arrays.pop(address, None)
-
-    def find(self, tensor: object) -> object:
-        """Return what belongs to the handle that ``tensor`` is a member of; None for others."""
-        return self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
 
     def first_num_experts(self, num_ranks: int) -> int:
         """Return a number of experts for which all ranks have a buffer; R, for a new one, where there is none."""

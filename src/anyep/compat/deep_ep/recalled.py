@@ -41,12 +41,12 @@ def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
     natives.settle_on(key)
     versions = tuple(_version(one) for one in members)
-    found = natives.recalled.get(key)
+    found = natives.handles.recalled.get(key)
     if found is not None and found[0] == versions and -1 not in versions:
         known: Kept = found[1]
         return known
     kept = (_from_counts if len(members) == INTRANODE else _by_asking)(natives, members)
-    natives.recalled[key] = versions, kept
+    natives.handles.recalled[key] = versions, kept
     return kept
 
 
