@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,18 @@ _ANNOUNCED, _DONE = 0, 1
 _STAGES = 2
 _MOST_TURNS = 2
 """Of an operation: memory that was offered again is enough."""
+
+
+class _Stage(NamedTuple):
+    """What ranks wait for, and where a wait that lasts too long leaves word of rank r: ``error_bytes`` * r further."""
+
+    turn: Turn
+    number: int
+    """_ANNOUNCED or _DONE"""
+    away: tuple[int, ...]
+    """ranks that take no part"""
+    errors_addr: int
+    error_bytes: int
 
 
 class Concurrent:
@@ -76,12 +89,13 @@ class Concurrent:
 
     def launch(self, turn: Turn, absent: Collection[int]) -> None:
         """Launch this rank's half between waits for all ranks that take part."""
-        half, away = self._halves.pop(turn), tuple(absent)
-        boards = self._boards
-        message = (boards.board_addr(turn.epoch) + 8 * FAULT, boards.message_bytes)
-        self._play("wait", turn, lambda kernels: self._wait(kernels, turn, _ANNOUNCED, away, *message), away)
+        half, away, boards = self._halves.pop(turn), tuple(absent), self._boards
+        faults_addr = boards.board_addr(turn.epoch) + 8 * FAULT
+        announced = _Stage(turn, _ANNOUNCED, away, faults_addr, boards.message_bytes)
+        done = _Stage(turn, _DONE, away, self._late_addr, 8)
+        self._play("wait", turn, lambda kernels: self._wait(kernels, announced), away)
         half(absent)
-        self._play("meet", turn, lambda kernels: self._meet(kernels, turn, _DONE, away, self._late_addr, 8), away)
+        self._play("meet", turn, lambda kernels: self._meet(kernels, done), away)
 
     def _play(self, what: str, turn: Turn, act: Act, away: tuple[int, ...] = ()) -> None:
         """Launch ``act``, which is recorded once for each operation in flight."""
@@ -111,37 +125,23 @@ class Concurrent:
         peers = self._peers.data_ptr() + self._kind_bytes(turn, stage)
         kernels.signal(peers, self._boards.num_ranks, self._epoch_addr(turn), 0)
 
-    def _meet(
-        self,
-        kernels: DeviceKernels,
-        turn: Turn,
-        stage: int,
-        away: tuple[int, ...],
-        errors_addr: int,
-        error_bytes: int,
-    ) -> None:
+    def _meet(self, kernels: DeviceKernels, stage: _Stage) -> None:
         """Signal, and wait for all."""
-        if away:
-            self._signal(kernels, turn, stage)
-            self._wait(kernels, turn, stage, away, errors_addr, error_bytes)
+        if stage.away:
+            self._signal(kernels, stage.turn, stage.number)
+            self._wait(kernels, stage)
             return
-        ranks, kind_bytes = self._boards.num_ranks, self._kind_bytes(turn, stage)
+        kind_bytes = self._kind_bytes(stage.turn, stage.number)
         addresses = (self._peers.data_ptr() + kind_bytes, self.first_addr + kind_bytes)
-        kernels.meet(*addresses, ranks, self._epoch_addr(turn), self._limit, errors_addr, error_bytes)
+        ranks, epoch = self._boards.num_ranks, self._epoch_addr(stage.turn)
+        kernels.meet(*addresses, ranks, epoch, self._limit, stage.errors_addr, stage.error_bytes)
 
-    def _wait(
-        self,
-        kernels: DeviceKernels,
-        turn: Turn,
-        stage: int,
-        away: tuple[int, ...],
-        errors_addr: int,
-        error_bytes: int,
-    ) -> None:
+    def _wait(self, kernels: DeviceKernels, stage: _Stage) -> None:
         """Wait for all but those who are away: in one launch for each stretch of neighbours that are not."""
-        words, epoch = self.first_addr + self._kind_bytes(turn, stage), self._epoch_addr(turn)
-        for is_away, ranks in groupby(range(self._boards.num_ranks), away.__contains__):
+        words = self.first_addr + self._kind_bytes(stage.turn, stage.number)
+        epoch, error_bytes = self._epoch_addr(stage.turn), stage.error_bytes
+        for is_away, ranks in groupby(range(self._boards.num_ranks), stage.away.__contains__):
             if not is_away:
                 first, *others = ranks
-                errors = errors_addr + first * error_bytes
+                errors = stage.errors_addr + first * error_bytes
                 kernels.wait(words + 8 * first, 1 + len(others), epoch, self._limit, 0, errors, error_bytes)
