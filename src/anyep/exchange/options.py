@@ -256,10 +256,10 @@ def memory_account(
     if ranks_per_host is not None:
         check_integer("ranks_per_host", ranks_per_host, at_least=1)
     if options.device is not None:
-        from anyep.exchange.device.devices import named
+        from anyep.exchange.device.devices import cuda_device
         from anyep.exchange.device.setup import device_account
 
-        named(options.device)
+        cuda_device(options.device)
         if ranks_per_host is None or ranks_per_host >= num_ranks:
             return device_account(options, num_ranks, rank)
     account = replace(options, device=None, kernels="cpu").account(num_ranks, rank)

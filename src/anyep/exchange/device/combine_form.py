@@ -15,7 +15,7 @@ import torch
 
 from anyep.exchange.device.devices import Tape
 from anyep.exchange.device.endpoint import DeviceEndpoint
-from anyep.exchange.device.plan import PLAN, DevicePlan, PlanMap, address_of
+from anyep.exchange.device.plan import PLAN, DevicePlan, PlanMap, address_if_any
 from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.returning import Returning
 from anyep.exchange.wire import ELEMENTS
@@ -70,14 +70,14 @@ class CombineForm:
             (
                 plan.device_memory.data_ptr(),
                 back.y.data_ptr(),
-                address_of(back.factors),
+                address_if_any(back.factors),
                 bias[0].data_ptr() if bias else 0,
                 bias[1].data_ptr() if len(bias) > 1 else 0,
                 back.out.data_ptr(),
-                address_of(back.weights_out),
+                address_if_any(back.weights_out),
                 scratch.words.data_ptr(),
-                address_of(scratch.encoded),
-                address_of(scratch.rows),
+                address_if_any(scratch.encoded),
+                address_if_any(scratch.rows),
                 boards.messages_addr(epoch),
                 boards.board_addr(epoch),
                 *places,

@@ -32,6 +32,7 @@ class Wanted(NamedTuple):
 
 
 Rooms = tuple[torch.Tensor | None, ...]
+"""Tensors with any content; None where none was wanted."""
 
 
 class Fetch(Protocol):
@@ -232,8 +233,8 @@ class CudaDevice:
         event.synchronize()
 
 
-def named(name: str) -> torch.device:
-    """Return the CUDA device of that name; ValueError for another kind of device. No GPU is asked."""
+def cuda_device(name: str) -> torch.device:
+    """Return the CUDA device of that name, which need not be there; ValueError for another kind of device."""
     try:
         where = torch.device(name)
     except RuntimeError:
@@ -251,7 +252,7 @@ def find_device(
     ``num_sms``: for each of them; None: an equal share, and no bound for one. ``sizes``: K, R and L of the buffer; its
     kernels are loaded. ValueError for another kind of device, Unavailable where there is none.
     """
-    where = named(name)
+    where = cuda_device(name)
     from anyep.kernels.gpu.loading import load_gpu
 
     if torch.cuda.is_available():
@@ -277,9 +278,9 @@ def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: 
 
 
 def allocate_all(device: Device, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
-    """Do so for each that is wanted: every call of a buffer comes here."""
+    """Return tensors with any content; CapacityError as :func:`allocate`. Every call of a buffer comes here."""
     where, empty = device.where, torch.empty
     try:
-        return tuple([None if one is None else empty(one[0], dtype=one[1], device=where) for one in wanted])
+        return tuple([None if one is None else empty(one.shape, dtype=one.dtype, device=where) for one in wanted])
     except torch.OutOfMemoryError:  # asked for again one by one, for the error of the first that has no room
         return tuple([None if one is None else allocate(device, *one, account) for one in wanted])

@@ -20,7 +20,7 @@ import torch
 from anyep.exchange.device.devices import Tape
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.landing import Landing, LandingShapes, part_shapes
-from anyep.exchange.device.plan import IDX, PLAN, WEIGHTS, DevicePlan, PlanMap, address_of, route_on
+from anyep.exchange.device.plan import IDX, PLAN, WEIGHTS, DevicePlan, PlanMap, address_if_any, route_on
 from anyep.exchange.device.reach import NOWHERE
 from anyep.exchange.device.slots import SlotKind
 from anyep.exchange.geometry import Geometry
@@ -88,14 +88,14 @@ class DispatchForm:
             "q",
             (
                 plan.device_memory.data_ptr(),
-                address_of(plan.routes),
-                address_of(out.topk_weights),
+                address_if_any(plan.routes),
+                address_if_any(out.topk_weights),
                 rows.x.data_ptr(),
-                address_of(rows.scales),
+                address_if_any(rows.scales),
                 *in_flight[epoch % len(in_flight)],
                 capacity,
                 0 if out.cached is None else out.cached.num_rows,
-                address_of(turned),
+                address_if_any(turned),
                 *parts,
                 *places,
             ),
@@ -104,7 +104,7 @@ class DispatchForm:
     def bases_of_places(self, plan: DevicePlan, messages_addr: int, board_addr: int) -> array[int]:
         """Return the same for what works out places alone: on a board that was made, with this rank's own message."""
         bases = array("q", (0,) * (_PLACE + NUM_PLACES))
-        bases[PLAN], bases[IDX] = plan.device_memory.data_ptr(), address_of(plan.routes)
+        bases[PLAN], bases[IDX] = plan.device_memory.data_ptr(), address_if_any(plan.routes)
         bases[_MESSAGES], bases[_BOARD] = messages_addr, board_addr
         return bases
 

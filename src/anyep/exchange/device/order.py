@@ -81,11 +81,10 @@ class PhaseSplit:
         """Nothing to do: nothing is counted."""
 
     def launch(self, turn: Turn, absent: Collection[int]) -> None:
-        """Launch every rank's half, unless somebody has. Every rank calls this once, after all have handed in.
+        """Launch every rank's half, unless somebody has.
 
-        But those who take no part.
-
-        Raises on every rank of a party what launching raised.
+        Every rank that takes part calls this once, after all have handed in. Raises on every rank of a party what
+        launching raised.
         """
         party = turn, tuple(absent)
         with self._launching:

@@ -197,7 +197,7 @@ def make_plan(end: Endpoint, topk_idx: torch.Tensor, geometry: Geometry, topk_we
     keeps = geometry.padded and topk_weights is not None
     plan = DevicePlan(end, map_of(end, geometry, topk_idx.shape[0], keeps_weights=keeps))
     if end.wire.by_column and not geometry.by_expert:
-        bases = [plan.device_memory.data_ptr(), topk_idx.data_ptr(), address_of(topk_weights)]
+        bases = [plan.device_memory.data_ptr(), topk_idx.data_ptr(), address_if_any(topk_weights)]
         device, where = end.device, plan.map
         route = end.forms.get(("route", where), lambda: device.tape(lambda kernels: route_on(kernels, end, where)))
         device.play(route, bases, plan.home)
@@ -239,7 +239,7 @@ def _sort_by_column(plan: DevicePlan, topk_idx: torch.Tensor, owner_E: torch.Ten
         part.copy_(part.gather(1, order_TW))
 
 
-def address_of(tensor: torch.Tensor | None) -> int:
+def address_if_any(tensor: torch.Tensor | None) -> int:
     """Return where a tensor lies; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -32,7 +32,7 @@ class Reach(Protocol):
         ...
 
     def rooms(self, wanted: Sequence[Wanted | None], account: Callable[[], object]) -> Rooms:
-        """Do so for each that is wanted."""
+        """Return a tensor as :meth:`room` does for each that is wanted."""
         ...
 
     def place(self, tensor: torch.Tensor) -> int | None:
