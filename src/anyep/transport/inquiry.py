@@ -23,11 +23,14 @@ times the longest that a waiting rank sleeps (``waiting.py``), for busy machines
 class Others(Protocol):
     """Ranks of other hosts (:class:`anyep.transport.questions.Questions`)."""
 
-    def ask(self, since_ns: int) -> None: ...
+    def ask(self, since_ns: int) -> None:
+        """Ask everybody for whom they wait, unless that was done since ``since_ns``."""
 
-    def answer(self, missing: Sequence[int]) -> None: ...
+    def answer(self, missing: Sequence[int]) -> None:
+        """Tell who has asked that this rank waits for ``missing``."""
 
-    def answers(self, since_ns: int) -> Mapping[int, Sequence[int]]: ...
+    def answers(self, since_ns: int) -> Mapping[int, Sequence[int]]:
+        """Return for whom each rank waits that has answered since then."""
 
 
 class Inquiry:

@@ -36,8 +36,8 @@ class Asked:
     timeout: float
     draws: bool
     """whether a picture was asked for"""
-    shapes: bool
-    """whether links were"""
+    has_links: bool
+    """whether links were given"""
     job: int | None = None
     """ranks of the job that this runs in"""
 
@@ -111,7 +111,7 @@ class Asked:
 
     def _check_transport(self) -> str:
         """Return the transport, ours where the user left it open. A job may span real hosts."""
-        if self.shapes and not self.hosts:
+        if self.has_links and not self.hosts:
             raise click.UsageError("--link goes with --hosts")
         across = HOSTS_TRANSPORTS if self.job is not None else ()
         possible = HOSTS_TRANSPORTS if self.hosts else (*ONE_HOST, *across)

@@ -100,7 +100,7 @@ def bench(*, json_file: Path | None, picture: Path | None, link: tuple[float | N
     """
     from anyep.cli.bench.launch import job_ranks
 
-    asked = Asked(**options, draws=picture is not None, shapes=bool(link)).checked(job_ranks())
+    asked = Asked(**options, draws=picture is not None, has_links=bool(link)).checked(job_ranks())
     outputs = Outputs(json=json_file, picture=picture)
     outputs.check()
     if asked.hosts:
