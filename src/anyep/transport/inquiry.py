@@ -41,23 +41,36 @@ class Inquiry:
         self.others: Others | None = None
         self._rank = rank
         self._after_ns = timeout_ns - min(RECENT_NS, timeout_ns // 2)
+        self._saying = threading.Lock()
         self._said: dict[int, Sequence[int]] = {}
-        """by thread"""
+        """by thread: an operation in the background waits beside one in the foreground"""
 
     def waits(self, board: Board, missing: Sequence[int], began_ns: int) -> None:
         """Say, on this rank's ``board`` too, for whom this thread waits: once in each slice of a wait."""
-        now_ns, thread = time.monotonic_ns(), threading.get_ident()
-        board.say_waiting(missing, now_ns)
-        board.say_waiting([rank for rank in self._said.get(thread, ()) if rank not in missing], 0)
-        self._said[thread] = missing
+        now_ns = time.monotonic_ns()
+        with self._saying:
+            awaited = self._change(board, missing)
+            board.say_waiting(missing, now_ns)
         if self.others is not None:
-            self.others.answer(missing)
+            self.others.answer(awaited)
             if now_ns - began_ns >= self._after_ns:
                 self.others.ask(began_ns + self._after_ns)
 
     def over(self, board: Board) -> None:
-        """This thread does not wait any more."""
-        board.say_waiting(self._said.pop(threading.get_ident(), ()), 0)
+        """This thread does not wait any more. Not after an error: its rank stands still for that of others, and says
+        so when it leaves."""
+        with self._saying:
+            self._change(board, ())
+
+    def _change(self, board: Board, missing: Sequence[int]) -> list[int]:
+        """Note for whom this thread waits, and take back what no thread says any more; return what all of them say."""
+        thread = threading.get_ident()
+        before = self._said.pop(thread, ())
+        if missing:
+            self._said[thread] = missing
+        awaited = {rank for ranks in self._said.values() for rank in ranks}
+        board.say_waiting({*before} - awaited, 0)
+        return sorted(awaited)
 
     def standing_still(
         self, boards: Mapping[int, Board], missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]
