@@ -167,3 +167,54 @@ def test_a_rank_that_is_asked_twice_answers_twice():
         return told
 
     assert local_group(2).run(rank_main)[0] == [{}, {1: (0,)}, {}, {1: (1,)}, {}, {1: (0,)}]
+
+
+def test_a_rank_whose_time_is_up_is_not_named_before_it_has_left():
+    """Rank 1 gives up on rank 2, of another host, and is slow to say so; rank 0 misses rank 1 meanwhile."""
+    named, gave_up = {}, threading.Event()
+    begin = threading.Barrier(2)
+
+    def rank_main(member):
+        hosts = group_ranks(3, 2)
+        timeout_s = 1.7 if member.rank == 1 else 2.0
+        options = {"lanes": LANES, "ring": 2, "heap_bytes": 1 << 20, "timeout_s": timeout_s}
+        local = InProcessTransport(member, members=hosts.near(member.rank), **options)
+        transport = HierarchicalTransport(local, InProcessEngine(member), hosts, timeout_s=timeout_s)
+        if member.rank < 2:
+            begin.wait(WAIT_S)
+            with pytest.raises(PeerTimeout) as caught:
+                miss(transport, member.rank + 1)
+            named[member.rank] = caught.value.ranks
+        if member.rank == 0:
+            gave_up.set()
+        assert gave_up.wait(WAIT_S)
+        transport.close()
+
+    local_group(3).run(rank_main)
+    assert named == {0: (2,), 1: (2,)}
+
+
+def test_answers_to_one_thread_are_not_lost_when_another_asks():
+    """Two threads of rank 0 wait; the second asks before the first has looked for what its own question brought."""
+    turn = threading.Barrier(2)
+
+    def rank_main(member):
+        engine = InProcessEngine(member)
+        questions = Questions(engine, [1 - member.rank], asks=1, tells=2)
+        first_ns = time.monotonic_ns()
+        if member.rank == 0:
+            questions.ask(first_ns)
+        turn.wait(WAIT_S)
+        if member.rank == 1:
+            questions.answer([1])
+        turn.wait(WAIT_S)
+        told = []
+        if member.rank == 0:
+            second_ns = time.monotonic_ns()
+            questions.ask(second_ns)
+            told = [dict(questions.answers(since_ns)) for since_ns in (first_ns, second_ns)]
+        turn.wait(WAIT_S)
+        engine.close()
+        return told
+
+    assert local_group(2).run(rank_main)[0] == [{1: (1,)}, {}]

@@ -166,11 +166,11 @@ class HierarchicalTransport:
             self._local.say_passing_on(True)
         try:
             yield
+            self._local.say_waited()
         finally:
             with self._turn:
                 self._num_passing -= 1
                 self._local.say_passing_on(self._num_passing > 0)
-            self._local.say_waited()
 
     def is_done(self, transfer: Transfer) -> bool:
         """Return whether a message has come through; False too when it never will: waiting for it tells why."""

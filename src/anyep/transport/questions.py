@@ -38,7 +38,7 @@ class Questions:
         with self._lock:
             if self._asked_ns >= since_ns:
                 return
-            self._collect(0)  # what answers an older question tells nothing of now
+            self._collect(self._asked_ns)  # it answers the question before: of now it tells nothing
             self._asked_ns = time.monotonic_ns()
             for rank in self._asked.keys() - self._unanswered.keys():
                 self._unanswered[rank] = self._receive(rank, self._tells, self._engine.size)
