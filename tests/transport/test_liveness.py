@@ -88,6 +88,7 @@ def test_a_text_tells_who_only_waits_itself():
         "missing: 1-2",
         "Who is missing waits in turn, in the end for rank 3 (process 4711)",
         "look whether it is stopped, still computing, or in another call",
+        "raise timeout_s if it only needs longer",
     ):
         assert text in str(error)
 

@@ -87,13 +87,13 @@ def lost(wait: Wait, departures: Mapping[int, Departure]) -> PeerError | None:
 def silent(wait: Wait, still: Sequence[int]) -> PeerTimeout:
     """Return the error for missing ranks that are alive, after the time is up: it names those that stand ``still``."""
     missing, named = (", ".join(_named(wait, rank) for rank in ranks) for ranks in (wait.missing, still))
-    they, are = ("they", "are") if len(still) > 1 else ("it", "is")
+    they, are, need = ("they", "are", "need") if len(still) > 1 else ("it", "is", "needs")
     alive = f"{they} {are} alive".capitalize()
     who = alive if set(still) == set(wait.missing) else f"Who is missing waits in turn, in the end for {named}"
     text = (
         f"{wait.where()}: no message from {missing} within timeout_s={wait.timeout_s:g} (waited {wait.elapsed_s:.2f} "
         f"s); {wait.progress()}. {who}: look whether {they} {are} stopped, still computing, or in another call "
-        f"(all ranks must make the same calls in the same order); raise timeout_s if {they} only need longer"
+        f"(all ranks must make the same calls in the same order); raise timeout_s if {they} only {need} longer"
     )
     return PeerTimeout(text, ranks=list(still), step=wait.step)
 
