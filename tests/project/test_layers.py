@@ -1,4 +1,4 @@
-"""Imports go down only."""
+"""Imports go down only, and no module is longer than a page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import pytest
 from .layers import violations
 
 PACKAGE = Path(__file__).parents[2] / "src" / "anyep"
+
+
+MOST_LINES = 300
+
+
+def test_a_module_is_one_page():
+    long = {str(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [name for name, lines in long.items() if lines > MOST_LINES] == []
 
 
 def test_imports_go_down():

@@ -87,26 +87,15 @@ class Handles:
         check_choice("layout", layout, LAYOUTS)
         dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]")
-        counts_RC = _check_counts(end, announced)
+        counts_RC: Counts = check_counts(end, announced).numpy()
         if end.across is not None:
             return self._recall_together(idx, counts_RC, layout, expert_alignment)
         plan = make_plan(end, idx, geometry_for(end, layout, idx.itemsize, expert_alignment))
         own = np.concatenate([plan.numbers("rank_rows"), plan.numbers("expert_rows")])
-        if not plan.geometry.by_expert and not (own == counts_RC[end.rank]).all():
-            raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
+        check_own_counts(plan, own, counts_RC[end.rank])
         _settle(end, plan, counts_RC)
         num_rows = int(plan.numbers("batch_rows")[end.rank])
-        return Handle(
-            buffer=self._identity,
-            epoch=number_of(counts_RC),
-            layout=layout,
-            send=plan,
-            num_rows=num_rows,
-            shape=(num_rows,),
-            counts=plan.numbers("counts").tolist(),
-            topk_weights=None,
-            announced=counts_RC,
-        )
+        return handle_from_counts(self._identity, layout, plan, num_rows, counts_RC, announced=counts_RC)
 
     def _recall_together(self, idx: torch.Tensor, counts_RC: Counts, layout: str, expert_alignment: int) -> Handle:
         handle = self._ask(self._end, idx, layout=layout, expert_alignment=expert_alignment)
@@ -168,11 +157,33 @@ def _hosts_told(hosts: HostMap | None) -> str:
     return "its ranks on one host" if hosts is None else f"hosts of ranks {list(map(list, hosts.members))}"
 
 
-def _check_counts(end: Endpoint, announced: object) -> Counts:
-    shape = (end.num_ranks, end.num_counts)
-    legend = "[R, R + num_experts]"
-    counts_RC: Counts = check_tensor("announced", announced, dtypes=(torch.int32,), shape=shape, legend=legend).numpy()
-    return counts_RC
+def check_counts(end: Endpoint, announced: object) -> torch.Tensor:
+    """Return what all ranks announced, int32 [R, R + E], where the buffer's tensors lie. TypeError and ValueError."""
+    shape, legend = (end.num_ranks, end.num_counts), "[R, R + num_experts]"
+    return check_tensor("announced", announced, dtypes=(torch.int32,), shape=shape, legend=legend, device=end.where)
+
+
+def check_own_counts(plan: SendPlan, own: Counts, announced: Counts) -> None:
+    """Raise ValueError unless topk_idx of a compact plan gives, int32 [R + E], what this rank announced."""
+    if not plan.geometry.by_expert and not np.array_equal(own, announced):
+        raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
+
+
+def handle_from_counts(
+    identity: object, layout: str, plan: SendPlan, num_rows: int, counts_RC: Counts, announced: Counts | None = None
+) -> Handle:
+    """Return the handle of a settled plan, under the number that its counts give it."""
+    return Handle(
+        buffer=identity,
+        epoch=number_of(counts_RC),
+        layout=layout,
+        send=plan,
+        num_rows=num_rows,
+        shape=(num_rows,),
+        counts=plan.numbers("counts").tolist(),
+        topk_weights=None,
+        announced=announced,
+    )
 
 
 def number_of(counts_RC: Counts) -> int:

@@ -19,7 +19,15 @@ from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.plan import DevicePlan, make_plan
 from anyep.exchange.device.staged import StagedEndpoint, StagedPlan
 from anyep.exchange.handle import Handle
-from anyep.exchange.recall import LAYOUTS, Counts, Handles, geometry_for, number_of
+from anyep.exchange.recall import (
+    LAYOUTS,
+    Counts,
+    Handles,
+    check_counts,
+    check_own_counts,
+    geometry_for,
+    handle_from_counts,
+)
 
 
 class DeviceHandles(Handles):
@@ -39,34 +47,17 @@ class DeviceHandles(Handles):
         check_choice("layout", layout, LAYOUTS)
         dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]", device=end.where)
-        counts = check_tensor(
-            "announced",
-            announced,
-            dtypes=(torch.int32,),
-            shape=(end.num_ranks, end.num_counts),
-            legend="[R, R + num_experts]",
-            device=end.where,
-        )
+        counts = check_counts(end, announced)
         counts_RC: Counts = counts.cpu().numpy()
         geometry = geometry_for(end, layout, idx.itemsize, expert_alignment)
         _check_rows(counts_RC[:, : end.num_ranks].sum(0), geometry.shape.static_rows)
         plan = make_plan(end, idx, geometry, None)
         assert isinstance(plan, DevicePlan), "plans of a device are made on its endpoint"
         told = _launch(end, plan, counts)
-        if not geometry.by_expert and not np.array_equal(told.cpu().numpy(), counts_RC[end.rank]):
-            raise ValueError("topk_idx does not belong to these counts: this rank announced others in that dispatch")
+        check_own_counts(plan, told.cpu().numpy(), counts_RC[end.rank])
         static = geometry.shape.static_rows
         num_rows = int(plan.numbers("filled_rows")[end.rank]) if static < 0 else static
-        return Handle(
-            buffer=self._identity,
-            epoch=number_of(counts_RC),
-            layout=layout,
-            send=plan,
-            num_rows=num_rows,
-            shape=(num_rows,),
-            counts=plan.numbers("counts").tolist(),
-            topk_weights=None,
-        )
+        return handle_from_counts(self._identity, layout, plan, num_rows, counts_RC)
 
     def adopt(self, handle: Handle) -> Handle:
         """Return a handle of another buffer with the same experts, on the same device, as one of this."""
