@@ -42,6 +42,7 @@ def play_torch():
     torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.device = _NoDevice
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda device: STREAM
 
 

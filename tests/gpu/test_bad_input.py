@@ -197,12 +197,36 @@ def test_a_batch_that_does_not_fit_is_said_by_the_barrier(device, layout, reason
 
 def test_a_graph_of_what_the_host_must_wait_for_is_refused(device):
     def act(ep, batch):
+        ep.dispatch(batch.x, batch.topk_idx, layout="padded")
         ep.barrier()
         device.captures = True
         with pytest.raises(
             Unavailable, match=r"layout='compact' without static_rows waits.* make the buffer with static"
         ):
             ep.dispatch(batch.x, batch.topk_idx)
+        with pytest.raises(Unavailable, match="a barrier waits for the device: call it outside of graphs"):
+            ep.barrier()
+        announced = torch.zeros((2, 2 + 4), dtype=torch.int32)
+        with pytest.raises(Unavailable, match="recall waits for the device: call it outside of graphs"):
+            ep.handles.recall(batch.topk_idx, announced)
+        ep.dispatch(batch.x, batch.topk_idx, layout="padded")
+        device.captures = False
+        ep.barrier()
+
+    on_two_ranks(act)
+
+
+def test_a_graph_of_a_call_that_makes_tables_is_refused_until_it_was_made_once(device):
+    def act(ep, batch):
+        ep.barrier()
+        device.captures = True
+        with pytest.raises(Unavailable, match="make this call once outside of it before"):
+            ep.dispatch(batch.x, batch.topk_idx, layout="padded")
+        device.captures = False
+        ep.barrier()
+        ep.dispatch(batch.x, batch.topk_idx, layout="padded")
+        ep.barrier()
+        device.captures = True
         ep.dispatch(batch.x, batch.topk_idx, layout="padded")
         device.captures = False
         ep.barrier()
@@ -242,7 +266,7 @@ def test_what_is_no_cuda_device_is_refused(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_that_is_said():
     def rank_main(member):
-        with pytest.raises(Unavailable, match="kernels='gpu' need"):
+        with pytest.raises(Unavailable, match=r"device='cuda' needs a GPU, and torch .*; device='cpu' works"):
             anyep.Buffer(member, **SIZES, device="cuda")
 
     anyep.local_group(2).run(rank_main)

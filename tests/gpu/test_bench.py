@@ -24,7 +24,7 @@ SMALL = {"hidden": 256, "experts": 8, "topk": 3, "ranks": 2, "tokens": 5}
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_written_and_the_reason_is_said(tmp_path, capsys):
     assert bench.main(["--json", str(tmp_path / "gpu.json")]) == 1
-    assert "nothing was measured and nothing is written: kernels='gpu' need" in capsys.readouterr().err
+    assert "nothing was measured and nothing is written: device='cuda' needs a GPU" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

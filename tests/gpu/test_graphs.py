@@ -109,6 +109,7 @@ def test_halves_of_a_padded_dispatch_are_graphs_of_their_own(world):
         batches = zip(ranks.buffers, ranks.x, ranks.idx, strict=True)
         return [ep.dispatch(x, idx, layout="padded", wait=False) for ep, x, idx in batches]
 
+    ranks.dispatch("padded")
     send, calls = record(device, kept, begin)
     receive, received = record(device, kept, lambda: [call.wait() for call in calls])
     for turn in range(3):
@@ -143,6 +144,7 @@ def test_graphs_of_one_buffer_replay_on_other_tokens_and_experts(world, layout):
 
 def test_a_padded_batch_says_of_each_replay_where_its_sources_begin(world):
     device, ranks, kept = world
+    ranks.dispatch("padded")
     replay, received = record(device, kept, lambda: ranks.dispatch("padded"))
     for turn in range(3):
         ranks.change(turn)

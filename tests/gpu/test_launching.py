@@ -51,15 +51,26 @@ def test_a_launch_hands_the_driver_grid_threads_stream_and_numbers(driver, how, 
     assert found["differ"] == []
 
 
+@pytest.mark.parametrize(
+    ("captures", "words"),
+    [
+        (False, "could not bring kernel copy onto sm_90: RuntimeError: Failed to find C"),
+        (
+            True,
+            "a graph is being captured, and kernel copy is not on the device yet: make this call once outside of it",
+        ),
+    ],
+)
 @needs_triton
-def test_what_triton_cannot_bring_onto_a_device_is_unavailable_with_its_reason(monkeypatch):
+def test_what_triton_cannot_bring_onto_a_device_is_unavailable_with_its_reason(monkeypatch, captures, words):
     from anyep.kernels.gpu.launch import OnStream
 
     def warmup(*numbers, **options):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr("torch.cuda.device", nullcontext)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: captures)
     kernel = Mock(__name__="copy", warmup=warmup, registers_on=None)
     launch = OnStream(torch.device("cuda", 0), SM_90)
-    with pytest.raises(Unavailable, match="could not bring kernel copy onto sm_90: RuntimeError: Failed to find C"):
+    with pytest.raises(Unavailable, match=words):
         launch.prepare(kernel, (1,), (), {}, 128)

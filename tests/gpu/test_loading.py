@@ -8,22 +8,46 @@ import pytest
 import torch
 
 from anyep.errors import Unavailable
+from anyep.exchange.device.devices import find_device
 from anyep.kernels.gpu.target import Fp8, target_of
 from anyep.kernels.registry import load
 from tests.gpu.programs import needs_triton, run_program
 
 
-def test_without_triton_the_extra_is_named(monkeypatch):
+@pytest.fixture(params=[("device='cuda' needs", "device='cpu' works"), ("kernels='gpu' need", "kernels='cpu' work")])
+def asked(request):
+    """What asks for the kernels, and what is said of it: what it lacks begins with the one and ends with the other."""
+    how = find_device if "device" in request.param[0] else load
+    return lambda: how("cuda" if how is find_device else "gpu"), request.param
+
+
+def test_without_triton_the_extra_is_named(monkeypatch, asked):
+    ask, (first, last) = asked
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("anyep.kernels.gpu.loading.find_spec", lambda name: None)
-    with pytest.raises(Unavailable, match=r"need Triton: pip install 'anyep\[gpu\]'; kernels='cpu' works"):
-        load("gpu")
+    with pytest.raises(Unavailable, match=rf"^{first} Triton: pip install 'anyep\[gpu\]'; {last} on every machine$"):
+        ask()
 
 
-def test_without_a_gpu_that_is_said(monkeypatch):
-    monkeypatch.setattr("anyep.kernels.gpu.loading.find_spec", lambda name: object())
+@pytest.mark.parametrize(
+    ("cuda", "hip", "why"),
+    [
+        (None, None, "was built for none: install a build of torch for this machine's GPU"),
+        ("12.8", None, r"\(for CUDA 12.8\) finds none: see that nvidia-smi shows one, that CUDA_VISIBLE_DEVICES does"),
+        (None, "6.4", r"\(for ROCm 6.4\) finds none: see that rocm-smi shows one, that HIP_VISIBLE_DEVICES does not"),
+    ],
+)
+def test_without_a_gpu_it_is_said_why_and_what_works(monkeypatch, asked, cuda, hip, why):
+    ask, (first, last) = asked
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(Unavailable, match=r"need a GPU and a torch that drives it.*finds none.*anyep\[gpu\]"):
-        load("gpu")
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.version.hip", hip)
+    with pytest.raises(Unavailable, match=f"^{first} a GPU, and torch {torch.__version__.replace('+', '.')} .*{why}"):
+        ask()
+    with pytest.raises(Unavailable, match=f"; {last} on every machine$"):
+        ask()
 
 
 @needs_triton

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch.distributed as dist
 import anyep
 from anyep.errors import Unavailable
 from anyep.exchange.device.devices import find_device
+from anyep.nn import ops
 from anyep.testing.processes import run_processes
 from tests.exchange.rounds import Outcome, ReceivedCopy, check, open_buffer
 from tests.gpu.exchanged import WAYS, draw
+from tests.nn.test_ops import E, H, K, N, T, layer, with_gradients
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,6 +84,7 @@ def test_padded_rows_have_left_when_the_first_half_is_over(concurrent, cached):
             anyep.Buffer(member, **sizes, device="cuda", concurrent=concurrent) as ep,
         ):
             x = torch.randn(40, 1024, device="cuda").bfloat16()
+            x.clone().fill_(-1)  # a kernel that is loaded while ranks wait for one another may wait for them
             idx = torch.tensor([[0, 3], [2, 1]] * 20, device="cuda")
             first = ep.dispatch(x, idx, layout="padded")
             how = {"handle": first.handle} if cached else {"layout": "padded"}
@@ -174,7 +178,42 @@ def test_a_graph_that_would_have_to_wait_is_refused():
             x = torch.ones(4, 8, dtype=torch.bfloat16, device="cuda")
             idx = torch.zeros(4, 1, dtype=torch.int64, device="cuda")
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), pytest.raises(Unavailable, match="make the buffer with static_rows"):
-                ep.dispatch(x, idx)
+            with torch.cuda.graph(graph):
+                x.add_(1)  # torch warns of a graph of nothing
+                with pytest.raises(Unavailable, match="make the buffer with static_rows"):
+                    ep.dispatch(x, idx)
+                with pytest.raises(Unavailable, match="a barrier waits for the device"):
+                    ep.barrier()
+                with pytest.raises(Unavailable, match="make this call once outside of it before"):
+                    ep.dispatch(x, idx, layout="padded")
+            received = ep.dispatch(x, idx)
+            assert (received.x == 1).all()
+            graph.replay()
+            assert (ep.dispatch(x, handle=received.handle).x == 2).all()
 
     anyep.local_group(1, timeout_s=600).run(rank_main)
+
+
+def test_ranks_that_share_a_gpu_learn_in_threads_of_their_own():
+    """Torch has one thread for all backward passes on a GPU, where one rank would wait for the next."""
+    sizes = {"hidden": H, "num_experts": E, "num_topk": K, "max_tokens_per_rank": T, "wire": "fp32", "static_rows": N}
+
+    def rank_main(member, device):
+        with anyep.Buffer(member, **sizes, device=device) as ep:
+            link = ops.Link(ep)
+
+            def act(*inputs):
+                return layer(link, *(one.to(device) for one in inputs))
+
+            if device == "cuda":
+                with pytest.raises(Unavailable, match="torch runs all their backward passes in one thread"):
+                    with_gradients(act, member.rank)
+            with torch.autograd.set_multithreading_enabled(False):
+                return [one.cpu() for one in with_gradients(act, member.rank)]
+
+    found, expected = (
+        anyep.local_group(2, timeout_s=600).run(partial(rank_main, device=one)) for one in ("cuda", "cpu")
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

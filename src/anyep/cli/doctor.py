@@ -220,10 +220,10 @@ def _between_hosts_nixl() -> Finding:
 def _cuda() -> Finding:
     import torch
 
-    if torch.version.cuda is None and torch.version.hip is None:
-        return Finding(topic="CUDA tensors", text="this build of torch drives no GPU", possible=False)
+    from anyep.kernels.gpu.loading import why_no_gpu
+
     if not torch.cuda.is_available():
-        return Finding(topic="CUDA tensors", text="torch finds no GPU", possible=False)
+        return Finding(topic="CUDA tensors", text=why_no_gpu(), possible=False)
     if importlib.util.find_spec("triton") is None:
         return Finding(topic="CUDA tensors", text="the kernels need Triton: pip install 'anyep[gpu]'", possible=False)
     number = torch.cuda.device_count()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from anyep.buffer import Buffer
 from anyep.exchange.handle import Combined, Handle
+from anyep.nn.threads import check_backward_thread
 
 _links: WeakValueDictionary[int, Link] = WeakValueDictionary()
 """By number: a graph cannot hold a buffer."""
@@ -122,7 +123,7 @@ def _dispatch(
     assert received.topk_weights is not None
     counts = getattr(received.counts, "tensor", None)
     if counts is None:
-        counts = torch.tensor(list(received.counts), dtype=torch.int32)
+        counts = torch.tensor(list(received.counts), dtype=torch.int32, device=x.device)
     ticket = known.remember(received.handle)
     return received.x, received.topk_idx, received.topk_weights, counts.clone(), ticket
 
@@ -158,6 +159,7 @@ def _(y: Tensor, ticket: Tensor, link: int, num_tokens: int) -> Tensor:
 @torch.library.custom_op("anyep::combine_both", mutates_args=())
 def _combine_both(y: Tensor, weights: Tensor, ticket: Tensor, link: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     known = _link(link)
+    check_backward_thread(known.ep)
     both = known.ep.combine(y.contiguous(), known.handle(ticket), topk_weights=weights.contiguous())
     assert isinstance(both, Combined)
     return both.x, both.topk_weights
@@ -172,6 +174,7 @@ def _(y: Tensor, weights: Tensor, ticket: Tensor, link: int, num_tokens: int) ->
 def _repeat(x: Tensor, ticket: Tensor, link: int) -> Tensor:
     """Send [T, H] where a ticket's dispatch sent its tokens: [N, H]."""
     known = _link(link)
+    check_backward_thread(known.ep)
     return known.ep.dispatch(x.contiguous(), handle=known.handle(ticket)).x
 
 

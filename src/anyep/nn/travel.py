@@ -30,6 +30,7 @@ from torch.autograd import Function
 
 from anyep.exchange.handle import Handle, Received
 from anyep.nn.pair import BufferPair
+from anyep.nn.threads import check_backward_thread
 from anyep.numerics.fp8 import dequantise_fp8
 
 
@@ -106,6 +107,7 @@ class Send(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, torch.Tensor, torch.Tensor | None, None]:
+        check_backward_thread(ctx.way.pair.forward)
         _ = ctx.saved_tensors  # computes again now what a checkpoint left out, if nothing before did
         grad_x, grad_weights = gather(gradients[0], gradients[1] if ctx.has_weights else None, ctx.way)
         return None, grad_x.to(ctx.dtype), grad_weights, None
@@ -123,6 +125,7 @@ class Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, torch.Tensor, torch.Tensor | None, None]:
+        check_backward_thread(ctx.way.pair.forward)
         rows, weights = spread(gradients[0], gradients[1] if ctx.has_weights else None, ctx.way)
         return None, rows, weights, None
 
@@ -141,6 +144,7 @@ class Spread(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, torch.Tensor, torch.Tensor | None, None]:
+        check_backward_thread(ctx.way.pair.forward)
         sums, weights = gather(gradients[0], gradients[1] if ctx.has_weights else None, ctx.way)
         return None, sums, weights, None
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from anyep.exchange.device.devices import Event, Fetch, Stream
+from anyep.exchange.device.devices import Event, Stream
+from anyep.exchange.device.fetches import Fetch
 from anyep.kernels.reference_memory import read
 from anyep.kernels.spec_device import DeviceKernels
 from anyep.testing.pretend_device import NAP_S, PretendDevice

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from anyep.exchange.device import devices
-from anyep.exchange.device.devices import Event, Fetch, Stream, Tape
+from anyep.exchange.device.devices import Event, Stream, Tape
+from anyep.exchange.device.fetches import Fetch
 from anyep.kernels.gpu.target import SM_90
 from anyep.kernels.reference_device import ReferenceDeviceKernels
 from anyep.kernels.spec_device import DeviceKernels

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 
 from anyep.errors import CapacityError, Unavailable
+from anyep.exchange.device.fetches import Fetch, PinnedFetch, Pins
 from anyep.kernels.gpu.target import target_of
 from anyep.kernels.spec_device import DeviceKernels
 from anyep.kernels.tapes import Act, TapedKernels
-from anyep.transport.base import Words
 
 Stream = Any
 Event = Any
@@ -33,18 +33,6 @@ class Wanted(NamedTuple):
 
 Rooms = tuple[torch.Tensor | None, ...]
 """Tensors with any content; None where none was wanted."""
-
-
-class Fetch(Protocol):
-    """Words on their way from the device to the host."""
-
-    def done(self) -> bool:
-        """Return whether :meth:`wait` would return at once."""
-        ...
-
-    def wait(self) -> Words:
-        """Return them, once they are here; waits without the GIL."""
-        ...
 
 
 class Device(Protocol):
@@ -122,23 +110,6 @@ class Device(Protocol):
         ...
 
 
-class _PinnedFetch:
-    def __init__(self, words: torch.Tensor, room: int) -> None:
-        """``room``: for how many words memory is asked; torch keeps what was given back by size."""
-        self._words = torch.empty(max(room, len(words)), dtype=words.dtype, pin_memory=True)[: len(words)]
-        self._words.copy_(words, non_blocking=True)
-        self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-        self._here.record()
-
-    def done(self) -> bool:
-        return bool(self._here.query())  # type: ignore[no-untyped-call]  # torch's
-
-    def wait(self) -> Words:
-        self._here.synchronize()
-        words: Words = self._words.numpy().copy()  # what keeps them need not keep pinned memory
-        return words
-
-
 class CudaDevice:
     """A CUDA or HIP device. ``kernels`` are loaded for it."""
 
@@ -148,7 +119,7 @@ class CudaDevice:
         self.tape = kernels.tape
         self._us_a_look: float | None = None
         self._preparing = threading.Lock()
-        self._fetch_words = self._num_fetches = 0
+        self._pins = Pins()
 
     def new_stream(self) -> Stream:
         """Of high priority: torch hands out 32 streams of a priority in turns, and callers' have the usual one."""
@@ -173,23 +144,16 @@ class CudaDevice:
         tensor.record_stream(stream)
 
     def expect_fetches(self, num_words: int, count: int) -> None:
-        """Let torch keep that much pinned memory: to pin more waits until the whole device has nothing to do.
-
-        With ranks on streams of their own that may never be: a kernel waits for what this thread launches next.
-        """
-        with self._preparing, torch.cuda.device(self.where):
-            self._fetch_words = max(self._fetch_words, num_words)
-            self._num_fetches += count
-            held = [
-                torch.empty(self._fetch_words, dtype=torch.int64, pin_memory=True) for _ in range(self._num_fetches)
-            ]
-            held.clear()  # all at once: torch keeps as many blocks as were held together
+        with torch.cuda.device(self.where):
+            self._pins.expect(num_words, count)
 
     def fetch(self, words: torch.Tensor) -> Fetch:
         with torch.cuda.device(self.where):
-            return _PinnedFetch(words, self._fetch_words)
+            return PinnedFetch(words, self._pins)
 
     def capturing(self) -> bool:
+        if torch.cuda.current_device() == self.where.index:  # every call asks: entering a device takes a microsecond
+            return bool(torch.cuda.is_current_stream_capturing())
         with torch.cuda.device(self.where):
             return bool(torch.cuda.is_current_stream_capturing())
 
@@ -262,7 +226,8 @@ def find_device(
         where = torch.device("cuda", number)
         if num_sms is None and at_once > 1:
             num_sms = max(1, torch.cuda.get_device_properties(where).multi_processor_count // at_once)
-    return CudaDevice(where, load_gpu(where, num_sms, sizes))
+    wish = {"asked": f"device={name!r} needs", "instead": "device='cpu' works on every machine"}
+    return CudaDevice(where, load_gpu(where, num_sms, sizes, **wish))
 
 
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:

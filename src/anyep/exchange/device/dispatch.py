@@ -20,10 +20,11 @@ import torch
 
 from anyep.errors import CapacityError, PeerTimeout
 from anyep.exchange.device.arrival import wrap
-from anyep.exchange.device.devices import Fetch, allocate
+from anyep.exchange.device.devices import allocate
 from anyep.exchange.device.dispatch_form import form_of
 from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.device.faults import refusal
+from anyep.exchange.device.fetches import Fetch
 from anyep.exchange.device.landing import Landing, cut_landing
 from anyep.exchange.device.order import Turn
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan

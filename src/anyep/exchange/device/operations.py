@@ -88,6 +88,10 @@ class DeviceOperations:
         return DeviceCombine(self._end, back)
 
     def barrier(self) -> Operation[None]:
+        if self._end.device.capturing():
+            raise Unavailable(
+                "a graph is being captured, and a barrier waits for the device: call it outside of graphs"
+            )
         return DeviceBarrier(self._end)
 
     def empty_output(self, handle: Handle, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anyep.errors import Unavailable
 from anyep.exchange.arguments import check_choice, check_tensor
 from anyep.exchange.device.announced import board_of, counts_on
 from anyep.exchange.device.dispatch_form import DispatchForm, FormKey
@@ -44,6 +45,8 @@ class DeviceHandles(Handles):
         """
         end = self._end
         self._check_open()
+        if end.device.capturing():
+            raise Unavailable("a graph is being captured, and recall waits for the device: call it outside of graphs")
         check_choice("layout", layout, LAYOUTS)
         dtypes, shape = (torch.int64, torch.int32), (None, end.num_topk)
         idx = check_tensor("topk_idx", topk_idx, dtypes=dtypes, shape=shape, legend="[T, num_topk]", device=end.where)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from anyep.errors import Unavailable
 from anyep.exchange.device.devices import Device, Stream
 from anyep.exchange.device.reach import NOWHERE, Reach
 from anyep.exchange.options import BufferOptions
@@ -97,9 +98,17 @@ class Slots:
         return self.memory, self.here
 
     def kind(self, row: RowBytes, max_tokens: int) -> SlotKind | None:
-        """Return how up to ``max_tokens`` such rows lie in a slot; None where it is too small for them. Made once."""
+        """Return how up to ``max_tokens`` such rows lie in a slot; None where it is too small for them.
+
+        Made once: Unavailable where a graph is being captured that could not hold what makes it.
+        """
         key = row, max_tokens
         if key not in self._kinds:
+            if self._device.capturing():
+                raise Unavailable(
+                    "a graph is being captured, and tables of such rows have to come to the device first: make this "
+                    "call once outside of it before"
+                )
             self._kinds[key] = self._kind(_part_bytes(row, max_tokens))
         return self._kinds[key]
 

@@ -110,13 +110,18 @@ class OnStream:
     ) -> tuple[Any, tuple[int, ...]]:
         """Compile, or load from Triton's cache, and bring onto the device; launch nothing.
 
-        Loading in the middle of exchanges would wait for what runs on the device, and a graph cannot hold it. Raises
-        Unavailable with Triton's reason.
+        Loading in the middle of exchanges would wait for what runs on the device, and a graph cannot hold it: then, and
+        with Triton's reason, Unavailable.
         """
         form = (kernel, threads, *constants.items())
         found = self._compiled.get(form)
         if found is not None:
             return found
+        if torch.cuda.is_current_stream_capturing():
+            raise Unavailable(
+                f"a graph is being captured, and kernel {kernel.__name__} is not on the device yet: make this call "
+                "once outside of it before"
+            )
         try:
             with torch.cuda.device(self._device):
                 compiled = kernel.warmup(*numbers, grid=grid, **constants, **options_of(kernel, self._target, threads))

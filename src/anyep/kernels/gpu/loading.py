@@ -10,25 +10,27 @@ from anyep.errors import Unavailable
 from anyep.kernels.gpu.target import target_of
 from anyep.kernels.tapes import TapedKernels
 
-_OTHERS = "kernels='cpu' works on every machine"
+_ASKED, _INSTEAD = "kernels='gpu' need", "kernels='cpu' work on every machine"
 
 
 def load_gpu(
-    device: torch.device | None = None, num_sms: int | None = None, sizes: tuple[int, int, int] = (8, 8, 8)
+    device: torch.device | None = None,
+    num_sms: int | None = None,
+    sizes: tuple[int, int, int] = (8, 8, 8),
+    *,
+    asked: str = _ASKED,
+    instead: str = _INSTEAD,
 ) -> TapedKernels:
     """Return the kernels of ``device`` (torch's current one), compiled, on ``num_sms`` of its multiprocessors (all).
 
     ``sizes`` (K, R, L): those for which no kernel is to be compiled later, beside all that are smaller than 8.
 
-    Raises Unavailable with what is missing.
+    Raises Unavailable with what is missing for what was ``asked``, and what works ``instead``.
     """
-    if find_spec("triton") is None:
-        raise Unavailable(f"kernels='gpu' need Triton: pip install 'anyep[gpu]'; {_OTHERS}")
     if not torch.cuda.is_available():
-        raise Unavailable(
-            f"kernels='gpu' need a GPU and a torch that drives it, and torch {torch.__version__} finds none: "
-            f"pip install 'anyep[gpu]' on a machine that has one; {_OTHERS}"
-        )
+        raise Unavailable(f"{asked} a GPU, and {why_no_gpu()}; {instead}")
+    if find_spec("triton") is None:
+        raise Unavailable(f"{asked} Triton: pip install 'anyep[gpu]'; {instead}")
     import triton
 
     if triton.knobs.runtime.interpret:
@@ -47,3 +49,17 @@ def load_gpu(
         call_every_variant(GpuKernels(where, target, launch.prepare, num_sms), each)
     launch.tape(())  # what plays recordings is compiled, too, before anybody waits for it
     return GpuKernels(where, target, launch, num_sms)
+
+
+def why_no_gpu() -> str:
+    """Return why torch finds no GPU, and what can be done about it."""
+    runtime = torch.version.cuda or torch.version.hip
+    if runtime is None:
+        return f"torch {torch.__version__} was built for none: install a build of torch for this machine's GPU"
+    tool, hides = (
+        ("nvidia-smi", "CUDA_VISIBLE_DEVICES") if torch.version.hip is None else ("rocm-smi", "HIP_VISIBLE_DEVICES")
+    )
+    return (
+        f"torch {torch.__version__} (for {'CUDA' if torch.version.hip is None else 'ROCm'} {runtime}) finds none: see "
+        f"that {tool} shows one, that {hides} does not hide it, and that the driver is new enough for this torch"
+    )
