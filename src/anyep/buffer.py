@@ -151,7 +151,6 @@ class Buffer(Calls):
         ranks forward for each other: there a handle goes with the ranks that took part when it was made.
         """
         self._flights.check_open()
-        self._check_within_reach("leave_out")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
@@ -170,18 +169,12 @@ class Buffer(Calls):
         word in memory that all ranks share.
         """
         self._flights.check_open()
-        self._check_within_reach("expel_absent")
         if self._end.across is not None:
             raise Unavailable(
                 "expel_absent needs all ranks on one host, where a word in shared memory says who is missed, and this "
                 "buffer's live on several: leave_out ranks between two operations there, on all that are left"
             )
         self._end.crowd.expels = True
-
-    def _check_within_reach(self, what: str) -> None:
-        """Raise Unavailable where tensors lie on devices of several hosts."""
-        if self._end.across is not None:
-            self._check_host_memory(f"{what} between hosts")
 
     @property
     def left_out(self) -> list[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-import anyep
 from anyep.compat.deep_ep import native
 from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v1_handles import REMAKES
+from tests.compat.test_v1_masks import check_going_on, step, without
 from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
 
 SHAPES = [([5, 33, 12, 8], 2), ([0, 7, 0, 3], 2), ([9, 4, 6], 2), ([9, 4], 1)]
@@ -108,18 +110,37 @@ def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch)
     assert_as_on_the_host(4, rank_main, monkeypatch, low_latency_mode=True)
 
 
-def test_masks_are_refused_with_the_reason_and_stay_as_they_were(monkeypatch):
-    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
-    given = make_inputs([5, 6], hidden=128)
+@pytest.mark.parametrize("per_host", ["1", "2"])
+@pytest.mark.parametrize("away", [0, 1, 2])
+def test_the_others_go_on_without_a_rank_that_is_masked(away, per_host, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", per_host)
+    check_going_on(make_inputs([9, 24, 5], hidden=128), away)
+
+
+@pytest.mark.parametrize("how", ["the handle", "copies"])
+def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned(how, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
+    given = make_inputs([9, 24, 5], hidden=128)
+    rested = threading.Barrier(3)
 
     def rank_main(buffer):
         mine = given[buffer.rank]
-        for _ in range(2):
-            buffer.low_latency_dispatch(mine.x, mine.topk_idx, 6, E, use_fp8=False)
-            with pytest.raises(anyep.Unavailable, match="leave_out between hosts works on CPU tensors"):
-                buffer.low_latency_update_mask_buffer(1 - buffer.rank, True)
-            status = torch.ones(2, dtype=torch.int32)
+        x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 24, E, use_fp8=False)
+        if how == "copies":
+            handle = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in handle)
+        rested.wait(60)
+        if buffer.rank != 1:
+            buffer.low_latency_update_mask_buffer(1, True)
+            if how == "copies":
+                out, *_ = buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)
+                assert same_bits(out, without(given, buffer.rank, [1]))
+            assert same_bits(step(buffer, mine)[3], without(given, buffer.rank, [1]))
+            status = torch.zeros(3, dtype=torch.int32)
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [0, 1, 0]
+            buffer.low_latency_clean_mask_buffer()
             buffer.low_latency_query_mask_buffer(status)
             assert not status.any()
+        rested.wait(60)
 
-    on_ranks(2, rank_main, low_latency_mode=True, enable_shrink=True)
+    on_ranks(3, rank_main, low_latency_mode=True, enable_shrink=True)

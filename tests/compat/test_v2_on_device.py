@@ -8,7 +8,6 @@ import gc
 import pytest
 import torch
 
-import anyep
 from anyep.compat.deep_ep import native
 from anyep.compat.deep_ep.ep_handle import FIELDS
 from anyep.testing.pretend_device import PretendDevice, pretended
@@ -333,14 +332,3 @@ def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypa
         return [x.clone(), out.clone(), handle.recv_src_metadata.clone()]
 
     everything(world, rank_main, monkeypatch)
-
-
-def test_what_a_device_cannot_do_yet_is_refused_with_the_reason(monkeypatch):
-    world = World(num_tokens=(4, 3))
-    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")
-
-    def hosts(buffer, given):
-        with pytest.raises(anyep.Unavailable, match="several hosts"):
-            buffer.dispatch(given.x, given.idx, num_experts=8)
-
-    world.run(hosts)

@@ -96,6 +96,34 @@ def test_those_that_are_left_go_on_without_some_whatever_they_call(make, concurr
     on_ranks(make, rank_main, concurrent=concurrent, eager_bytes=eager)
 
 
+@pytest.mark.parametrize("per_host", ["2", "1"])
+@pytest.mark.parametrize("away", [[1], [0, 2], [2, 3], [1, 2, 3]])
+@pytest.mark.parametrize("straight_bytes", [0, 1 << 20], ids=["forwarded", "straight"])
+def test_those_that_are_left_go_on_between_hosts_and_who_comes_back_is_heard(
+    away, per_host, straight_bytes, monkeypatch
+):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", per_host)
+    rested = threading.Barrier(R)
+
+    def rank_main(ep):
+        calls = 0
+        assert ep.num_hosts > 1
+        for layout in ("padded", "compact", "expert"):
+            check_step(ep, [], layout, 0)
+        others = [rank for rank in range(R) if (rank in away) != (ep.rank in away)]
+        ep.leave_out(others)
+        for seed in range(1, 3):
+            for layout in ("padded", "compact", "expert"):
+                check_step(ep, others, layout, seed)
+                calls += 1
+        rested.wait(60)
+        ep.leave_out(())
+        rested.wait(60)
+        check_step(ep, [], "compact", calls)
+
+    on_ranks(lambda: LazyDevice(4), rank_main, straight_bytes=straight_bytes)
+
+
 @ORDERS
 def test_who_made_as_many_calls_may_come_back(make, concurrent):
     rested = threading.Barrier(R)

@@ -10,7 +10,9 @@ from random import Random
 from typing import Any
 
 import anyep
+from anyep.compat.deep_ep import native
 from anyep.exchange import across
+from anyep.testing.pretend_device import PretendDevice, pretended
 from anyep.testing.processes import run_processes
 from tests.compat import test_v1_combine, test_v1_low_latency, test_v1_masks, test_v2_combine, test_v2_dispatch
 from tests.compat.v1_oracle import make_inputs, on_ranks, same_bits
@@ -129,6 +131,17 @@ def play_elastic(draw: Random, scene: Scene) -> None:
     test_v2_combine.check_sums(world, expand=expand, multi=multi, num_bias=draw.randint(0, 2), per_host=scene.per_host)
 
 
+def play_elastic_on_a_device(draw: Random, scene: Scene) -> None:
+    """The same with rows on a device, which pass through the host's memory."""
+    there = native.device_of
+    native.device_of = lambda rows: "cuda"
+    try:
+        with pretended(PretendDevice()):
+            play_elastic(draw, scene)
+    finally:
+        native.device_of = there
+
+
 KINDS = {
     "gradients": play_gradients,
     "layer": play_layer,
@@ -136,6 +149,7 @@ KINDS = {
     "low latency": play_low_latency,
     "masked": play_masked,
     "elastic": play_elastic,
+    "elastic on a device": play_elastic_on_a_device,
 }
 
 
@@ -158,7 +172,7 @@ def draw_rounds(homes: Sequence[str], num_each: int, *, seed: int = 0) -> list[R
         Round(
             kind=kind,
             scene=Scene(homes=homes[0], told=True)
-            if (number + place) % 2 == 0 and (even or kind != "elastic")
+            if (number + place) % 2 == 0 and (even or "elastic" not in kind)
             else Scene(homes=draw.choice(homes), told=False),
             straight_bytes=draw.choice(STRAIGHT_BYTES),
             chunk_bytes=draw.choice(CHUNK_BYTES),

@@ -10,7 +10,7 @@ from tests.hosts.shapes import SHAPES
 
 @pytest.mark.parametrize("shape", ["2x2", "3x2+1"])
 def test_layers_and_deep_ep_over_an_engine_are_right(engine, shape):
-    """2 x 12 rounds an engine, the same ones every time."""
+    """2 x 14 rounds an engine, the same ones every time."""
     homes = SHAPES[shape]
     play_rounds(len(homes[0]), engine, draw_rounds(homes, 2), timeout_s=240)
 

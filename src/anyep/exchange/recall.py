@@ -113,13 +113,7 @@ class Handles:
         self._check_open()
         if handle.buffer is self._identity:
             return handle
-        end, crossing = self._here("adopt"), handle.send.crossing
-        theirs = None if crossing is None else crossing.hosts
-        ours = None if end.across is None else end.across.hosts
-        if theirs is not ours and (theirs is None or ours is None or theirs.members != ours.members):
-            raise ValueError(f"this handle's buffer has {_hosts_told(theirs)}, and this one {_hosts_told(ours)}")
-        assert handle.announced is not None, "only wires with sums by column keep what was announced"
-        return replace(handle, buffer=self._identity)
+        return adopted(self._here("adopt"), handle, self._identity)
 
     def by_group(self, handle: Handle, ranks_per_group: int) -> Grouped:
         """Return a compact handle of a raw wire whose combine sums per (token, group of so many consecutive ranks).
@@ -151,6 +145,17 @@ def handles_on(end: Endpoint, identity: object, check_open: Callable[[], None], 
     if isinstance(end, StagedEndpoint):
         return StagedHandles(end, identity, check_open, ask)
     return (DeviceHandles if isinstance(end, DeviceEndpoint) else Handles)(end, identity, check_open, ask)
+
+
+def adopted(end: Endpoint, handle: Handle, identity: object) -> Handle:
+    """Return a handle under another identity. ValueError where ranks of the two buffers live on other hosts."""
+    crossing = handle.send.crossing
+    theirs = None if crossing is None else crossing.hosts
+    ours = None if end.across is None else end.across.hosts
+    if theirs is not ours and (theirs is None or ours is None or theirs.members != ours.members):
+        raise ValueError(f"this handle's buffer has {_hosts_told(theirs)}, and this one {_hosts_told(ours)}")
+    assert handle.announced is not None, "only wires with sums by column keep what was announced"
+    return replace(handle, buffer=identity)
 
 
 def _hosts_told(hosts: HostMap | None) -> str:

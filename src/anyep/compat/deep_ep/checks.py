@@ -54,15 +54,6 @@ def check_device(name: str, value: object) -> None:
         raise Unavailable(f"{name} is on {value.device}, and CPU and CUDA tensors are exchanged: pass {name}.cpu()")
 
 
-def check_not_on_device(what: str, device: str | None) -> None:
-    """Raise Unavailable for what a buffer of CUDA tensors cannot do yet."""
-    if device is not None:
-        raise Unavailable(
-            f"{what} goes with CPU tensors so far, and this buffer exchanges those of {device}: "
-            "make another Buffer for it, and pass that one CPU tensors"
-        )
-
-
 def check_dense(
     name: str, value: object, dtype: torch.dtype | None, shape: Sequence[int | None], legend: str
 ) -> torch.Tensor:

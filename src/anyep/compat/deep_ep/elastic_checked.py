@@ -14,7 +14,6 @@ from anyep.compat.deep_ep.checks import host_assert
 from anyep.compat.deep_ep.elastic_arguments import Terms, check_outputs, check_routing, check_tokens, unpack_bias
 from anyep.compat.deep_ep.elastic_combine import Outputs, buffer_for_sums
 from anyep.compat.deep_ep.elastic_context import ElasticContext
-from anyep.compat.deep_ep.elastic_device import check_on_device
 from anyep.compat.deep_ep.elastic_landing import DispatchPlan, Tokens
 from anyep.compat.deep_ep.elastic_routes import static_rows_of
 from anyep.compat.deep_ep.ep_handle import EPHandle, HandleKind
@@ -77,7 +76,7 @@ def check_dispatch(
         terms.num_experts % context.num_ranks == 0,
         f"num_experts={terms.num_experts} must be a multiple of the number of ranks, {context.num_ranks}",
     )
-    _settle(context, rows)
+    context.natives.settle_on(rows)  # for good: behind all checks
     packs = 0 if scales is None else scales.shape[1]
     columns, dtype = _beside(scales, weights)
     wire = carrying_wire(rows.dtype, rows.shape[1], columns, dtype, by_column=True)
@@ -87,13 +86,6 @@ def check_dispatch(
     )
     lands = not terms.do_expand and context.keeps_order and not (packs and (weights is not None or terms.tma_scales))
     return DispatchPlan(native, terms, packs, weights is not None, kind, lands), Tokens(rows, scales, idx, weights)
-
-
-def _settle(context: ElasticContext, rows: torch.Tensor) -> None:
-    """Exchange tensors where a first call's rows lie, for good: behind all checks."""
-    context.natives.settle_on(rows)
-    if context.natives.device is not None:
-        check_on_device(context)
 
 
 def _kind_of_new(context: ElasticContext, idx: torch.Tensor | None, terms: Terms) -> HandleKind:
@@ -125,5 +117,5 @@ def check_combine(
     """Check a combine's tensors and return the buffer that sums such rows. RuntimeError."""
     checked, weights = check_outputs(x, handle, topk_weights, several_sums=context.several_sums)
     biases = unpack_bias(bias, handle.kind.num_tokens, checked.shape[1])
-    _settle(context, checked)  # where the handle is another buffer's, this may be the first call
+    context.natives.settle_on(checked)  # where the handle is another buffer's, this may be the first call
     return buffer_for_sums(context, checked.shape[1], handle), Outputs(checked, weights, biases)

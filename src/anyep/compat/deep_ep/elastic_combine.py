@@ -69,13 +69,18 @@ def combine(context: ElasticContext, ep: Calls, outputs: Outputs, handle: EPHand
         y = y[places]
     elif y.shape[0] != native.num_rows:
         y = y[: native.num_rows]
-    group = context.num_scaleup if context.several_sums and context.num_scaleup < context.num_ranks else 0
+    group = ranks_summed_first(context)
     if go_on:
         return _start(context, ep, y, native, weights, outputs.bias, group=group)
     if weights is None:
         return ep.combine(y, native, bias=outputs.bias, reduce="column", group=group), None, EventOverlap()
     combined = ep.combine(y, native, bias=outputs.bias, topk_weights=weights, reduce="column", group=group)
     return combined.x, combined.topk_weights, EventOverlap()
+
+
+def ranks_summed_first(context: ElasticContext) -> int:
+    """Return how many consecutive ranks get a sum of their own, which is rounded; 0: none."""
+    return context.num_scaleup if context.several_sums and context.num_scaleup < context.num_ranks else 0
 
 
 def buffer_for_sums(context: ElasticContext, hidden: int, handle: EPHandle) -> Calls:

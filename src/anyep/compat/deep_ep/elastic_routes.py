@@ -114,8 +114,7 @@ def rows_by_expert(context: ElasticContext, handle: EPHandle, ep: Calls) -> Hand
 def _asked_again(context: ElasticContext, handle: EPHandle) -> Handle:
     rows = static_rows_of(context, handle.kind)
     native = ask(context, handle.num_experts, handle.topk_idx, rows)
-    assert native.announced is not None, "wires with sums by column keep what was announced"
-    handle.announced_counts = torch.from_numpy(native.announced.copy())
+    handle.announced_counts = counts_announced(native, handle.topk_idx.device)
     handle.route = route = Route(native)
     for name in ROUTING:
         route.note(name, getattr(handle, name))
@@ -132,8 +131,12 @@ def ask(
 
 
 def _ask_for_counts(context: ElasticContext, num_experts: int, topk_idx: torch.Tensor) -> torch.Tensor:
-    native = ask(context, num_experts, topk_idx, None)
+    return counts_announced(ask(context, num_experts, topk_idx, None), topk_idx.device)
+
+
+def counts_announced(native: Handle, where: torch.device) -> torch.Tensor:
+    """Return what all ranks announced, int32 [R, R + num_experts], where their tensors lie."""
     if isinstance(native.send, DevicePlan):
         return announced_on(native.send).clone()
     assert native.announced is not None, "wires with sums by column keep what was announced"
-    return torch.from_numpy(native.announced)
+    return torch.from_numpy(native.announced.copy()).to(where)

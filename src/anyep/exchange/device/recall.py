@@ -24,6 +24,7 @@ from anyep.exchange.recall import (
     LAYOUTS,
     Counts,
     Handles,
+    adopted,
     check_counts,
     check_own_counts,
     geometry_for,
@@ -79,6 +80,11 @@ class StagedHandles(Handles):
         end = self._end
         handle = self._ask(end.host, topk_idx.cpu(), layout=layout, expert_alignment=expert_alignment)
         return replace(handle, send=StagedPlan(handle.send, end.where))
+
+    def adopt(self, handle: Handle) -> Handle:
+        """Return a compact handle of another buffer with the same experts, hosts and device as one of this."""
+        self._check_open()
+        return handle if handle.buffer is self._identity else adopted(self._end.host, handle, self._identity)
 
 
 def _check_rows(rows_R: NDArray[np.int64], static_rows: int) -> None:
