@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from anyep.errors import Unavailable
+from anyep.errors import PeerError, Unavailable
 from anyep.exchange.arguments import check_integer
 from anyep.exchange.calls import Calls
 from anyep.exchange.explain import Explanation
@@ -19,7 +19,7 @@ from anyep.exchange.flights import Flights
 from anyep.exchange.options import BufferOptions, device_name, kernels_for, placement_tuple
 from anyep.exchange.setup import open_endpoint
 from anyep.transport.base import Blame
-from anyep.transport.liveness import blame_for
+from anyep.transport.liveness import blame_for, blame_of
 
 
 class Buffer(Calls):
@@ -45,7 +45,8 @@ class Buffer(Calls):
     forwards them (0: everything is forwarded); measured if None.
 
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
-    committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for.
+    committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for
+    (0.4 s or less: one that only waits for it may be named).
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
     hosts, ``"nixl"`` or ``"gloo"``; of CUDA tensors ``"inprocess"`` (one GPU) or ``"cuda_symmetric"`` (one a process),
     or an engine.
@@ -212,11 +213,13 @@ class Buffer(Calls):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close; after an error without waiting for anybody."""
+        """Close; after an error without waiting for anybody. Peers learn whom another buffer's error names."""
         if error is None:
             self.close()
-        else:
-            self._abandon(self._own_fault() if self._flights.unfinished else None)
+            return
+        holders = self._end.transport.holders
+        named = blame_of(error, holders) if isinstance(error, PeerError) and error.holders else None
+        self._abandon(named or (self._own_fault() if self._flights.unfinished else None))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
         """Return this buffer: a module that is copied, for an average of its weights say, works with the same one."""
@@ -234,7 +237,7 @@ class Buffer(Calls):
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, so that they name the culprit."""
-        self._end.transport.leave(blame_for(error, self.rank))
+        self._end.transport.leave(blame_for(error, self.rank, self._end.transport.holders))
 
     def _own_fault(self) -> Blame:
         """Why a rank leaves in the middle of an operation by itself: peers may still read what it now writes over."""

@@ -27,10 +27,12 @@ class PeerError(AnyEPError):
     (for example ``"dispatch 12: rows"``).
     """
 
-    def __init__(self, message: str, *, ranks: Sequence[int], step: str) -> None:
+    def __init__(self, message: str, *, ranks: Sequence[int], step: str, holders: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
         self.step = step
+        self.holders = tuple(holders)
+        """the same culprits by the names of their processes, which every buffer knows; (): not known"""
 
     @property
     def rank(self) -> int:

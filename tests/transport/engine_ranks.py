@@ -240,8 +240,9 @@ def speak_and_go(group: Any, rank: int, num_messages: int) -> Any:
         return engine.departures()[1].how
 
 
-def flush_beside_a_stopped_one(group: Any, rank: int, name: str, directory: str) -> bool | None:
-    """Rank 2 is stopped; the others await messages of everybody, and flush. Return whether all was heard."""
+def flush_beside_a_stopped_one(group: Any, rank: int, name: str, directory: str) -> list[bool] | None:
+    """Rank 2 is stopped; the others await messages of everybody, and flush, without it and for all. Return whether all
+    was heard."""
     engine = _engine(group, name)
     meet(engine)
     awaited = [receive(engine, peer, 1, 8) for peer in peers(engine)]
@@ -250,7 +251,7 @@ def flush_beside_a_stopped_one(group: Any, rank: int, name: str, directory: str)
         time.sleep(60)
     while not Path(directory, "stopped").exists():
         time.sleep(0.01)
-    heard = engine.flush(1.0)
+    heard = [engine.flush(20.0, without=[2]), engine.flush(1.0)]
     _arrive(directory, f"flushed {rank}")
     del awaited
     engine.close()

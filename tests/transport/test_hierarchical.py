@@ -159,14 +159,14 @@ def test_a_rank_that_is_asked_twice_answers_twice():
                 told.append(dict(questions.answers(since_ns)))
             turn.wait(WAIT_S)
             if member.rank == 1:
-                questions.answer([number % 2])
+                questions.answer([number % 2], None)
             turn.wait(WAIT_S)
             if member.rank == 0:
                 told.append(dict(questions.answers(since_ns)))
         engine.close()
         return told
 
-    assert local_group(2).run(rank_main)[0] == [{}, {1: (0,)}, {}, {1: (1,)}, {}, {1: (0,)}]
+    assert local_group(2).run(rank_main)[0] == [{}, {1: ((0,), None)}, {}, {1: ((1,), None)}, {}, {1: ((0,), None)}]
 
 
 def test_a_rank_whose_time_is_up_is_not_named_before_it_has_left():
@@ -206,7 +206,7 @@ def test_answers_to_one_thread_are_not_lost_when_another_asks():
             questions.ask(first_ns)
         turn.wait(WAIT_S)
         if member.rank == 1:
-            questions.answer([1])
+            questions.answer([1], 4)
         turn.wait(WAIT_S)
         told = []
         if member.rank == 0:
@@ -217,4 +217,4 @@ def test_answers_to_one_thread_are_not_lost_when_another_asks():
         engine.close()
         return told
 
-    assert local_group(2).run(rank_main)[0] == [{1: (1,)}, {}]
+    assert local_group(2).run(rank_main)[0] == [{1: ((1,), 4)}, {}]

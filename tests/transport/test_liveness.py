@@ -6,7 +6,16 @@ import pytest
 
 from anyep.errors import PeerLost, PeerTimeout
 from anyep.transport.base import Blame
-from anyep.transport.liveness import Departure, Wait, follows_from_peer, lost, silent, spell_ranks, standing_still
+from anyep.transport.liveness import (
+    Departure,
+    Wait,
+    blame_for,
+    follows_from_peer,
+    lost,
+    silent,
+    spell_ranks,
+    standing_still,
+)
 
 DIED, CLOSED, FAILED = (Departure(how=how) for how in ("died", "closed", "failed"))
 
@@ -81,7 +90,7 @@ def test_who_stands_still_is_at_the_end_of_all_waits(missing, waits, named):
 
 
 def test_a_text_tells_who_only_waits_itself():
-    error = silent(wait_for(1, 2), [3])
+    error = silent(wait_for(1, 2), {3: None})
     assert error.ranks == (3,)
     for text in (
         "no message from rank 1, rank 2 within timeout_s=30",
@@ -101,7 +110,7 @@ def test_texts_tell_who_what_and_what_to_do():
     assert "rank 3 (process 4711) was silent for longer than timeout_s, as ranks 1-2 said before leaving" in passed_on
     own = str(lost(wait_for(1), {1: blames(0, timeout=True)}))
     assert "rank 0 (this rank) was silent" in own
-    late = silent(wait_for(3, 4), [3, 4])
+    late = silent(wait_for(3, 4), {3: None, 4: None})
     assert late.ranks == (3, 4)
     for text in (
         "rank 3 (process 4711), rank 4",
@@ -118,6 +127,27 @@ def test_texts_tell_who_what_and_what_to_do():
 )
 def test_ranks_are_spelled_for_people(ranks, text):
     assert spell_ranks(ranks) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PeerLost("", ranks=[2], step="x"), Blame(ranks=(2,), timeout=False)),
+        (PeerTimeout("", ranks=[0, 2], step="x", holders=["a", "c"]), Blame(ranks=(1, 2), timeout=True)),
+        (PeerTimeout("", ranks=[0, 2], step="x", holders=["a", "z"]), Blame(ranks=(2,), timeout=True)),
+        (PeerTimeout("", ranks=[7], step="x", holders=["z"]), Blame(ranks=(0,), timeout=False)),
+        (PeerTimeout("", ranks=[7], step="x"), Blame(ranks=(0,), timeout=False)),
+        (ValueError(), Blame(ranks=(0,), timeout=False)),
+    ],
+)
+def test_an_error_of_another_buffer_is_told_in_the_numbers_of_this_one(error, told):
+    """Rank 0 of "b", "c" and "a"; a buffer may name holders that take no part here."""
+    assert blame_for(error, 0, ["b", "c", "a"]) == told
+
+
+def test_a_text_tells_who_waits_in_another_buffer():
+    text = str(silent(wait_for(1), {1: 5}))
+    assert "Rank 1 waits in another buffer of its process, for rank 5 of that buffer" in text
 
 
 def test_what_follows_from_a_peer():

@@ -100,7 +100,7 @@ class Station:
         if error is None:
             self.close()
         else:
-            self._end(blame_for(error, self.rank))
+            self._end(blame_for(error, self.rank, self._transport.holders))
 
     def __del__(self) -> None:
         if not self._closed:
@@ -138,7 +138,7 @@ class Station:
         except BaseException as error:
             if self._broken is None:
                 self._broken = error
-                self._transport.leave(blame_for(error, self.rank))
+                self._transport.leave(blame_for(error, self.rank, self._transport.holders))
             raise
 
     @contextmanager

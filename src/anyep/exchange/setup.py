@@ -67,7 +67,7 @@ def open_endpoint(group: object, options: BufferOptions) -> Opened:
     try:
         endpoint = endpoint_on(opened.transport, kernels, lanes, options)
     except BaseException as error:
-        opened.transport.leave(blame_for(error, rendezvous.rank))
+        opened.transport.leave(blame_for(error, rendezvous.rank, opened.transport.holders))
         opened.transport.close()
         raise
     if endpoint.across is not None:

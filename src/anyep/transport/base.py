@@ -15,7 +15,7 @@ order, :meth:`Transport.wait` acquires.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -77,6 +77,8 @@ class Transport(Protocol):
     name: str
     rank: int
     size: int
+    holders: Sequence[str]
+    """A name by rank of the process, or thread, that it is: the same in all transports, however they number it."""
     waited_ns: Words
     """Nanoseconds [R] that :meth:`wait` has waited for each rank, in all: how long after a wait began the rank posted
     what was awaited. It only grows. A message carries the time at which it was posted, by the clock that a host's ranks

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 
 from anyep.machine.linux import Memory
 from anyep.transport.base import Blame
-from anyep.transport.control import BLAMED, CLAIM, GROWING, NETWORK, SEGMENTS, STATE, TABLE, TOKEN
+from anyep.transport.control import (
+    BLAMED,
+    CLAIM,
+    GROWING,
+    NETWORK,
+    OUTSIDE,
+    OUTSIDER,
+    SEGMENTS,
+    STATE,
+    TABLE,
+    TOKEN,
+)
 from anyep.transport.liveness import Departure
 
 FRESH_NS = 1_000_000_000
@@ -71,6 +82,15 @@ class Board:
         """Return for whom it has said since then that it waits."""
         first = BLAMED + self._size
         return tuple(rank for rank in range(self._size) if self._read(first + rank) >= since_ns)
+
+    def say_outsider(self, rank: int, now_ns: int) -> None:
+        """Say that it waits for ``rank`` of another of its transports, which takes no part here; 0: not any more."""
+        self._publish(OUTSIDER, rank)
+        self._publish(OUTSIDE, now_ns)
+
+    def outsider(self, since_ns: int) -> int | None:
+        """Return for which one it has said since then that it waits."""
+        return self._read(OUTSIDER) if self._read(OUTSIDE) >= since_ns else None
 
     def claim(self, epoch: int) -> bool:
         """Say that this rank takes part in ``epoch``; False where the others have begun one without it."""

@@ -8,6 +8,8 @@ First a header of int64 words, by index::
     3 segments   how many stand in the table
     4 network    1 while it passes on what comes from other hosts, or waits for that
     5 claim      the last operation that needs it in which the rank takes part; -1 - n: the others began n without it
+    6 outsider   which rank of another of its transports, that takes no part here, it waits for there
+    7 outside    when it last said so; 0: it does not
     8 doorbell   two words on a cache line of their own (transport/signals.py)
     16 table     64 x (fd, inode, bytes)
     208 blamed   one word a rank
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 from anyep.transport.base import Lane
 
-TOKEN, STATE, GROWING, SEGMENTS, NETWORK, CLAIM, TABLE = 0, 1, 2, 3, 4, 5, 16
+TOKEN, STATE, GROWING, SEGMENTS, NETWORK, CLAIM, OUTSIDER, OUTSIDE, TABLE = 0, 1, 2, 3, 4, 5, 6, 7, 16
 MAX_SEGMENTS = 64
 """A new segment is at least half of all before it, so no machine has memory for more."""
 BLAMED = TABLE + 3 * MAX_SEGMENTS

@@ -9,7 +9,7 @@ came first. Messages under different tags overtake each other freely, so that se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -73,10 +73,11 @@ class Engine(Protocol):
         """Return when one of ``transfers`` may be done, or after ``timeout_s``; without burning a core."""
         ...
 
-    def flush(self, quiet_s: float) -> bool:
+    def flush(self, quiet_s: float, without: Collection[int] = ()) -> bool:
         """Wait until the other sides have heard all that was sent, or have left; return whether they have.
 
-        Gives up when nothing has moved for ``quiet_s``. Before a close: what still waits to be sent goes with it.
+        Not for the ranks ``without``, which may never say so. Gives up when nothing has moved for ``quiet_s``. Before a
+        close: what still waits to be sent goes with it.
         """
         ...
 

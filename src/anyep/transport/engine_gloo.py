@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -84,14 +84,15 @@ class GlooEngine:
         with self._changed:
             self._changed.wait_for(lambda: self._group is None or any(map(_settled, transfers)), timeout_s)
 
-    def flush(self, quiet_s: float) -> bool:
+    def flush(self, quiet_s: float, without: Collection[int] = ()) -> bool:
         self._check_open()
-        for line in self._lines.values():
+        lines = [line for rank, line in self._lines.items() if rank not in without]
+        for line in lines:
             line.talk.ask()
         moved = time.monotonic()
         unheard = -1
-        while not all(line.talk.is_heard for line in self._lines.values()):
-            now_unheard = sum(line.num_unheard for line in self._lines.values() if not line.talk.is_heard)
+        while not all(line.talk.is_heard for line in lines):
+            now_unheard = sum(line.num_unheard for line in lines if not line.talk.is_heard)
             if now_unheard != unheard:
                 unheard, moved = now_unheard, time.monotonic()
             elif time.monotonic() - moved >= quiet_s:

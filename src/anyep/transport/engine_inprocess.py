@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from anyep.errors import ClosedError
 from anyep.transport.engine import Bytes, Failure, Transfer
 from anyep.transport.engine_checks import check_message, check_writable, peer_lost, tag_taken, wrong_size
 from anyep.transport.inprocess import Member
-from anyep.transport.liveness import Departure, blame_of
+from anyep.transport.liveness import Departure
 
 _LOOK_S = 0.05
 """How often a rank that waits looks whether others have ended: their end does not wake it."""
@@ -128,16 +128,13 @@ class InProcessEngine:
                     return
                 self._exchange.changed.wait(min(left_s, _LOOK_S))
 
-    def flush(self, quiet_s: float) -> bool:
+    def flush(self, quiet_s: float, without: Collection[int] = ()) -> bool:
         """A message is where it belongs as soon as both sides know of it."""
         return True
 
     def departures(self) -> Mapping[int, Departure]:
         gone = {rank: Departure(how="closed") for rank in set(self._exchange.closed) if rank != self.rank}
-        for rank, error in self._group.failed().items():
-            if rank != self.rank:
-                gone[rank] = Departure(how="failed", blame=blame_of(error))
-        return gone
+        return gone | {rank: left for rank, left in self._group.departures().items() if rank != self.rank}
 
     def describe(self) -> dict[str, str]:
         return {"engine": "inprocess: ranks are threads of this process, messages are copied once"}

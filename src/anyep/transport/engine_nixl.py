@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -100,12 +100,13 @@ class NixlEngine:
                 time.sleep(min(left_s, nap_s))
                 nap_s = min(2 * nap_s, _LONG_NAP_S)
 
-    def flush(self, quiet_s: float) -> bool:
+    def flush(self, quiet_s: float, without: Collection[int] = ()) -> bool:
         self._check_open()
-        for talk in self._talks.values():
+        talks = [talk for rank, talk in self._talks.items() if rank not in without]
+        for talk in talks:
             talk.ask()
         moved = time.monotonic()
-        while not all(talk.is_heard for talk in self._talks.values()):
+        while not all(talk.is_heard for talk in talks):
             if self._progress():
                 moved = time.monotonic()
             elif time.monotonic() - moved >= quiet_s:

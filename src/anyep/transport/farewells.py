@@ -14,6 +14,8 @@ from anyep.transport.liveness import Departure
 
 QUIET_S = 1.0
 """A rank that leaves waits for its last messages to be heard, whose receivers wait already, while anything moves."""
+GRACE_S = 0.1
+"""For those that it blames, which may be stopped: one that is alive, and busy, has heard it by then."""
 _LOOK_S = 0.05
 
 
@@ -41,7 +43,10 @@ class Farewells:
         return departures
 
     def say(self, blame: Blame | None, under_way: Sequence[Transfer]) -> None:
-        """Tell everybody once; wait until that, and what is ``under_way``, has been heard, as long as that moves."""
+        """Tell everybody once; wait until that, and what is ``under_way``, has been heard, as long as that moves.
+
+        Those that are blamed are not waited for, but for a moment.
+        """
         if self._said:
             return
         self._said = True
@@ -57,7 +62,9 @@ class Farewells:
             remaining = [transfer for transfer in sent if not _is_over(transfer)]
             if len(remaining) < len(sent):
                 sent, deadline = remaining, time.monotonic() + QUIET_S
-        self._engine.flush(QUIET_S)
+        self._engine.flush(QUIET_S, blame.ranks if blame is not None else ())
+        if blame is not None:
+            self._engine.flush(GRACE_S)
 
 
 def _is_over(transfer: Transfer) -> bool:

@@ -54,6 +54,7 @@ class HierarchicalTransport:
         self.name = f"{local.name} inside hosts, {engine.name} between"
         self.rank, self.size = local.rank, local.size
         self.waited_ns = local.waited_ns
+        self.holders = local.holders
         self._all_hosts = self.hosts = hosts
         self.engine = engine
         self.timeout_s = timeout_s
@@ -244,5 +245,6 @@ class HierarchicalTransport:
             elapsed_s=(time.monotonic_ns() - began_ns) / 1e9,
             timeout_s=self.timeout_s,
             names={rank: f"on host {int(self.hosts.host_R[rank])}" for rank in range(self.size)},
+            holders=self.holders,
         )
         raise given_up(wait, departures, self._local.standing_still(late, began_ns, departures))

@@ -11,6 +11,7 @@ from anyep.errors import PeerError, PeerLost, PeerTimeout
 from anyep.machine import linux
 from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
+from anyep.transport.elsewhere import Holder, this_thread
 from anyep.transport.liveness import Departure, blame_of, follows_from_peer, name_ranks
 from anyep.transport.segments import SegmentMaker
 from anyep.transport.shared import SharedTransport
@@ -41,6 +42,8 @@ class Member:
         self.group = group
         self.rank = rank
         self.size = len(group)
+        self.holder: Holder | None = None
+        """who this rank is in all its transports: the thread that opened the first"""
 
     def allgather(self, item: bytes) -> list[bytes]:
         """Return every rank's item. Collective; PeerLost when a rank has ended, PeerTimeout after the group's time."""
@@ -80,6 +83,11 @@ class LocalGroup(Sequence[Member]):
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members)
+
+    def departures(self) -> dict[int, Departure]:
+        """Return the same as their peers see it."""
+        names = [member.holder.name if member.holder is not None else "" for member in self]
+        return {rank: Departure(how="failed", blame=blame_of(error, names)) for rank, error in self.failed().items()}
 
     def failed(self) -> dict[int, BaseException]:
         """Return the ranks whose function raised in the run that is under way."""
@@ -179,7 +187,7 @@ class _Threads:
         return self._arenas[rank].segments[index].address
 
     def departures(self) -> Mapping[int, Departure]:
-        return {rank: Departure(how="failed", blame=blame_of(error)) for rank, error in self._group.failed().items()}
+        return self._group.departures()
 
     def names(self) -> Mapping[int, str]:
         return {rank: f"{type(error).__name__}: {error}" for rank, error in self._group.failed().items()}
@@ -212,6 +220,8 @@ class InProcessTransport(SharedTransport):
         arena = Arena(maker, poison=poison)
         together(member, lambda: arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes))
         arenas: list[Arena] = member.exchange(arena)
+        holder = member.holder = member.holder or this_thread()
+        holders: list[str] = member.exchange(holder.name)
         super().__init__(
             member,
             layout=layout,
@@ -220,4 +230,6 @@ class InProcessTransport(SharedTransport):
             maker=maker,
             memories=_Threads(member.group, arenas),
             controls={rank: arenas[rank].segments[0].address for rank in members or range(member.size)},
+            holders=holders,
+            holder=holder,
         )

@@ -3,6 +3,10 @@
 Limits end in any order. A rank whose time is up first would name its neighbour, which may have waited nearly as long
 for the one that is stopped. So a rank that waits says for whom: on its board to the ranks of its host
 (``board.py``), and to those of other hosts when they ask (``questions.py``), shortly before their time is up.
+
+It says so in all transports of its process (``elsewhere.py``), each in its own numbers: a rank that is missed in one
+may wait in another. For somebody who takes no part here it says whom that one waits for, as far as its host's boards
+tell; else that there is an *outsider*, and then it is named itself, with that.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import NamedTuple, Protocol
 
+from anyep.errors import ClosedError
 from anyep.transport.board import Board
+from anyep.transport.elsewhere import Elsewhere, Holder, seen_there
 from anyep.transport.liveness import Departure, standing_still
 
 RECENT_NS = 1_000_000_000
 """How long before a wait's end others must have said that they wait: a rank that is stopped says nothing any more. Ten
-times the longest that a waiting rank sleeps (``waiting.py``), for busy machines."""
+times the longest that a waiting rank sleeps (``waiting.py``), for busy machines; half of a limit below 2 s, so that
+from 0.4 s down a rank that waits may not have said so, and is named."""
 
 
 class Others(Protocol):
@@ -26,56 +34,133 @@ class Others(Protocol):
     def ask(self, since_ns: int) -> None:
         """Ask everybody for whom they wait, unless that was done since ``since_ns``."""
 
-    def answer(self, missing: Sequence[int]) -> None:
-        """Tell who has asked that this rank waits for ``missing``."""
+    def answer(self, missing: Sequence[int], outsider: int | None) -> None:
+        """Tell who has asked that this rank waits for ``missing``, and for an outsider."""
 
-    def answers(self, since_ns: int) -> Mapping[int, Sequence[int]]:
+    def answers(self, since_ns: int) -> Mapping[int, Answer]:
         """Return for whom each rank waits that has answered since then."""
 
 
-class Inquiry:
-    """What one rank says of its waits, and learns of others'. Times are CLOCK_MONOTONIC."""
+class Answer(NamedTuple):
+    """For which ranks a rank waits, and for which rank of another of its transports that takes no part here."""
 
-    def __init__(self, rank: int, timeout_s: float) -> None:
+    ranks: Sequence[int]
+    outsider: int | None = None
+
+
+_NOTHING = Answer(())
+
+
+class _Said(NamedTuple):
+    source: object
+    """the inquiry of the transport in which a thread waits"""
+    ranks: Sequence[int]
+    outsider: int | None
+
+
+class Inquiry:
+    """What one rank says of its waits, and learns of others'. Times are CLOCK_MONOTONIC.
+
+    ``boards``: of the ranks of this host, which ``memory`` keeps. ``holders``: names, by rank. ``holder``: this rank's.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        timeout_s: float,
+        *,
+        boards: Mapping[int, Board],
+        memory: object,
+        holders: Sequence[str],
+        holder: Holder,
+    ) -> None:
         timeout_ns = int(timeout_s * 1e9)
         self.others: Others | None = None
+        self.holders = holders
         self._rank = rank
         self._after_ns = timeout_ns - min(RECENT_NS, timeout_ns // 2)
         self._saying = threading.Lock()
-        self._said: dict[int, Sequence[int]] = {}
+        self._said: dict[int, _Said] = {}
         """by thread: an operation in the background waits beside one in the foreground"""
+        self._boards = boards
+        self._memory: object = memory
+        self._is_over = False
+        self._holder = holder
+        self._rank_of = {name: rank for rank, name in enumerate(holders)}
+        holder.join(self)
 
-    def waits(self, board: Board, missing: Sequence[int], began_ns: int) -> None:
-        """Say, on this rank's ``board`` too, for whom this thread waits: once in each slice of a wait."""
+    def waits(self, missing: Sequence[int], began_ns: int) -> None:
+        """Say for whom this thread waits, in all transports: once in each slice of a wait."""
         now_ns = time.monotonic_ns()
-        with self._saying:
-            awaited = self._change(board, missing)
-            board.say_waiting(missing, now_ns)
-        if self.others is not None:
-            self.others.answer(awaited)
-            if now_ns - began_ns >= self._after_ns:
-                self.others.ask(began_ns + self._after_ns)
+        self._say(_Said(self, missing, None), now_ns)
+        if self.others is not None and now_ns - began_ns >= self._after_ns:
+            self.others.ask(began_ns + self._after_ns)
+        for other in self._holder.others(self):
+            wait = seen_there(missing, self.holders, other.holders, lambda rank: self._near(rank, now_ns - RECENT_NS))
+            other.hear(self, wait, now_ns)
 
-    def over(self, board: Board) -> None:
+    def over(self) -> None:
         """This thread does not wait any more. Not after an error: its rank stands still for that of others, and says
         so when it leaves."""
-        with self._saying:
-            self._change(board, ())
+        self._say(_Said(self, (), None), 0)
+        for other in self._holder.others(self):
+            other.hear(self, Elsewhere(holders=(), outsider=None), 0)
 
-    def _change(self, board: Board, missing: Sequence[int]) -> list[int]:
-        """Note for whom this thread waits, and take back what no thread says any more; return what all of them say."""
+    def hear(self, source: object, wait: Elsewhere, now_ns: int) -> None:
+        """This thread waits in another transport of this rank's holder."""
+        ranks = [rank for name in wait.holders if (rank := self._rank_of[name]) != self._rank]
+        with suppress(ClosedError):  # of the engine: this transport leaves meanwhile
+            self._say(_Said(source, ranks, wait.outsider), now_ns)
+
+    def end(self) -> None:
+        """This rank leaves: nothing more is said here, and what was said elsewhere of waits here grows old."""
+        with self._saying:
+            self._is_over = True
+        self._holder.leave(self)
+        self._memory = None
+        for other in self._holder.others(self):
+            other.forget(self)
+
+    def forget(self, source: object) -> None:
+        """Nobody waits in the transport ``source`` any more: its rank has left it."""
+        with self._saying:
+            self._said = {thread: said for thread, said in self._said.items() if said.source is not source}
+
+    def after_fork(self) -> None:
+        """Called in a child of this process, which may not speak for the rank."""
+        self._saying = threading.Lock()
+        self._is_over = True
+        self._memory = None
+
+    def _say(self, said: _Said, now_ns: int) -> None:
+        """Note for whom this thread waits, take back what no thread says any more, and tell who asks."""
         thread = threading.get_ident()
-        before = self._said.pop(thread, ())
-        if missing:
-            self._said[thread] = missing
-        awaited = {rank for ranks in self._said.values() for rank in ranks}
-        board.say_waiting({*before} - awaited, 0)
-        return sorted(awaited)
+        with self._saying:
+            if self._is_over:
+                return
+            board = self._boards[self._rank]
+            before = self._said.pop(thread, None)
+            if said.ranks or said.outsider is not None:
+                self._said[thread] = said
+            awaited = {rank for other in self._said.values() for rank in other.ranks}
+            outsider = next((s.outsider for s in self._said.values() if s.outsider is not None), None)
+            if before is not None:
+                board.say_waiting({*before.ranks} - awaited, 0)
+                if before.outsider is not None and outsider is None:
+                    board.say_outsider(0, 0)
+            board.say_waiting(said.ranks, now_ns)
+            if said.outsider is not None:
+                board.say_outsider(said.outsider, now_ns)
+        if self.others is not None and (awaited or outsider is not None):
+            self.others.answer(sorted(awaited), outsider)
+
+    def _near(self, rank: int, since_ns: int) -> Sequence[int]:
+        return self._boards[rank].waits_for(since_ns) if rank in self._boards else ()
 
     def standing_still(
-        self, boards: Mapping[int, Board], missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]
-    ) -> list[int]:
-        """Return who is to blame for a wait that began at ``began_ns`` and is up."""
+        self, missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]
+    ) -> dict[int, int | None]:
+        """Return who is to blame for a wait that began at ``began_ns`` and is up, each with its outsider."""
         since_ns = began_ns + self._after_ns
         far = self.others.answers(since_ns) if self.others is not None else {}
 
@@ -83,6 +168,13 @@ class Inquiry:
             left = departures.get(rank)
             if left is not None:
                 return left.blame.ranks if left.blame is not None else ()
-            return boards[rank].waits_for(since_ns) if rank in boards else far.get(rank, ())
+            return self._near(rank, since_ns) if rank in self._boards else far.get(rank, _NOTHING).ranks
 
-        return standing_still(missing, waits_for, self._rank)
+        def outsider_of(rank: int) -> int | None:
+            if rank in departures:
+                return None
+            if rank in self._boards:
+                return self._boards[rank].outsider(since_ns)
+            return far.get(rank, _NOTHING).outsider
+
+        return {rank: outsider_of(rank) for rank in standing_still(missing, waits_for, self._rank)}

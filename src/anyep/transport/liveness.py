@@ -35,10 +35,21 @@ class Wait:
     elapsed_s: float
     timeout_s: float
     names: Mapping[int, str]
+    holders: Sequence[str] = ()
+    """names by rank that other transports of this process know too"""
 
     def where(self) -> str:
         epoch = "" if self.epoch is None else f"epoch {self.epoch}, "
         return f"{self.step} ({epoch}rank {self.rank})"
+
+    def error(self, kind: type[PeerError], text: str, culprits: Sequence[int]) -> PeerError:
+        """Return an error that names ``culprits``."""
+        return kind(
+            text,
+            ranks=culprits,
+            step=self.step,
+            holders=[self.holders[rank] for rank in culprits] if self.holders else (),
+        )
 
     def progress(self) -> str:
         return f"arrived: {spell_ranks(self.arrived)}; missing: {spell_ranks(self.missing)}"
@@ -79,14 +90,17 @@ def lost(wait: Wait, departures: Mapping[int, Departure]) -> PeerError | None:
         return None
     culprits = sorted({c for rank, left in gone.items() if _is_lost(left) for c in _culprits(rank, left)})
     if culprits:
-        return PeerLost(_lost_text(wait, gone, culprits), ranks=culprits, step=wait.step)
+        return wait.error(PeerLost, _lost_text(wait, gone, culprits), culprits)
     culprits = sorted({c for rank, left in gone.items() for c in _culprits(rank, left)})
-    return PeerTimeout(_passed_on_text(wait, gone, culprits), ranks=culprits, step=wait.step)
+    return wait.error(PeerTimeout, _passed_on_text(wait, gone, culprits), culprits)
 
 
-def silent(wait: Wait, still: Sequence[int]) -> PeerTimeout:
-    """Return the error for missing ranks that are alive, after the time is up: it names those that stand ``still``."""
-    missing, named = (", ".join(_named(wait, rank) for rank in ranks) for ranks in (wait.missing, still))
+def silent(wait: Wait, still: Mapping[int, int | None]) -> PeerError:
+    """Return the error for missing ranks that are alive, after the time is up: it names those that stand ``still``.
+
+    With each: a rank of another buffer for which it waits there, and which takes no part here; None: there is none.
+    """
+    missing, named = (", ".join(_named(wait, rank) for rank in ranks) for ranks in (wait.missing, [*still]))
     they, are, need = ("they", "are", "need") if len(still) > 1 else ("it", "is", "needs")
     alive = f"{they} {are} alive".capitalize()
     who = alive if set(still) == set(wait.missing) else f"Who is missing waits in turn, in the end for {named}"
@@ -95,12 +109,18 @@ def silent(wait: Wait, still: Sequence[int]) -> PeerTimeout:
         f"s); {wait.progress()}. {who}: look whether {they} {are} stopped, still computing, or in another call "
         f"(all ranks must make the same calls in the same order); raise timeout_s if {they} only {need} longer"
     )
-    return PeerTimeout(text, ranks=list(still), step=wait.step)
+    for rank, outsider in still.items():
+        if outsider is not None:
+            text += (
+                f". Rank {rank} waits in another buffer of its process, for rank {outsider} of that buffer, which "
+                "takes no part in this one: look there first"
+            )
+    return wait.error(PeerTimeout, text, [*still])
 
 
-def given_up(wait: Wait, departures: Mapping[int, Departure], still: Sequence[int]) -> PeerError:
+def given_up(wait: Wait, departures: Mapping[int, Departure], still: Mapping[int, int | None]) -> PeerError:
     """Return the error for a wait that is over: for those that have left, else for those that stand ``still``."""
-    return lost(wait, departures) or lost(replace(wait, missing=still), departures) or silent(wait, still)
+    return lost(wait, departures) or lost(replace(wait, missing=[*still]), departures) or silent(wait, still)
 
 
 def standing_still(missing: Sequence[int], waits_for: Callable[[int], Sequence[int]], rank: int) -> list[int]:
@@ -124,14 +144,22 @@ def standing_still(missing: Sequence[int], waits_for: Callable[[int], Sequence[i
     return sorted(still or missing)
 
 
-def blame_for(error: BaseException, rank: int) -> Blame:
-    """Return what ``rank`` tells its peers when ``error`` makes it leave: whom it waited for, or else itself."""
-    return blame_of(error) or Blame(ranks=(rank,), timeout=False)
+def blame_for(error: BaseException, rank: int, holders: Sequence[str]) -> Blame:
+    """Return what ``rank`` tells its peers when ``error`` makes it leave: whom it waited for, or else itself.
+
+    ``holders``: names by rank. The error may be that of another buffer, with other ranks.
+    """
+    return blame_of(error, holders) or Blame(ranks=(rank,), timeout=False)
 
 
-def blame_of(error: BaseException) -> Blame | None:
-    """Return whom an error names; None where it is its rank's own."""
-    return Blame(ranks=error.ranks, timeout=isinstance(error, PeerTimeout)) if isinstance(error, PeerError) else None
+def blame_of(error: BaseException, holders: Sequence[str]) -> Blame | None:
+    """Return whom an error names; None where it is its rank's own, or none of those it names takes part here."""
+    if not isinstance(error, PeerError):
+        return None
+    here = {name: rank for rank, name in enumerate(holders)}
+    named = [here[name] for name in error.holders if name in here] if error.holders else error.ranks
+    ranks = sorted(rank for rank in named if rank < len(holders))
+    return Blame(ranks=tuple(ranks), timeout=isinstance(error, PeerTimeout)) if ranks else None
 
 
 def _is_lost(left: Departure) -> bool:

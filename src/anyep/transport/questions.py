@@ -13,6 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from anyep.transport.engine import Bytes, Engine, Transfer, has_come
+from anyep.transport.inquiry import Answer
+
+_OUTSIDER_BYTES = 8
+"""An answer: the outsider (-1: none) as an int64, then a byte a rank, 1 where it is waited for."""
 
 
 class Questions:
@@ -29,7 +33,7 @@ class Questions:
         self._sent: dict[tuple[int, int], tuple[Transfer, Bytes]] = {}
         """keeps what is under way, by rank and tag"""
         self._unanswered: dict[int, tuple[Transfer, Bytes]] = {}
-        self._told: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._told: dict[int, tuple[int, Answer]] = {}
         """when a rank's last answer was found, and for whom it waits"""
         self._asked = {rank: self._receive(rank, asks, 1) for rank in partners}
 
@@ -41,28 +45,31 @@ class Questions:
             self._collect(self._asked_ns)  # it answers the question before: of now it tells nothing
             self._asked_ns = time.monotonic_ns()
             for rank in self._asked.keys() - self._unanswered.keys():
-                self._unanswered[rank] = self._receive(rank, self._tells, self._engine.size)
+                self._unanswered[rank] = self._receive(rank, self._tells, _OUTSIDER_BYTES + self._engine.size)
                 self._send(rank, self._asks, np.zeros(1, np.uint8))
 
-    def answer(self, missing: Sequence[int]) -> None:
-        """Tell who has asked that this rank waits for ``missing``."""
+    def answer(self, missing: Sequence[int], outsider: int | None) -> None:
+        """Tell who has asked that this rank waits for ``missing``, and for an outsider."""
         with self._lock:
             for rank in [rank for rank, (asked, _) in self._asked.items() if has_come(asked)]:
-                waits = np.zeros(self._engine.size, np.uint8)
-                waits[list(missing)] = 1
-                self._send(rank, self._tells, waits)
+                answer = np.zeros(_OUTSIDER_BYTES + self._engine.size, np.uint8)
+                answer[:_OUTSIDER_BYTES].view(np.int64)[0] = -1 if outsider is None else outsider
+                answer[_OUTSIDER_BYTES:][list(missing)] = 1
+                self._send(rank, self._tells, answer)
                 self._asked[rank] = self._receive(rank, self._asks, 1)
 
-    def answers(self, since_ns: int) -> Mapping[int, Sequence[int]]:
+    def answers(self, since_ns: int) -> Mapping[int, Answer]:
         """Return for whom each rank waits that has answered since then."""
         with self._lock:
             self._collect(time.monotonic_ns())
-            return {rank: waits for rank, (found_ns, waits) in self._told.items() if found_ns >= since_ns}
+            return {rank: answer for rank, (found_ns, answer) in self._told.items() if found_ns >= since_ns}
 
     def _collect(self, now_ns: int) -> None:
         for rank in [rank for rank, (answer, _) in self._unanswered.items() if has_come(answer)]:
-            _, waits = self._unanswered.pop(rank)
-            self._told[rank] = now_ns, tuple(np.flatnonzero(waits).tolist())
+            _, memory = self._unanswered.pop(rank)
+            outsider = int(memory[:_OUTSIDER_BYTES].view(np.int64)[0])
+            ranks = tuple(np.flatnonzero(memory[_OUTSIDER_BYTES:]).tolist())
+            self._told[rank] = now_ns, Answer(ranks, outsider if outsider >= 0 else None)
 
     def _receive(self, rank: int, tag: int, num_bytes: int) -> tuple[Transfer, Bytes]:
         memory = np.zeros(num_bytes, np.uint8)

@@ -15,6 +15,7 @@ from anyep.transport.arena import Arena, ArenaBlock
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.board import Board, anybody_failed
 from anyep.transport.control import DOORBELL_OFFSET, ControlLayout
+from anyep.transport.elsewhere import Holder
 from anyep.transport.inquiry import Inquiry
 from anyep.transport.liveness import Departure, lost
 from anyep.transport.rendezvous import Rendezvous
@@ -40,6 +41,7 @@ class SharedTransport:
 
     ``controls``: where each rank's control memory lies here. Ranks that are not in it live on other hosts: somebody who
     does share memory posts for them (:meth:`post_for`), and messages and blame are numbered by all ranks all the same.
+    ``holders``: a name by rank of the process or thread that it is, ``holder``: this one (``elsewhere.py``).
     """
 
     name = "shared"
@@ -54,6 +56,8 @@ class SharedTransport:
         maker: SegmentMaker,
         memories: PeerMemory,
         controls: Mapping[int, int],
+        holders: Sequence[str],
+        holder: Holder,
     ) -> None:
         self.rank = rendezvous.rank
         self.size = rendezvous.size
@@ -61,7 +65,11 @@ class SharedTransport:
         self._pid = os.getpid()
         self._ring = layout.ring
         self._layout = layout
-        self.inquiry = Inquiry(self.rank, timeout_s)
+        boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
+        self.holders = holders
+        self.inquiry = Inquiry(
+            self.rank, timeout_s, boards=boards, memory=(arena, memories), holders=holders, holder=holder
+        )
         self._waiter = Waiter(
             self._signals,
             rank=self.rank,
@@ -74,7 +82,6 @@ class SharedTransport:
         self._controls_R = np.array([controls.get(rank, 0) for rank in range(self.size)], np.int64)
         self.leave_out(())
         self._leaving = threading.Lock()
-        boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
         maker.peers = [board for rank, board in boards.items() if rank != self.rank]
         self._kept: Opened | None = Opened(
             arena=arena,
@@ -141,19 +148,21 @@ class SharedTransport:
 
     def say_waiting(self, missing: Sequence[int], began_ns: int) -> None:
         """Say for which ranks this thread waits, outside of :meth:`wait`."""
-        if (opened := self._open) is not None:
-            self.inquiry.waits(opened.boards[self.rank], missing, began_ns)
+        if self._open is not None:
+            self.inquiry.waits(missing, began_ns)
 
     def say_waited(self) -> None:
         """This thread does not wait any more."""
-        if (opened := self._open) is not None:
-            self.inquiry.over(opened.boards[self.rank])
+        if self._open is not None:
+            self.inquiry.over()
 
-    def standing_still(self, missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]) -> list[int]:
+    def standing_still(
+        self, missing: Sequence[int], began_ns: int, departures: Mapping[int, Departure]
+    ) -> dict[int, int | None]:
         """Return who is to blame for a wait outside of :meth:`wait` whose time is up."""
         opened = self._opened()
         known = {**departures_of(self._signals, opened), **departures}
-        return self.inquiry.standing_still(opened.boards, missing, began_ns, known)
+        return self.inquiry.standing_still(missing, began_ns, known)
 
     def _publish(self, opened: Opened, offset: int, lane: Lane, epoch: int, words: Words, ranks: Ranks | None) -> None:
         to = self._members if ranks is None else ranks
@@ -209,6 +218,7 @@ class SharedTransport:
         with self._leaving:
             opened, self._open = self._open, None
         if opened is not None:
+            self.inquiry.end()
             opened.boards[self.rank].leave(blame)
 
     def close(self) -> None:
@@ -222,6 +232,7 @@ class SharedTransport:
     def after_fork(self) -> None:
         """Called in a child of this process: it has a copy of this object, and may not speak for the rank."""
         self._leaving = threading.Lock()  # another thread of the parent may have held it
+        self.inquiry.after_fork()
         self._open = self._kept = None  # its mappings go, but for those that tensors lie on
 
     def describe(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from anyep.machine import linux, processes
 from anyep.transport.arena import Arena
 from anyep.transport.base import Lane
 from anyep.transport.board import Board
+from anyep.transport.elsewhere import name_of, this_process
 from anyep.transport.identity import Identity
 from anyep.transport.liveness import Departure, name_ranks
 from anyep.transport.rendezvous import Rendezvous
@@ -107,6 +108,8 @@ class ShmTransport(SharedTransport):
             maker=maker,
             memories=memories,
             controls={rank: memories.segment_address(rank, 0) for rank in here},
+            holders=[name_of(Identity(**other)) for other in told],
+            holder=this_process(),
         )
 
     def describe(self) -> dict[str, str]:

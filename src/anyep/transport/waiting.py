@@ -111,7 +111,6 @@ class Waiter:
         ``open_now`` raises once the transport is closed.
         """
         opened = open_now()
-        board = opened.boards[self._rank]
         while True:
             # First who has left, then which messages are here: what a rank posted before it left counts.
             departures = departures_of(self._signals, opened)
@@ -120,14 +119,14 @@ class Waiter:
             missing = self.missing(slot, epoch, ranks)
             arrived = sorted({*ranks.tolist()}.difference(missing))
             missing = self._answerable(opened, missing, departures)
-            self._inquiry.waits(board, missing, began_ns)
+            self._inquiry.waits(missing, began_ns)
             overdue = now_ns - began_ns >= self._timeout_ns
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = self.facts(opened, epoch, step, missing, arrived, (now_ns - began_ns) / 1e9)
-                still = self._inquiry.standing_still(opened.boards, missing, began_ns, departures)
+                still = self._inquiry.standing_still(missing, began_ns, departures)
                 raise given_up(wait, departures, still)
             if self._sleep(slot, epoch, ranks, began_ns, now_ns) == 0:
-                self._inquiry.over(board)
+                self._inquiry.over()
                 return
             if not self.sleeps:
                 time.sleep(NAP_S)
@@ -168,6 +167,7 @@ class Waiter:
             elapsed_s=elapsed_s,
             timeout_s=self._timeout_s,
             names=opened.memories.names(),
+            holders=self._inquiry.holders,
         )
 
     def missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:

@@ -123,7 +123,7 @@ def _open(rendezvous: Rendezvous, options: BufferOptions, ground: Ground, accoun
         base = host.endpoint_on(opened.transport, ground.device.kernels, plain.lanes(rendezvous.size), plain)
         endpoint = _on_device(base, rendezvous, options, ground, account)
     except BaseException as error:
-        opened.transport.leave(blame_for(error, rendezvous.rank))
+        opened.transport.leave(blame_for(error, rendezvous.rank, opened.transport.holders))
         opened.transport.close()
         raise
     return host.Opened(

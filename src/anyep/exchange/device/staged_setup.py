@@ -45,7 +45,7 @@ def open_staged_endpoint(rendezvous: Rendezvous, options: BufferOptions, found: 
     try:
         return _beside(opened, device, made[0])
     except BaseException as error:
-        opened.endpoint.transport.leave(blame_for(error, rendezvous.rank))
+        opened.endpoint.transport.leave(blame_for(error, rendezvous.rank, opened.endpoint.transport.holders))
         opened.endpoint.transport.close()
         raise
 
