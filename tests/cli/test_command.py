@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from anyep.cli import doctor
 from anyep.cli.main import run
+from anyep.transport.nixl_device import Tried
 
 SMALL = ["--tokens", "7", "--hidden", "200", "--topk", "3", "--experts", "8", "--routing", "balanced", "--rounds", "2"]
 
@@ -370,9 +372,21 @@ def test_doctor_says_what_is_possible(capsys):
     for topic in ("processor", "memory", "kernel cache", "futex", "memfd", "pidfd", "transport shm", "comparison gloo"):
         assert topic in out
     assert "The basic job is possible here" in out
-    for topic in ("between hosts gloo", "between hosts nixl", "CUDA tensors"):
+    for topic in ("between hosts gloo", "between hosts nixl", "CUDA tensors", "GPU memory nixl"):
         (line,) = [line for line in out.splitlines() if line.startswith(topic)]
         assert line.split()[len(topic.split())] in ("yes", "no")
+
+
+def test_doctor_tries_whether_nixl_carries_a_gpu_s_memory(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("anyep.transport.nixl_agent.load_nixl", lambda: None)
+    monkeypatch.setattr("anyep.transport.nixl_device.try_device", lambda where: Tried(False, f"{where}: not here"))
+    assert doctor._gpu_memory_nixl() == doctor.Finding(
+        topic="GPU memory nixl",
+        text="cuda:1: not here; rows of a GPU pass through pinned host memory with and without it",
+        possible=False,
+    )
 
 
 def test_doctor_names_the_extras_of_what_is_not_installed(capsys, monkeypatch):

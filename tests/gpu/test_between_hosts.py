@@ -293,8 +293,14 @@ def test_what_was_chosen_and_what_it_costs_is_told(device):
         explanation
     )
     assert "combine: 128 bytes a row to the host, 128 bytes a token to the device" in str(explanation)
+    assert "not registered with the network  (the engine carries host memory alone)" in str(explanation)
     assert "threads play 2 hosts" in str(explanation)
     assert len({choice.topic for choice in explanation.choices}) == len(explanation.choices)
+
+
+def test_what_nixl_would_take_is_told():
+    told = staged_setup._offered({"engine": "NIXL, UCX inside", "ucx memory": "DRAM_SEG, VRAM_SEG"})
+    assert told.startswith("nothing here sends from it; UCX names DRAM_SEG, VRAM_SEG, and anyep doctor tries")
 
 
 def test_no_call_can_be_captured_and_the_buffer_goes_on(device):

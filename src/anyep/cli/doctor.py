@@ -197,6 +197,7 @@ def _transports() -> list[Finding]:
         _between_hosts_gloo(),
         _between_hosts_nixl(),
         _cuda(),
+        _gpu_memory_nixl(),
     ]
 
 
@@ -228,6 +229,24 @@ def _cuda() -> Finding:
         return Finding(topic="CUDA tensors", text="the kernels need Triton: pip install 'anyep[gpu]'", possible=False)
     number = torch.cuda.device_count()
     return Finding(topic="CUDA tensors", text=f"{number} x {torch.cuda.get_device_name(0)}", possible=True)
+
+
+def _gpu_memory_nixl() -> Finding:
+    """Try it where there is a GPU. No exchange depends on it."""
+    import torch
+
+    from anyep.transport.nixl_agent import load_nixl
+    from anyep.transport.nixl_device import try_device
+
+    topic, staged = "GPU memory nixl", "rows of a GPU pass through pinned host memory with and without it"
+    if not torch.cuda.is_available():
+        return Finding(topic=topic, text=f"torch finds no GPU to try it on; {staged}", possible=False)
+    try:
+        load_nixl()
+    except Unavailable as error:
+        return Finding(topic=topic, text=str(error), possible=False)
+    tried = try_device(f"cuda:{torch.cuda.current_device()}")
+    return Finding(topic=topic, text=f"{tried.text}; {staged}", possible=tried.possible)
 
 
 def _comparisons() -> list[Finding]:

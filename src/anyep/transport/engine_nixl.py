@@ -124,6 +124,7 @@ class NixlEngine:
             "engine": "NIXL, UCX inside",
             "ucx": ", ".join(f"{key}={value}" for key, value in self._agent.options.items()) or "chooses by itself",
             "here": own,
+            "ucx memory": ", ".join(self._agent.kinds),
             "window": f"{SLOTS} pieces of {PIECE_BYTES >> 10} KiB a rank; up to {EAGER_BYTES >> 10} KiB go at once",
             "engine memory": f"{2 * self.size * SLOTS * PIECE_BYTES >> 10} KiB of windows",
         }

@@ -75,6 +75,8 @@ class NixlAgent:
         self._rank = rendezvous.rank
         self._window_bytes = window_bytes
         self.options: dict[str, str] = {}
+        self.kinds: list[str] = []
+        """of memory that the backend names, whether or not it can register them (nixl_device.py tries)"""
         self._memory = np.empty((2, rendezvous.size, window_bytes), np.uint8)
         """[in or out, other rank, byte]"""
         nonce = together(rendezvous, lambda: secrets.token_hex(8) if load_nixl() else "", what="load NIXL")[0]
@@ -138,6 +140,7 @@ class NixlAgent:
                 settings = nixl.nixl_agent_config(enable_prog_thread=False, backends=[])
                 self._agent: Any = nixl.nixl_agent(name, settings)
                 self._agent.create_backend("UCX", self.options)
+                self.kinds = list(self._agent.get_backend_mem_types("UCX"))
             block = (self._memory.ctypes.data, self._memory.nbytes, 0, "")
             self._windows = self._agent.register_memory([block], _HOST_MEMORY)
         except Exception as error:  # its errors have no common kind

@@ -83,8 +83,9 @@ def _choices(end: StagedEndpoint) -> list[Choice]:
         Choice(
             topic="between hosts",
             chosen=f"rows pass through {NUM_SLOTS} slots of pinned host memory, {end.account.pinned_bytes >> 20} MiB",
-            reason="no engine here sends from a device's memory",
+            reason="forwarders route and write rows in their host's memory, from where the engine sends",
         ),
+        Choice(topic="GPU memory", chosen="not registered with the network", reason=_offered(end.transport.describe())),
         Choice(
             topic="to the device",
             chosen=f"dispatch: {down} bytes a token to the host{quantised}, {up} bytes a received row to the device",
@@ -96,6 +97,14 @@ def _choices(end: StagedEndpoint) -> list[Choice]:
             reason="for inputs to be in its memory, and then for other ranks; no call can be captured in a graph",
         ),
     ]
+
+
+def _offered(facts: dict[str, str]) -> str:
+    """Say what the engine would take."""
+    kinds = facts.get("ucx memory")
+    if kinds is None:
+        return "the engine carries host memory alone"
+    return f"nothing here sends from it; UCX names {kinds}, and anyep doctor tries whether it carries a GPU's"
 
 
 def pcie_bytes(end: Endpoint) -> tuple[int, int, int, int]:
