@@ -27,15 +27,12 @@ class Ended(NamedTuple):
 def run_job(program: Path, ranks: int, **variables: str) -> list[Ended]:
     """Run ``program`` in ``ranks`` processes that find ``deep_ep`` by the path alone; leave none behind."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    path = CliRunner().invoke(cli, ["compat-path"]).output.strip()
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([path, str(Path(anyep.__file__).parents[1])]),
+        **_finding_deep_ep(),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
         **variables,
     }
     processes = [
@@ -55,3 +52,19 @@ def run_job(program: Path, ranks: int, **variables: str) -> list[Ended]:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def run_torchrun(program: Path, ranks: int, **variables: str) -> Ended:
+    """Run ``program`` as users do, with torchrun, which chooses a free port and ends all ranks with the first."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**_finding_deep_ep(), **variables}
+    ended = subprocess.run(
+        [*torchrun, str(program)], env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+    )
+    return Ended(ended.returncode, ended.stdout + ended.stderr)
+
+
+def _finding_deep_ep() -> dict[str, str]:
+    path = CliRunner().invoke(cli, ["compat-path"]).output.strip()
+    found = os.pathsep.join([path, str(Path(anyep.__file__).parents[1])])
+    return {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
