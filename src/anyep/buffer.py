@@ -28,11 +28,10 @@ class Buffer(Calls):
     ``group``: a torch.distributed process group, an mpi4py communicator, a member of :func:`anyep.local_group`, or None
     inside a torchrun job. All ranks pass the same arguments.
 
-    Sizes: ``hidden`` H, ``num_experts`` E, ``num_topk`` K (any number of columns, more than E too: a token may leave some
-    -1, or name an expert again), ``max_tokens_per_rank``. Experts lie on ranks in contiguous
-    ranges, or where ``placement`` (a rank for each expert) says. ``expert_alignment`` pads each expert's rows in the
-    expert layout. ``static_rows`` fixes N for every dispatch: the tail has index -1 and zeros, and more rows than
-    that are a CapacityError on every rank.
+    Sizes: ``hidden`` H, ``num_experts`` E, ``num_topk`` K (also more than E: a token may leave columns -1, or name
+    an expert again), ``max_tokens_per_rank``. Experts lie on ranks in contiguous ranges, or where ``placement`` (a rank
+    for each expert) says. ``expert_alignment`` pads each expert's rows in the expert layout. ``static_rows`` fixes N
+    for every dispatch: the tail has index -1 and zeros, and more rows than that are a CapacityError on every rank.
 
     ``wire``: what rows are made of on their way, ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp8"`` (E4M3 with one scale
     for 128 channels; ``scales``: ``"fp32"`` amax / 448, ``"pow2"`` rounded up to a power of two, ``"ue8m0"`` packed 4
