@@ -20,6 +20,8 @@ from anyep.cli.machine_facts import available_memory_bytes, describe_machine
 from anyep.testing.hosts import Hosts, check_hosts
 from anyep.testing.processes import RankFailed
 
+_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+"""What torch's C++ says, by its own variable: where no host has a name, it warns on every rank that it finds none."""
 _LONGEST_S = 3600.0
 """A rank that stands still is noticed long before, by the others."""
 
@@ -30,6 +32,7 @@ def run_hosts(plans: list[HostsPlan], console: Console, json_file: Path | None) 
     Raises Unavailable where hosts cannot be played.
     """
     check_hosts()
+    os.environ.setdefault(_LOG_LEVEL, "ERROR")  # ranks inherit it
     load = os.getloadavg()[0]
     notes, launches = [f"the machine's load before the first round was {load:.1f}"], []
     failures = []
