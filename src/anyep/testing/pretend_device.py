@@ -40,6 +40,7 @@ class PretendDevice:
 
     def __init__(self, kernels: DeviceKernels | None = None, *, free_bytes: int = 1 << 40) -> None:
         self.where = torch.device("cpu")
+        self.num_sms: int | None = None
         inner = ReferenceDeviceKernels() if kernels is None else kernels
         self.kernels = cast("DeviceKernels", _OneByOne(inner))
         self.captures = False

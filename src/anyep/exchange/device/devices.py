@@ -40,6 +40,8 @@ class Device(Protocol):
 
     where: torch.device
     kernels: DeviceKernels
+    num_sms: int | None
+    """on how many multiprocessors a kernel that moves rows may be; None: on all"""
 
     def new_stream(self) -> Stream:
         """Return a stream that is nobody's else."""
@@ -113,8 +115,9 @@ class Device(Protocol):
 class CudaDevice:
     """A CUDA or HIP device. ``kernels`` are loaded for it."""
 
-    def __init__(self, where: torch.device, kernels: TapedKernels) -> None:
+    def __init__(self, where: torch.device, kernels: TapedKernels, num_sms: int | None = None) -> None:
         self.where = where
+        self.num_sms = num_sms
         self.kernels: DeviceKernels = kernels
         self.tape = kernels.tape
         self._us_a_look: float | None = None
@@ -227,7 +230,7 @@ def find_device(
         if num_sms is None and at_once > 1:
             num_sms = max(1, torch.cuda.get_device_properties(where).multi_processor_count // at_once)
     wish = {"asked": f"device={name!r} needs", "instead": "device='cpu' works on every machine"}
-    return CudaDevice(where, load_gpu(where, num_sms, sizes, **wish))
+    return CudaDevice(where, load_gpu(where, num_sms, sizes, **wish), num_sms)
 
 
 def allocate(device: Device, shape: Sequence[int], dtype: torch.dtype, account: Callable[[], object]) -> torch.Tensor:

@@ -6,8 +6,8 @@ from anyep.exchange.device.endpoint import DeviceEndpoint
 from anyep.exchange.explain import Choice, Explanation
 
 
-def explain_device(end: DeviceEndpoint, transport_reason: str, slots_reason: str) -> Explanation:
-    """Describe an endpoint that has just been opened."""
+def explain_device(end: DeviceEndpoint, transport_reason: str, slots_reason: str, asked_sms: int | None) -> Explanation:
+    """Describe an endpoint that has just been opened. ``asked_sms``: the caller's ``num_sms``."""
     counts = "static_rows was given" if end.static_rows is not None else "without static_rows; layout='padded' does not"
     waits = "never" if end.static_rows is not None else "once in a dispatch, for the number of rows"
     wire, scale = end.wire, end.wire.scale_format
@@ -16,6 +16,7 @@ def explain_device(end: DeviceEndpoint, transport_reason: str, slots_reason: str
         Choice(topic="mode", chosen="every row straight to its final place", reason=end.reach.why),
         Choice(topic="padded rows", chosen=_when(end), reason=slots_reason),
         _order(end),
+        _multiprocessors(end, asked_sms),
         Choice(topic="host waits", chosen=waits, reason=counts),
         Choice(topic="transport", chosen=end.transport.name, reason=f"for headers; {transport_reason}"),
         Choice(
@@ -40,3 +41,11 @@ def _order(end: DeviceEndpoint) -> Choice:
             topic="order", chosen="concurrent", reason="asked for: each rank has a stream and waits for words"
         )
     return Choice(topic="order", chosen="phase-split", reason="all ranks launch on one stream, so that nothing waits")
+
+
+def _multiprocessors(end: DeviceEndpoint, asked: int | None) -> Choice:
+    most, topic = end.device.num_sms, "multiprocessors"
+    if most is None:
+        return Choice(topic=topic, chosen="all, a program a token", reason="one rank moves rows on a device at a time")
+    reason = "ranks of a device move rows at a time: an equal share for each" if asked is None else "num_sms was given"
+    return Choice(topic=topic, chosen=f"{most} for each kernel that moves rows", reason=reason)

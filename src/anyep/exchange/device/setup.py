@@ -128,7 +128,9 @@ def _open(rendezvous: Rendezvous, options: BufferOptions, ground: Ground, accoun
         raise
     return host.Opened(
         endpoint=endpoint,
-        explanation=explain_device(endpoint, opened.reason, slot_rule(options, rendezvous.size).reason),
+        explanation=explain_device(
+            endpoint, opened.reason, slot_rule(options, rendezvous.size).reason, options.num_sms
+        ),
     )
 
 
