@@ -15,13 +15,15 @@ from anyep.testing.interpreter import interpreted_kernels
 from anyep.testing.pretend_device import PretendDevice, pretended
 
 RANKS, E, K, T, H = 2, 4, 2, 5, 128
+WHERE = "cpu"
+"""Where tensors are; ``test_on_gpu.py`` has them on a GPU."""
 
 
 def inputs(rank):
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(T, H, generator=generator).bfloat16()
     weights, idx = torch.rand(T, E, generator=generator).topk(K, dim=1)
-    return x, idx, weights
+    return x.to(WHERE), idx.to(WHERE), weights.to(WHERE)
 
 
 def first_version(member):
@@ -29,7 +31,7 @@ def first_version(member):
     x, idx, weights = inputs(buffer.rank)
     per_rank, _, per_expert, inside, _ = buffer.get_dispatch_layout(idx, E)
     rows, got_idx, got_weights, counts, handle, _ = buffer.dispatch(
-        (x.to(torch.float8_e4m3fn), torch.ones(T, 1)),
+        (x.to(torch.float8_e4m3fn), torch.ones(T, 1, device=WHERE)),
         num_tokens_per_rank=per_rank,
         is_token_in_rank=inside,
         num_tokens_per_expert=per_expert,
@@ -41,7 +43,7 @@ def first_version(member):
     hook()
     weighted, _, _ = buffer.low_latency_combine(torch.ones_like(blocks), idx, weights, low)
     buffer.destroy()
-    return [*rows, got_idx, got_weights, torch.tensor(counts), out, sent, count, weighted]
+    return [one.cpu() for one in (*rows, got_idx, got_weights, torch.tensor(counts), out, sent, count, weighted)]
 
 
 def second_version(member):
@@ -49,8 +51,10 @@ def second_version(member):
     x, idx, weights = inputs(buffer.rank_idx)
     rows, got_idx, got_weights, handle, _ = buffer.dispatch(x, idx, weights, num_experts=E)
     out, sent, _ = buffer.combine(rows, handle, topk_weights=got_weights, bias=x)
-    scaled, *_ = buffer.dispatch((x.to(torch.float8_e4m3fn), torch.ones(T, 3)), handle=handle, topk_weights=weights)
-    kept = [part.clone() for part in (rows, got_idx, got_weights, out, sent, *scaled)]
+    scaled, *_ = buffer.dispatch(
+        (x.to(torch.float8_e4m3fn), torch.ones(T, 3, device=WHERE)), handle=handle, topk_weights=weights
+    )
+    kept = [part.clone().cpu() for part in (rows, got_idx, got_weights, out, sent, *scaled)]
     buffer.destroy()
     return kept
 
@@ -60,7 +64,11 @@ def compare(act):
     native.device_of = lambda rows: "cuda"
     on_device = anyep.local_group(RANKS).run(act)
     native.device_of = lambda rows: None
-    for ours, theirs in zip(on_device, anyep.local_group(RANKS).run(act), strict=True):
+    assert_same(on_device, anyep.local_group(RANKS).run(act))
+
+
+def assert_same(on_device, on_host):
+    for ours, theirs in zip(on_device, on_host, strict=True):
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             same = one.shape == other.shape and torch.equal(
                 one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)

@@ -17,6 +17,7 @@ from anyep.exchange.device.devices import find_device
 from anyep.nn import ops
 from anyep.testing.processes import run_processes
 from tests.exchange.rounds import Outcome, ReceivedCopy, check, open_buffer
+from tests.gpu import drop_in
 from tests.gpu.exchanged import WAYS, draw
 from tests.nn.test_ops import E, H, K, N, T, layer, with_gradients
 
@@ -217,3 +218,36 @@ def test_ranks_that_share_a_gpu_learn_in_threads_of_their_own():
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("act", [drop_in.first_version, drop_in.second_version])
+def test_deep_ep_has_the_bits_of_cpu_tensors(monkeypatch, act):
+    on_host = anyep.local_group(drop_in.RANKS, timeout_s=600).run(act)
+    monkeypatch.setattr(drop_in, "WHERE", "cuda")
+    drop_in.assert_same(anyep.local_group(drop_in.RANKS, timeout_s=600).run(act), on_host)
+
+
+def test_batches_of_unknown_size_go_on_after_a_graph_was_captured():
+    """Torch gives its pinned memory back then; to pin more while a rank waits on the device would wait for it."""
+    everybody = threading.Barrier(2)
+
+    def rank_main(member):
+        sizes = {"hidden": 128, "num_experts": 4, "num_topk": 2, "max_tokens_per_rank": 6}
+        with (
+            torch.cuda.stream(torch.cuda.Stream()),
+            anyep.Buffer(member, **sizes, device="cuda", concurrent=True) as ep,
+        ):
+            x = torch.ones(6, 128, dtype=torch.bfloat16, device="cuda")
+            idx = torch.tensor([[0, 3]] * 6, device="cuda")
+            for turn in range(4):
+                received = ep.dispatch(x, idx)
+                assert len(received.x) == 12
+                assert (ep.combine(received.x, received.handle) == 2).all()
+                torch.cuda.synchronize()
+                everybody.wait()
+                if turn % 2 == ep.rank:
+                    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                        x.add(1)
+                everybody.wait()
+
+    anyep.local_group(2, timeout_s=600).run(rank_main)
