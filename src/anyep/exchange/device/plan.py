@@ -87,7 +87,7 @@ class PlanMap(SendPlan):
 
     @property
     def source_addr(self) -> tuple[int, int]:
-        """Where the numbers of :meth:`DevicePlan.sources` lie."""
+        """Where the numbers of :meth:`DevicePlan.source_begin` and its count lie."""
         begin = self.summary_addr + 4 * self.first_behind
         return begin, begin + 4 * self.num_ranks * self.geometry.shape.num_local
 
@@ -136,12 +136,19 @@ class DevicePlan(SendPlan):
         """int64: summary, verdict, tables, and the ledger as int32; a view."""
         return self.device_memory[: 2 * self.map.num_record_words].view(torch.int64)
 
-    def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return of a padded batch where each source's rows begin in each block, and how many: int32 [L, R], views."""
+    def source_begin(self) -> torch.Tensor:
+        """Return of a padded batch where each source's rows begin in each block: int32 [L, R], a view."""
+        return self._of_sources(0)
+
+    def source_count(self) -> torch.Tensor:
+        """Return of a padded batch how many rows of each source are in each block: int32 [L, R], a view."""
+        return self._of_sources(1)
+
+    def _of_sources(self, which: int) -> torch.Tensor:
         experts, ranks = self.geometry.shape.num_local, self.map.num_ranks
-        numbers, first, strides = self.device_memory, self.map.first_behind, (ranks, 1)
-        begin = numbers.as_strided((experts, ranks), strides, first)
-        return begin, numbers.as_strided((experts, ranks), strides, first + experts * ranks)
+        return self.device_memory.as_strided(
+            (experts, ranks), (ranks, 1), self.map.first_behind + which * experts * ranks
+        )
 
     def kept_weights(self) -> torch.Tensor | None:
         """Return the copy of the caller's weights, fp32 [T, K], for combine; None unless padded. A view."""
