@@ -142,6 +142,7 @@ def test_calls_of_a_graph_count_on_when_it_is_replayed(monkeypatch):
     def rank_main(member):
         with anyep.Buffer(member, **SIZES, device="cuda", concurrent=True, wire="fp32") as ep:
             x, idx = torch.zeros(6, 8), torch.tensor([[0, 3]] * 6)
+            ep.dispatch(x, idx, layout="padded")
             with device.recording() as graph:
                 received = ep.dispatch(x, idx, layout="padded")
                 out = ep.combine(received.x, received.handle)
