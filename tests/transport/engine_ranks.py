@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,24 @@ def how_it_left(group: Any, rank: int, name: str) -> str | None:
     error = settle(engine, receive(engine, 0, 0, 1).transfer)
     engine.close()
     return engine.departures()[0].how if isinstance(error, PeerLost) else repr(error)
+
+
+def how_it_left_while_spoken_to(group: Any, rank: int, name: str) -> list[str]:
+    """Rank 0 closes while rank 1 sends to it; return what rank 1 sees, of several engines."""
+    seen = []
+    for _ in range(5):
+        engine = _engine(group, name)
+        meet(engine)
+        if rank == 1:
+            awaited, tag = receive(engine, 0, 0, 1), 0
+            with suppress(PeerLost):
+                while not awaited.transfer.done():
+                    send(engine, 0, tag, 100)
+                    tag += 1
+            seen.append(engine.departures()[0].how)
+        engine.close()
+        group.allgather(b"")
+    return seen
 
 
 def _open_things() -> tuple[int, int]:

@@ -60,6 +60,10 @@ def test_a_rank_that_closed_is_told_from_one_that_died(name):
     assert run_processes(2, engine_ranks.how_it_left, name) == [None, "closed"]
 
 
+def test_a_rank_that_closes_while_it_is_spoken_to_is_told_from_one_that_died(name):
+    assert run_processes(2, engine_ranks.how_it_left_while_spoken_to, name) == [[], ["closed"] * 5]
+
+
 def test_neither_the_environment_nor_the_default_group_is_touched(name):
     assert run_processes(2, engine_ranks.surroundings, name) == [(True, True)] * 2
 

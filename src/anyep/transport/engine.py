@@ -90,5 +90,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what is under way and leave. Idempotent; never waits for a peer."""
+        """Give up what is under way and leave. Idempotent; waits for peers for 0.1 s at most."""
         ...

@@ -4,30 +4,28 @@ Of a gloo message one can only learn that it is done by waiting for it: ``is_com
 there is no future, and a wait that times out closes the connections to all ranks. So nothing here waits for messages.
 One thread for each other rank awaits *notes* (``engine_talk.py``), which arrive in order and behind the data they tell
 of; data itself is received without anybody waiting. What was sent is free again once the other side says that it has
-heard the note behind it. To close is to let a wait time out.
+heard the note behind it. To close is to let a wait time out, after the other sides have answered a BYE: a connection
+that is closed with words of theirs unread would take it back from them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 
 from anyep.errors import ClosedError
-from anyep.transport.engine import NUM_TAGS, Bytes, Failure, Transfer
+from anyep.transport.engine import NUM_TAGS, Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_parcel import Note, NoteKind, Parcel
-from anyep.transport.engine_talk import Talk
-from anyep.transport.gloo_group import FOR_EVER, GlooGroup, open_gloo
+from anyep.transport.engine_talk import Talk, part
+from anyep.transport.gloo_group import FOR_EVER, GlooGroup, open_gloo, tensor_of
 from anyep.transport.liveness import Departure
 from anyep.transport.rendezvous import Rendezvous
 
@@ -43,10 +41,10 @@ _HEADER = struct.Struct("<IIQQ")
 """NoteKind, tag, bytes, and how many notes of the other side were heard."""
 _NOTES, _DATA, _NOBODY = 0, 1, NUM_TAGS + 1
 """gloo's tags: of notes, of data (plus ours), and one that nothing is ever sent under."""
-_AT_ONCE = timedelta(milliseconds=1)
 _JOIN_S = 1.0
 _LOOK_S = 0.01
 """How often a flush looks whether anything has moved."""
+_SHORT_LOOK_S = 0.001
 
 
 class GlooEngine:
@@ -118,9 +116,11 @@ class GlooEngine:
         group, self._group = self._group, None
         if group is None:
             return
+        part([line.talk for line in self._lines.values()], lambda: time.sleep(_SHORT_LOOK_S))
         for line in self._lines.values():
-            line.say_goodbye(_closed)
-        self._hang_up(group)
+            line.talk.close(_closed)
+        for rank in self._others():
+            group.hang_up(rank, _NOBODY)
         for line in self._lines.values():
             line.join()
         group.close()
@@ -134,12 +134,6 @@ class GlooEngine:
     @property
     def is_open(self) -> bool:
         return self._group is not None
-
-    def _hang_up(self, group: GlooGroup) -> None:
-        """Close the connections to all ranks, and so end the waits of our threads; nothing else does."""
-        for rank in self._others():
-            with suppress(RuntimeError):  # the time-out that is wanted, or a connection that is gone already
-                group.process_group.recv([torch.empty(1, dtype=torch.uint8)], rank, _NOBODY).wait(_AT_ONCE)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
@@ -187,7 +181,7 @@ class _Line:
 
     def expose(self, parcel: Parcel) -> Bytes:
         """gloo finds the place by the tag."""
-        parcel.registration = self._try(lambda: self._group.recv([_tensor(parcel.memory)], self._rank, _tag(parcel)))
+        parcel.registration = self._try(lambda: self._group.recv([tensor_of(parcel.memory)], self._rank, _tag(parcel)))
         return np.zeros(0, np.uint8)
 
     def withdraw(self, parcel: Parcel) -> None:
@@ -196,7 +190,7 @@ class _Line:
     def put(self, parcel: Parcel, count: int, place: Bytes, told_bytes: int) -> None:
         """The note that this was READY came behind gloo's own: the data leaves at once, and DONE behind it."""
         if count:
-            self._post(_tensor(parcel.memory[:count]), _tag(parcel), self._told + 1, parcel)
+            self._post(tensor_of(parcel.memory[:count]), _tag(parcel), self._told + 1, parcel)
         self.tell(self._rank, NoteKind.DONE, parcel.tag, told_bytes, np.zeros(0, np.uint8))
         if not count:
             self.talk.sent(parcel)
@@ -211,12 +205,6 @@ class _Line:
 
     def look(self) -> None:
         """gloo's own thread moves the bytes."""
-
-    def say_goodbye(self, failure: Failure) -> None:
-        with self._lock:
-            if self.talk.departure is None:
-                self.tell(self._rank, NoteKind.BYE, 0, 0, np.zeros(0, np.uint8))
-            self.talk.close(failure)
 
     def join(self) -> None:
         if self._thread is not threading.current_thread():
@@ -269,14 +257,6 @@ class _Line:
             self.talk.end(Departure(how="died"), why)
         with self._lock:
             self._unheard.clear()
-
-
-def _tensor(memory: Bytes) -> torch.Tensor:
-    """The same bytes for torch. It warns of read-only memory, which gloo only reads: that is passed by its address."""
-    if memory.flags.writeable:
-        return torch.from_numpy(memory)
-    borrowed = (ctypes.c_uint8 * memory.size).from_address(memory.ctypes.data)
-    return torch.frombuffer(borrowed, dtype=torch.uint8)
 
 
 def _tag(parcel: Parcel) -> int:

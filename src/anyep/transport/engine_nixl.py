@@ -21,7 +21,7 @@ from anyep.errors import ClosedError, Unavailable
 from anyep.transport.engine import Bytes, Transfer
 from anyep.transport.engine_checks import check_message, check_writable
 from anyep.transport.engine_parcel import Note, NoteKind, Parcel
-from anyep.transport.engine_talk import Talk
+from anyep.transport.engine_talk import Talk, part
 from anyep.transport.liveness import Departure, name_ranks
 from anyep.transport.nixl_agent import HOW_TO_REACH, NixlAgent
 from anyep.transport.nixl_streams import PIECE_BYTES, PIECE_KIND, SLOTS, Streams
@@ -57,6 +57,7 @@ class NixlEngine:
         self._lock = threading.RLock()
         self._changed = threading.Event()
         self._hello: set[int] = set()
+        self._gone: dict[int, Exception] = {}
         self._looked = self._pinged = 0.0
         self._open = True
         self._agent = NixlAgent(rendezvous, window_bytes=SLOTS * PIECE_BYTES, interface=interface)
@@ -130,13 +131,14 @@ class NixlEngine:
         }
 
     def close(self) -> None:
+        if not self._open:
+            return
+        part(self._talks.values(), self._look_or_nap)
         with self._lock:
             if not self._open:
                 return
             self._open = False
-            for rank, talk in self._talks.items():
-                if talk.departure is None:
-                    self.tell(rank, NoteKind.BYE, 0, 0, _NOTHING)
+            for talk in self._talks.values():
                 talk.close(_closed)
         thread = getattr(self, "_thread", None)
         self._changed.set()
@@ -147,7 +149,8 @@ class NixlEngine:
             self._agent.close()
 
     def tell(self, rank: int, kind: NoteKind, tag: int, num_bytes: int, rest: Bytes) -> None:
-        self._notify(rank, _HEADER.pack(kind, tag, num_bytes) + rest.tobytes())
+        if kind == NoteKind.HEARD or self._talks[rank].departure is None:
+            self._notify(rank, _HEADER.pack(kind, tag, num_bytes) + rest.tobytes())
 
     def expose(self, parcel: Parcel) -> Bytes:
         """The window is there already; ``registration`` counts the bytes that have come."""
@@ -167,6 +170,10 @@ class NixlEngine:
     def settled(self) -> None:
         """Who waits here looks by itself."""
 
+    def _look_or_nap(self) -> None:
+        if not self._progress():
+            time.sleep(_SHORT_NAP_S)
+
     def look(self) -> None:
         if self._open:
             self._progress()
@@ -183,8 +190,11 @@ class NixlEngine:
                 return False
             self._looked = time.monotonic()
             happened = False
+            gone, self._gone = self._gone, {}
             for rank, raw in self._agent.notes():
                 happened |= self._hear(rank, raw)
+            for rank, error in gone.items():
+                self._talks[rank].end(Departure(how="died"), f"NIXL: {error}")
             return self._streams.look_after_writes() or happened
         finally:
             self._lock.release()
@@ -204,7 +214,7 @@ class NixlEngine:
         return bool(kind != _PING)
 
     def _notify(self, rank: int, note: bytes) -> None:
-        if self._talks[rank].departure is not None:
+        if rank in self._gone:
             return
         try:
             self._agent.notify(rank, note)
@@ -212,7 +222,8 @@ class NixlEngine:
             self._lose(rank, error)
 
     def _lose(self, rank: int, error: Exception) -> None:
-        self._talks[rank].end(Departure(how="died"), f"NIXL: {error}")
+        """Count a rank as dead once all has been heard that it told before: its BYE may be there already."""
+        self._gone.setdefault(rank, error)
 
     def _meet(self, timeout_s: float) -> None:
         """Exchange a word with every rank: connections are made by the first."""

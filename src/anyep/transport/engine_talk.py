@@ -10,7 +10,7 @@ READY    from the receiver: put the message there (or, of an eager size: I expec
 OFFER    from the sender: I have a message, and have not heard of a place for it
 DONE     from the sender: the message is there; it had ``num_bytes``
 MISFIT   from the receiver: an eager message came where I had given a place; take the place back
-BYE      nothing will come any more
+BYE      nothing will come any more; answered by HEARD
 ASK      answer when you have heard all this
 HEARD    the answer
 =======  ==============================================================================================
@@ -21,6 +21,8 @@ behind under its tag: only its receiver is told.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -33,6 +35,8 @@ from anyep.transport.engine_parcel import Note, NoteKind, Parcel, Wire
 from anyep.transport.liveness import Departure
 
 _NOTHING = np.zeros(0, np.uint8)
+_GOODBYE_S = 0.1
+"""How long a close waits for the answers to its BYE, of all ranks together."""
 
 
 class Talk:
@@ -105,6 +109,13 @@ class Talk:
                 self._unanswered += 1
                 self._wire.tell(self.rank, NoteKind.ASK, 0, 0, _NOTHING)
 
+    def say_goodbye(self) -> None:
+        """Tell the other side that nothing will come any more, which answers that too."""
+        with self._lock:
+            if self.departure is None and self._obstacle is None:
+                self._unanswered += 1
+                self._wire.tell(self.rank, NoteKind.BYE, 0, 0, _NOTHING)
+
     @property
     def is_heard(self) -> bool:
         """Whether it has, or has left."""
@@ -137,6 +148,7 @@ class Talk:
                 self._wire.settled()
             elif kind == NoteKind.BYE:
                 self.end(Departure(how="closed"))
+                self._wire.tell(self.rank, NoteKind.HEARD, 0, 0, _NOTHING)
 
     def end(self, departure: Departure, why: str = "") -> None:
         """The other side has left: fail what cannot be done any more. The first reason stays."""
@@ -226,3 +238,18 @@ class Talk:
         self._places.clear()
         self._offers.clear()
         self._wire.settled()
+
+
+def part(talks: Iterable[Talk], look: Callable[[], object]) -> None:
+    """Say BYE to all, and wait a moment until they have heard it, looking again and again.
+
+    A connection that is closed with words of the other side unread takes back what that has not read either. Nobody
+    waits for those that have not answered before.
+    """
+    known = [*talks]
+    answering = [talk for talk in known if talk.is_heard]
+    for talk in known:
+        talk.say_goodbye()
+    deadline = time.monotonic() + _GOODBYE_S
+    while not all(talk.is_heard for talk in answering) and time.monotonic() < deadline:
+        look()

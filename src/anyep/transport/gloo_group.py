@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from anyep.errors import Unavailable
 from anyep.transport.interfaces import Interface, choose_interface
@@ -15,6 +21,7 @@ from anyep.transport.together import together
 
 FOR_EVER = timedelta(days=3650)
 """A wait that times out closes the connections to all ranks: it happens only when that is wanted."""
+_AT_ONCE = timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,9 +31,22 @@ class GlooGroup:
     store: Any
     interface: Interface
 
+    def hang_up(self, rank: int, unused_tag: int) -> None:
+        """Close the connection to a rank, and so end all waits for it; nothing else does."""
+        with suppress(RuntimeError):  # the time-out that is wanted, or a connection that is gone already
+            self.process_group.recv([torch.empty(1, dtype=torch.uint8)], rank, unused_tag).wait(_AT_ONCE)
+
     def close(self) -> None:
         if self.process_group is not None:
             self.process_group.shutdown()
+
+
+def tensor_of(memory: NDArray[np.uint8]) -> torch.Tensor:
+    """The same bytes for torch. It warns of read-only memory, which gloo only reads: that is passed by its address."""
+    if memory.flags.writeable:
+        return torch.from_numpy(memory)
+    borrowed = (ctypes.c_uint8 * memory.size).from_address(memory.ctypes.data)
+    return torch.frombuffer(borrowed, dtype=torch.uint8)
 
 
 def open_gloo(rendezvous: Rendezvous, interface: str | None, timeout_s: float) -> GlooGroup:
