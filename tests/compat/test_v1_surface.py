@@ -237,6 +237,23 @@ def test_gigabytes_that_are_asked_for_are_echoed_and_not_taken():
         assert committed_bytes < 16 << 20
 
 
+def test_sixteen_ranks_may_ask_for_gigabytes_each():
+    given = make_inputs([2] * 16, experts=16)
+
+    def rank_main(buffer):
+        mine = given[buffer.rank]
+        x, _, _, _, handle, _ = send(buffer, mine, experts=16)
+        elastic = deep_ep.ElasticBuffer(buffer.group, num_bytes=1 << 34, num_max_tokens_per_rank=2)
+        rows, _, _, kept, _ = elastic.dispatch(mine.x, mine.topk_idx, num_experts=16)
+        assert elastic.num_bytes == 1 << 34
+        assert same_bits(rows[: len(x)].sort(0).values, x.sort(0).values)
+        assert elastic.combine(rows, kept)[0].shape == buffer.combine(x, handle)[0].shape
+        return [one.explain().memory.committed_bytes for one in (buffer.runtime.buffer(16), elastic.runtime.buffer(16))]
+
+    for committed_bytes in on_ranks(16, rank_main, num_nvl_bytes=1 << 34, num_rdma_bytes=1 << 36):
+        assert max(committed_bytes) < 40 << 20
+
+
 def test_the_constructor_echoes_what_it_was_given():
     def rank_main(member):
         buffer = deep_ep.Buffer(member, 256, 128, True, enable_shrink=True, explicitly_destroy=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from anyep.compat.deep_ep import native
 from anyep.compat.deep_ep.ep_handle import FIELDS
 from anyep.testing.pretend_device import PretendDevice, pretended
+from tests.compat.test_v2_buffer import exchange
 from tests.compat.test_v2_handle import dispatch, pickled, rebuilt, use
 from tests.compat.v2_world import World, same_bits
 
@@ -273,6 +275,33 @@ def test_a_handle_serves_on_another_buffer(hybrid, monkeypatch):
             assert_same([other.dispatch(given.x, handle=one)[0]], [x])
 
     World().run(rank_main)
+
+
+@pytest.mark.parametrize("per_host", ["4", "2"])
+@pytest.mark.parametrize("state", ["dtype", "device", "deterministic", "inference", "grad"])
+def test_torchs_global_state_changes_no_result(state, per_host, monkeypatch):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", per_host)
+    world = World()
+    plain = world.run(exchange)
+
+    def rank_main(buffer, given):
+        inside = {"inference": torch.inference_mode, "device": lambda: torch.device("meta"), "grad": torch.enable_grad}
+        with inside.get(state, nullcontext)():
+            return exchange(buffer, given)
+
+    with monkeypatch.context() as patch:
+        if state == "dtype":
+            torch.set_default_dtype(torch.float64)
+        if state == "deterministic":
+            torch.use_deterministic_algorithms(True)
+            patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        try:
+            changed = world.run(rank_main)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.use_deterministic_algorithms(False)
+    for ours, theirs in zip(changed, plain, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypatch):

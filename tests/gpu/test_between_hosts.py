@@ -326,6 +326,17 @@ def test_no_call_can_be_captured_and_the_buffer_goes_on(device):
     assert all(torch.equal(out, 2 * X) for out in anyep.local_group(4).run(rank_main))
 
 
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+def test_a_default_device_of_torch_changes_nothing(device, wire):
+    def rank_main(member):
+        with torch.device("meta"), anyep.Buffer(member, **SIZES, wire=wire, device="cuda") as ep:
+            received = ep.dispatch(X, IDX)
+            assert received.x.device == X.device
+            return ep.combine(ep.empty_output(received.handle).fill_(1), received.handle)
+
+    assert all(torch.equal(out, 2 * X) for out in anyep.local_group(4).run(rank_main))
+
+
 def test_a_bad_call_is_refused_before_a_word_is_sent(device):
 
     def rank_main(member):

@@ -40,6 +40,24 @@ def test_bits_are_the_oracles(monkeypatch, seed, slot_bytes):
     check(case, anyep.local_group(5, timeout_s=600).run(rank_main), group_ranks(5, 2))
 
 
+@pytest.mark.parametrize("per_host", ["1", "2"])
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+def test_a_default_device_of_torch_changes_nothing(monkeypatch, wire, per_host):
+    """Models are often made under ``torch.device("cuda")``: memory to be pinned is the host's then too."""
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", per_host)
+    sizes = {"hidden": 256, "num_experts": 2, "num_topk": 2, "max_tokens_per_rank": 8}
+
+    def rank_main(member):
+        with torch.device("cuda"), anyep.Buffer(member, **sizes, wire=wire, device="cuda") as ep:
+            received = ep.dispatch(torch.ones(8, 256).bfloat16(), torch.arange(16).view(8, 2) % 2)
+            out = ep.combine(ep.empty_output(received.handle).fill_(1), received.handle)
+            return sum(received.counts), out.cpu()
+
+    for rows, out in anyep.local_group(2).run(rank_main):
+        assert rows == 16
+        assert (out == 2).all()
+
+
 def test_copies_come_behind_the_callers_work_and_its_work_behind_them(monkeypatch):
     """x is written by work that takes a while, on a stream of the caller's; what came is used at once, on another."""
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "1")

@@ -92,7 +92,7 @@ class PretendDevice:
         self.target.check_fp8()
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8, device="cpu")
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
@@ -102,7 +102,10 @@ class PretendDevice:
 
 
 class _OneByOne:
-    """Kernels that one thread at a time launches: interpreters are not made for several."""
+    """Kernels that one thread at a time launches: interpreters are not made for several.
+
+    A caller's default device (``torch.device("meta")``) is nothing that a kernel knows, so nor do these.
+    """
 
     def __init__(self, kernels: DeviceKernels) -> None:
         self._kernels = kernels
@@ -114,7 +117,7 @@ class _OneByOne:
             return what
 
         def launch(*numbers: int) -> Any:
-            with self._launching:
+            with self._launching, torch.device("cpu"):
                 return what(*numbers)
 
         return launch

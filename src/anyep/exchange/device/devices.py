@@ -189,7 +189,7 @@ class CudaDevice:
     def pinned(self, num_bytes: int) -> torch.Tensor:
         try:
             with torch.cuda.device(self.where):
-                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise CapacityError(f"the host cannot pin {num_bytes / 2**20:.1f} MiB: {error}; see ulimit -l") from error
 

@@ -60,7 +60,7 @@ class Pins:
 
     def _pinned(self, num_words: int) -> torch.Tensor:
         with torch.inference_mode(False):  # else it could not be written outside of it
-            return torch.empty(num_words, dtype=torch.int64, pin_memory=True)
+            return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 class PinnedFetch:

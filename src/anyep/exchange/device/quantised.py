@@ -20,7 +20,8 @@ class Quantiser:
         self._passage = passage
         self._host = host
         self._account = account
-        self._entries = torch.stack([torch.zeros(host.max_tokens), torch.arange(host.max_tokens)]).int()
+        tokens = torch.arange(host.max_tokens, dtype=torch.int32, device="cpu")
+        self._entries = torch.stack([torch.zeros_like(tokens), tokens])
         self._entries = self._entries.to(device.where)
         """rank 0 and its own row, for each token: int32 [2, Tmax]"""
         device.lend(self._entries, passage.stream)
