@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from anyep.transport.rendezvous import TorchRendezvous
 from tests.exchange.rounds import check, open_buffer, play
 from tests.gpu.exchanged import WAYS, draw
 from tests.gpu.mapped import fall_silent, play_mapped
+
+SIZES = {"hidden": 8, "num_experts": 2, "num_topk": 1, "max_tokens_per_rank": 2}
 
 
 def mapped_heap(rendezvous, num_bytes, device):
@@ -79,6 +82,19 @@ def test_too_small_a_heap_is_an_error_on_all_ranks_with_the_account():
         check(case, anyep.local_group(2).run(rank_main))
 
 
+def test_a_device_without_room_for_the_heap_is_an_error_on_all_ranks_before_anything_is_mapped(monkeypatch):
+    monkeypatch.setattr(cuda_symmetric, "open_heap", None)
+
+    def rank_main(member):
+        with pytest.raises(
+            CapacityError, match=r"0\.031 GiB free, too little for a heap of 0\.06\d GiB .*\(arena_bytes"
+        ):
+            anyep.Buffer(member, **SIZES, device="cuda", transport="cuda_symmetric", arena_bytes=64 << 20)
+
+    with pretended(PretendDevice(free_bytes=32 << 20)):
+        anyep.local_group(2).run(rank_main)
+
+
 def test_memory_returns_to_the_heap_with_the_last_view():
     memory = torch.zeros(1 << 10, dtype=torch.uint8)
     heap = SymmetricHeap(memory, [memory.data_ptr()], 0)
@@ -99,24 +115,50 @@ def test_a_heap_that_torch_cuts_out_of_a_block_is_found_on_every_rank(monkeypatc
     blocks = [torch.zeros(1 << 10, dtype=torch.uint8) for _ in range(2)]
     inside = [64, 256]
 
-    class Group(TorchRendezvous):
-        def __init__(self, rank):
-            self.rank, self.size, self.group = rank, 2, "group"
-
-        def allgather(self, item):
-            told = [str(one).encode() for one in inside]
-            assert item == told[self.rank]
-            return told
-
     for rank in range(2):
         memory = blocks[rank][inside[rank] :][:512]
         handle = SimpleNamespace(buffer_ptrs=[one.data_ptr() for one in blocks])
         monkeypatch.setattr(symmetric, "empty", lambda *size, memory=memory, **options: memory)
         monkeypatch.setattr(symmetric, "rendezvous", lambda tensor, group, handle=handle: handle)
-        heap = open_heap(Group(rank), 512, torch.device("cpu"))
+        told = [[_fine()] * 2, [str(one).encode() for one in inside]]
+        heap = open_heap(Group(rank, told), 512, torch.device("cpu"))
+        assert told == []
         assert heap.base_R == [one.data_ptr() + there for one, there in zip(blocks, inside, strict=True)]
         assert heap.offset(memory.data_ptr() + 8, 4) == 8
         assert heap.mapping is handle
+
+
+class Group(TorchRendezvous):
+    """One of two ranks; ``told``: what both tell, call by call."""
+
+    def __init__(self, rank, told):
+        self.rank, self.size, self.group, self.told = rank, 2, "group", told
+
+    def allgather(self, item):
+        both = self.told.pop(0)
+        assert both[self.rank] in (item, None)
+        return [item if one is None else one for one in both]
+
+
+def _fine():
+    return json.dumps({"told": None}).encode()
+
+
+def test_a_rank_that_cannot_allocate_is_an_error_on_both_before_torch_maps(monkeypatch):
+    """Torch's rendezvous would wait for the one that does not come."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    def full(*size, **options):
+        raise torch.OutOfMemoryError("CUDA driver error: out of memory")
+
+    failed = json.dumps({"error": "Unavailable", "text": "no memory"}).encode()
+    monkeypatch.setattr(symmetric, "rendezvous", None)
+    monkeypatch.setattr(symmetric, "empty", full)
+    with pytest.raises(Unavailable, match=r"torch could not allocate 0.5 KiB that other GPUs map: .* out of memory"):
+        open_heap(Group(0, [[None, _fine()]]), 512, torch.device("cpu"))
+    monkeypatch.setattr(symmetric, "empty", lambda *size, **options: torch.zeros(512))
+    with pytest.raises(Unavailable, match="rank 0 could not allocate its heap: Unavailable: no memory"):
+        open_heap(Group(1, [[failed, _fine()]]), 512, torch.device("cpu"))
 
 
 def test_without_a_process_group_it_is_unavailable(monkeypatch):
@@ -124,15 +166,7 @@ def test_without_a_process_group_it_is_unavailable(monkeypatch):
 
     def rank_main(member):
         with pytest.raises(Unavailable, match=r"need a torch.distributed process group"):
-            anyep.Buffer(
-                member,
-                hidden=8,
-                num_experts=2,
-                num_topk=1,
-                max_tokens_per_rank=2,
-                device="cuda",
-                transport="cuda_symmetric",
-            )
+            anyep.Buffer(member, **SIZES, device="cuda", transport="cuda_symmetric")
 
     with pretended(PretendDevice()):
         anyep.local_group(2).run(rank_main)

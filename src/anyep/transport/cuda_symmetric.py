@@ -18,6 +18,7 @@ from anyep.errors import CapacityError, Unavailable
 from anyep.layout.regions import aligned
 from anyep.transport.arena import Heap
 from anyep.transport.rendezvous import Rendezvous, TorchRendezvous
+from anyep.transport.together import together
 
 
 class SymmetricHeap:
@@ -96,8 +97,19 @@ def open_heap(rendezvous: Rendezvous, num_bytes: int, device: torch.device) -> S
         )
     import torch.distributed._symmetric_memory as symmetric
 
+    made: list[torch.Tensor] = []
+
+    def allocate() -> None:
+        try:
+            made.append(symmetric.empty(num_bytes, dtype=torch.uint8, device=device))
+        except RuntimeError as error:
+            raise Unavailable(
+                f"torch could not allocate {num_bytes / 2**10:.1f} KiB that other GPUs map: {error}"
+            ) from error
+
+    together(rendezvous, allocate, what="allocate its heap")  # torch would wait for a rank that has none
+    (memory,) = made
     try:
-        memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         group: Any = rendezvous.group
         handle = symmetric.rendezvous(memory, group)
     except RuntimeError as error:

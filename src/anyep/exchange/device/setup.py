@@ -65,7 +65,7 @@ def open_device_endpoint(rendezvous: Rendezvous, options: BufferOptions) -> host
         ground = common_ground(rendezvous, found[0] if found else None, options)
         together(rendezvous, lambda: _check_room(ground.device, account), what="make its buffer")
     else:
-        together(rendezvous, lambda: _check_room(found[0], account), what="make its buffer")
+        together(rendezvous, lambda: _check_heap(found[0], account), what="make its buffer")
         ground = own_ground(rendezvous, found[0], account.heap_bytes)
     return _open(rendezvous, options, ground, account)
 
@@ -106,6 +106,16 @@ def _check_room(device: Device, account: MemoryAccount) -> None:
     free = device.free_bytes()
     if free < account.committed_bytes + account.step.balanced_bytes:
         raise CapacityError(f"{device.where} has {free / 2**30:.3f} GiB free, too little for this buffer: {account}")
+
+
+def _check_heap(device: Device, account: MemoryAccount) -> None:
+    """Raise CapacityError where the device has no room for what other ranks map, which holds all but small tables."""
+    free, gib = device.free_bytes(), 2**30
+    if free < account.heap_bytes:
+        raise CapacityError(
+            f"{device.where} has {free / gib:.3f} GiB free, too little for a heap of {account.heap_bytes / gib:.3f} "
+            f"GiB that other ranks map (arena_bytes decides over it) of this buffer: {account}"
+        )
 
 
 def _open(rendezvous: Rendezvous, options: BufferOptions, ground: Ground, account: MemoryAccount) -> host.Opened:
