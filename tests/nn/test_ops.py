@@ -68,6 +68,14 @@ def link():
     ep.close()
 
 
+def test_a_default_device_of_the_caller_changes_nothing(link):
+    inputs = batch(0)
+    expected = layer(link, *inputs)
+    with torch.device("meta"):
+        found = layer(link, *inputs)
+    assert torch.equal(found, expected)
+
+
 def test_a_compiled_layer_is_one_graph_with_the_same_bits(link):
     compiled = torch.compile(lambda *inputs: layer(link, *inputs), backend="aot_eager", fullgraph=True)
     for a, b in zip(with_gradients(compiled, 0), with_gradients(lambda *inputs: layer(link, *inputs), 0), strict=True):

@@ -62,7 +62,7 @@ class Link:
             self._handles[number] = handle
             if len(self._handles) > self._keep:
                 self._handles.popitem(last=False)
-        return torch.tensor([number], dtype=torch.int64)
+        return torch.tensor([number], dtype=torch.int64, device="cpu")
 
     def handle(self, ticket: Tensor) -> Handle:
         """Return the handle of a ticket. ValueError for one that was forgotten."""
