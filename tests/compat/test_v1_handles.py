@@ -135,17 +135,15 @@ REMAKES = {
 }
 
 
-@pytest.mark.parametrize("how", REMAKES)
-@pytest.mark.parametrize(("per_host", "members"), [(8, 6), (2, 10)])
-def test_copies_of_a_handle_serve_when_the_first_one_is_gone(monkeypatch, how, per_host, members):
-    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
-    given = make_inputs([9, 31, 0, 5])
+def check_copies_serve(tokens, how, members, *, worst=0):
+    """Let copies of a handle take its place once it is gone, and hold what they bring against what it brought."""
+    given = make_inputs(tokens)
 
     def rank_main(buffer):
         mine = given[buffer.rank]
-        x, _, weights, _, handle, _ = send(buffer, mine)
+        x, _, weights, _, handle, _ = send(buffer, mine, num_worst_tokens=worst)
         assert len(handle) == members
-        expected = buffer.combine(x, handle, weights)[:2]
+        expected = [one.clone() for one in buffer.combine(x, handle, weights)[:2]]
         again = REMAKES[how](handle)
         del handle
         for _ in range(2):  # the second time it is known
@@ -154,10 +152,19 @@ def test_copies_of_a_handle_serve_when_the_first_one_is_gone(monkeypatch, how, p
             assert same_bits(buffer.combine(x, again)[0], expected[0])
             assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
 
-    on_ranks(4, rank_main)
+    on_ranks(len(tokens), rank_main)
 
 
-def test_members_that_do_not_belong_together_are_refused():
+@pytest.mark.parametrize("worst", [0, 64])
+@pytest.mark.parametrize("how", REMAKES)
+@pytest.mark.parametrize(("per_host", "members"), [(8, 6), (2, 10)])
+def test_copies_of_a_handle_serve_when_the_first_one_is_gone(monkeypatch, how, per_host, members, worst):
+    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+    check_copies_serve([9, 31, 0, 5], how, members, worst=worst)
+
+
+def check_that_members_belong_together():
+    """Write to a member of a copy, which is then refused, while the handle itself serves."""
     given = make_inputs([9])[0]
 
     def rank_main(buffer):
@@ -166,21 +173,13 @@ def test_members_that_do_not_belong_together_are_refused():
         again[0].add_(1)
         with pytest.raises(RuntimeError, match="belong together"):
             buffer.combine(x, again)
+        buffer.combine(x, handle)
 
     on_ranks(1, rank_main)
 
 
-def test_copies_of_a_handle_of_worst_tokens_serve():
-    given = make_inputs([9, 31])
-
-    def rank_main(buffer):
-        mine = given[buffer.rank]
-        x, *_, handle, _ = send(buffer, mine, num_worst_tokens=64)
-        again = pickle.loads(pickle.dumps(handle))
-        assert same_bits(buffer.combine(x, again)[0], buffer.combine(x, handle)[0])
-        assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
-
-    on_ranks(2, rank_main)
+def test_members_that_do_not_belong_together_are_refused():
+    check_that_members_belong_together()
 
 
 @pytest.mark.parametrize("how", REMAKES)
@@ -212,12 +211,13 @@ def test_copies_of_a_low_latency_handle_of_another_batch_are_refused():
     on_ranks(1, rank_main, **MODE)
 
 
-def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
+def check_another_buffer():
+    """Combine by a handle on another buffer than that of its dispatch."""
     given, kept = make_inputs([9, 31]), {}
 
     def first(buffer):
         x, *_, handle, _ = send(buffer, given[buffer.rank])
-        kept[buffer.rank] = x, handle, buffer.combine(x, handle)[0]
+        kept[buffer.rank] = x.clone(), handle, buffer.combine(x, handle)[0].clone()
 
     def second(buffer):
         x, handle, expected = kept[buffer.rank]
@@ -225,6 +225,10 @@ def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
 
     on_ranks(2, first)
     on_ranks(2, second)
+
+
+def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
+    check_another_buffer()
 
 
 def test_members_say_what_was_sent_whatever_became_of_the_callers_tensors():

@@ -42,21 +42,21 @@ def without(given, rank, masked, experts=E):
     return total.bfloat16()
 
 
-def check_going_on(given, away, experts=E):
+def check_going_on(given, away, experts=E, *, most=TMAX, steps=2):
     """Let one rank rest after a step, which the others mask; hold all that they get against plain torch."""
     ranks, local = len(given), experts // len(given)
     present = [rank for rank in range(ranks) if rank != away]
 
     def rank_main(buffer):
         mine = given[buffer.rank]
-        step(buffer, mine, experts)
+        assert same_bits(step(buffer, mine, experts, most)[3], without(given, buffer.rank, [], experts))
         if buffer.rank != away:
             buffer.low_latency_update_mask_buffer(away, True)
             status = torch.full((ranks,), 7, dtype=torch.int32)
             buffer.low_latency_query_mask_buffer(status)
             assert status.tolist() == [int(rank == away) for rank in range(ranks)]
-            for _ in range(2):
-                x, count, handle, out = step(buffer, mine, experts)
+            for _ in range(steps):
+                x, count, handle, out = step(buffer, mine, experts, most)
                 assert same_bits(out, without(given, buffer.rank, [away], experts))
                 assert (handle[1][:, away] & 0xFFFFFFFF == 0).all()
                 for expert in range(local):
@@ -222,8 +222,8 @@ def test_a_rank_that_died_is_masked_by_the_call_that_misses_it():
     assert [outcome.value for outcome in outcomes[:2]] == [[0, 0, 1]] * 2, [o.tell() for o in outcomes]
 
 
-@pytest.mark.parametrize("where", ["dispatch", "combine"])
-def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(monkeypatch, where):
+def check_silence(where, monkeypatch):
+    """Let rank 1 be silent in a call until the others have masked it; then it calls, and learns it."""
     monkeypatch.setitem(Natives.__init__.__kwdefaults__, "timeout_s", 1.0)
     given = make_inputs([9, 24, 5], hidden=H)
     went_on = threading.Barrier(3)
@@ -236,20 +236,27 @@ def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(mon
             if where == "combine":
                 x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, TMAX, E, use_fp8=False)
                 late = lambda: buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)  # noqa: E731
-            went_on.wait(30)
+            went_on.wait(60)
             with pytest.raises(anyep.PeerLost, match=r"rank 1 \(this rank\)"):
                 late()
             return
-        for _ in range(2):
+        for _ in range(3):
             *_, handle, out = step(buffer, mine)
             assert same_bits(out, without(given, buffer.rank, [1]))
         assert (handle[1][:, 1] & 0xFFFFFFFF == 0).all()
         status = torch.zeros(3, dtype=torch.int32)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [0, 1, 0]
-        went_on.wait(30)
+        with pytest.raises(RuntimeError, match="expelled"):
+            buffer.low_latency_clean_mask_buffer()
+        went_on.wait(60)
 
     on_ranks(3, rank_main, **SHRINK)
+
+
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(where, monkeypatch):
+    check_silence(where, monkeypatch)
 
 
 def test_between_hosts_a_mask_set_behind_a_dispatch_is_for_the_next_one(monkeypatch):

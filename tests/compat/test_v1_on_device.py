@@ -13,8 +13,13 @@ from anyep.compat import deep_ep
 from anyep.compat.deep_ep import layout, native
 from anyep.compat.deep_ep.domains import Domain
 from anyep.testing.pretend_device import PretendDevice, pretended
-from tests.compat.test_v1_handles import REMAKES
-from tests.compat.test_v1_masks import step, without
+from tests.compat.test_v1_handles import (
+    REMAKES,
+    check_another_buffer,
+    check_copies_serve,
+    check_that_members_belong_together,
+)
+from tests.compat.test_v1_masks import SHRINK, check_going_on, check_silence, step, without
 from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows_of, same_bits, send, summed
 
 BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
@@ -267,50 +272,15 @@ def test_members_of_a_handle_are_those_of_the_host(tokens, worst, monkeypatch):
 @pytest.mark.parametrize("how", REMAKES)
 @pytest.mark.parametrize("tokens", [*BATCHES, [5, 0, 3, 0]])
 def test_copies_of_a_handle_serve_when_the_first_one_is_gone(tokens, how, worst):
-    given = make_inputs(tokens)
-
-    def rank_main(buffer):
-        mine = given[buffer.rank]
-        x, _, weights, _, handle, _ = send(buffer, mine, num_worst_tokens=worst)
-        expected = [one.clone() for one in buffer.combine(x, handle, weights)[:2]]
-        again = REMAKES[how](handle)
-        del handle
-        for _ in range(2):  # the second time it is known
-            found = buffer.combine(x, again, weights)[:2]
-            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
-            assert same_bits(buffer.combine(x, again)[0], expected[0])
-            assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
-
-    on_ranks(len(tokens), rank_main)
+    check_copies_serve(tokens, how, 6, worst=worst)
 
 
 def test_members_that_do_not_belong_together_are_refused():
-    given = make_inputs([9])[0]
-
-    def rank_main(buffer):
-        x, *_, handle, _ = send(buffer, given)
-        again = copy.deepcopy(handle)
-        again[0].add_(1)
-        with pytest.raises(RuntimeError, match="belong together"):
-            buffer.combine(x, again)
-        return buffer.combine(x, handle)[0]
-
-    on_ranks(1, rank_main)
+    check_that_members_belong_together()
 
 
 def test_a_handle_serves_on_another_buffer_of_the_same_ranks():
-    given, kept = make_inputs([9, 31]), {}
-
-    def first(buffer):
-        x, *_, handle, _ = send(buffer, given[buffer.rank])
-        kept[buffer.rank] = x.clone(), handle, buffer.combine(x, handle)[0].clone()
-
-    def second(buffer):
-        x, handle, expected = kept[buffer.rank]
-        assert same_bits(buffer.combine(x, handle)[0], expected)
-
-    on_ranks(2, first)
-    on_ranks(2, second)
+    check_another_buffer()
 
 
 def test_copies_on_some_ranks_only_are_refused_on_all():
@@ -326,41 +296,11 @@ def test_copies_on_some_ranks_only_are_refused_on_all():
     on_ranks(2, rank_main)
 
 
-def shrinking(num_ranks, rank_main):
-    return on_ranks(num_ranks, rank_main, low_latency_mode=True, enable_shrink=True)
-
-
 @pytest.mark.parametrize("most", [24, 3000])
 @pytest.mark.parametrize("away", [0, 1, 2])
 def test_the_others_go_on_without_a_rank_that_is_masked(away, most):
-    given = make_inputs([9, 24, 5], hidden=128)
-    rested = threading.Barrier(3)
-
-    def rank_main(buffer):
-        mine = given[buffer.rank]
-        assert same_bits(step(buffer, mine, most=most)[3], without(given, buffer.rank, []))
-        if buffer.rank != away:
-            buffer.low_latency_update_mask_buffer(away, True)
-            status = torch.full((3,), 7, dtype=torch.int32)
-            buffer.low_latency_query_mask_buffer(status)
-            assert status.tolist() == [int(rank == away) for rank in range(3)]
-            for _ in range(2 * 8):  # each board, slot and mailbox several times
-                x, count, handle, out = step(buffer, mine, most=most)
-                assert same_bits(out, without(given, buffer.rank, [away]))
-                assert (handle[1][:, away] & 0xFFFFFFFF == 0).all()
-                for expert in range(E // 3):
-                    wanted = [
-                        given[source].x[token]
-                        for source in range(3)
-                        for token, row in enumerate(given[source].topk_idx.tolist())
-                        if buffer.rank * (E // 3) + expert in row and source != away
-                    ]
-                    assert count[expert] == len(wanted)
-                    assert not wanted or same_bits(x[expert, : len(wanted)], torch.stack(wanted))
-        rested.wait(60)
-        return True
-
-    assert shrinking(3, rank_main) == [True] * 3
+    steps = 2 * 8  # each board, slot and mailbox several times
+    check_going_on(make_inputs([9, 24, 5], hidden=128), away, most=most, steps=steps)
 
 
 def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned():
@@ -379,7 +319,7 @@ def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned():
             assert same_bits(out, without(given, buffer.rank, [1]))
         rested.wait(60)
 
-    shrinking(3, rank_main)
+    on_ranks(3, rank_main, **SHRINK)
 
     def cleaned(buffer):
         mine = given[buffer.rank]
@@ -392,39 +332,12 @@ def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned():
         assert status.tolist() == [0, 0]
         assert same_bits(step(buffer, mine)[3], without(given[:2], buffer.rank, []))
 
-    shrinking(2, cleaned)
+    on_ranks(2, cleaned, **SHRINK)
 
 
 @pytest.mark.parametrize("where", ["dispatch", "combine"])
-def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(monkeypatch, where):
-    monkeypatch.setitem(native.Natives.__init__.__kwdefaults__, "timeout_s", 1.0)
-    given = make_inputs([9, 24, 5], hidden=128)
-    went_on = threading.Barrier(3)
-
-    def rank_main(buffer):
-        mine = given[buffer.rank]
-        step(buffer, mine)
-        if buffer.rank == 1:
-            late = lambda: step(buffer, mine)  # noqa: E731
-            if where == "combine":
-                x, _, handle, *_ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, 24, E, use_fp8=False)
-                late = lambda: buffer.low_latency_combine(x, mine.topk_idx, mine.topk_weights, handle)  # noqa: E731
-            went_on.wait(60)
-            with pytest.raises(anyep.PeerLost, match=r"rank 1 \(this rank\)"):
-                late()
-            return
-        for _ in range(3):
-            *_, handle, out = step(buffer, mine)
-            assert same_bits(out, without(given, buffer.rank, [1]))
-        assert (handle[1][:, 1] & 0xFFFFFFFF == 0).all()
-        status = torch.zeros(3, dtype=torch.int32)
-        buffer.low_latency_query_mask_buffer(status)
-        assert status.tolist() == [0, 1, 0]
-        with pytest.raises(RuntimeError, match="expelled"):
-            buffer.low_latency_clean_mask_buffer()
-        went_on.wait(60)
-
-    shrinking(3, rank_main)
+def test_a_silent_rank_is_masked_when_time_is_up_and_learns_it_when_it_calls(where, monkeypatch):
+    check_silence(where, monkeypatch)
 
 
 @pytest.mark.parametrize(("ranks", "per_host"), [(1, 8), (3, 8), (4, 2), (6, 4)])

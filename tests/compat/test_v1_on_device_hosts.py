@@ -9,8 +9,8 @@ import torch
 
 from anyep.compat.deep_ep import native
 from anyep.testing.pretend_device import PretendDevice, pretended
-from tests.compat.test_v1_handles import REMAKES
-from tests.compat.test_v1_masks import check_going_on, step, without
+from tests.compat.test_v1_handles import REMAKES, check_copies_serve
+from tests.compat.test_v1_masks import SHRINK, check_going_on, step, without
 from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
 
 SHAPES = [([5, 33, 12, 8], 2), ([0, 7, 0, 3], 2), ([9, 4, 6], 2), ([9, 4], 1)]
@@ -54,20 +54,7 @@ def test_normal_calls_and_every_member_of_a_handle_are_those_of_the_host(tokens,
 @pytest.mark.parametrize("worst", [0, 100])
 def test_copies_of_a_handle_serve_when_the_first_one_is_gone(how, worst, monkeypatch):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
-    given = make_inputs([9, 31, 0, 5])
-
-    def rank_main(buffer):
-        mine = given[buffer.rank]
-        x, _, weights, _, handle, _ = send(buffer, mine, num_worst_tokens=worst)
-        expected = [one.clone() for one in buffer.combine(x, handle, weights)[:2]]
-        again = REMAKES[how](handle)
-        del handle
-        for _ in range(2):
-            found = buffer.combine(x, again, weights)[:2]
-            assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
-            assert same_bits(buffer.dispatch(mine.x, handle=again)[0], x)
-
-    on_ranks(4, rank_main)
+    check_copies_serve([9, 31, 0, 5], how, 10, worst=worst)
 
 
 @pytest.mark.parametrize("how", ["at once", "hook", "event"])
@@ -143,4 +130,4 @@ def test_masks_set_between_calls_hold_for_the_combine_and_can_be_cleaned(how, mo
             assert not status.any()
         rested.wait(60)
 
-    on_ranks(3, rank_main, low_latency_mode=True, enable_shrink=True)
+    on_ranks(3, rank_main, **SHRINK)
