@@ -5,7 +5,7 @@
     prepare      check, route                     alone: exchange/outgoing.py
     post         announce counts, and where a batch may be put; small pairs' rows come along      lane "announcement"
     finish       everybody works out every place                                                exchange/settle.py
-                 where the memory that was offered is too small, offer again                      lane "offer"
+                 where the memory that was offered is too small, offer again      lane "offer", exchange/offering.py
                  rows to their final places; rows that came along are unpacked
                  done, from those whose rows did not come along                                    lane "rows"
 
@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-from anyep.errors import CapacityError
 from anyep.exchange.desk import Desk
 from anyep.exchange.dispatch_across import DispatchAcross
 from anyep.exchange.endpoint import Endpoint
@@ -27,7 +26,8 @@ from anyep.exchange.event import Targets
 from anyep.exchange.expelled import forget_rows_to
 from anyep.exchange.frame import frame_of_dispatch
 from anyep.exchange.handle import Handle, Received
-from anyep.exchange.opening import BODY, RefusedError, check_memory
+from anyep.exchange.offering import offer_again
+from anyep.exchange.opening import BODY, RefusedError
 from anyep.exchange.outgoing import Outgoing
 from anyep.exchange.places import connect, size_up
 from anyep.exchange.recall import announced_counts, number_of
@@ -36,7 +36,6 @@ from anyep.exchange.receive import (
     Ahead,
     Batch,
     Landing,
-    cut_landing,
     fill_gaps,
     look_ahead,
     prepare_landing,
@@ -47,25 +46,21 @@ from anyep.exchange.receive import (
 from anyep.exchange.remembered import handle_again, header_of, weights_for_combine
 from anyep.exchange.rows_near import RowsNear
 from anyep.exchange.scatter import Route, place, send_rows
-from anyep.layout.regions import row_region
 from anyep.layout.trace_file import TraceRecorder
 from anyep.transport.base import Words
 
 
 class _Sized(NamedTuple):
-    """What is known when every rank has announced; ``num_to``, ``num_from``: of the desk's ``to_R`` and ``from_R``."""
+    """What is known when every rank has announced."""
 
     batch: Batch
     turned: torch.Tensor | None
+    """room for a padded batch's scales, where it was made early"""
     handle: Handle
-    num_rows: int
-    came_rows: int
-    num_to: int
-    num_from: int
-    num_gaps: int
+    tally: list[int]
+    """the desk's, NUM_TALLY numbers (exchange/ledger.py)"""
     opened_RW: Words
-    offered_RW: Words
-    offer: int
+    """the announcements"""
 
 
 class Dispatch:
@@ -184,12 +179,20 @@ class Dispatch:
         opened_RW = self._hear()
         offered_RW, offer = opened_RW, BODY
         if not size_up(end, out, desk, self._frame, opened_RW, self._header, self._limit_rows, self._step):
-            offered_RW, offer = self._offer_again(desk), 0
+            needed = int(out.plan.numbers("batch_rows")[end.rank])
+            if self._landing is not None and self._landing.capacity < needed:
+                self._landing = None  # its memory goes back before more is taken
+            self._landing, offered_RW = offer_again(
+                end, self._geometry, desk, self._landing, needed, self._epoch, self._step
+            )
+            offer = 0
             connect(end, out, desk, opened_RW, offered_RW, offer, limit_rows=self._limit_rows)
-        landing = self._landing
+        if self._far is not None:
+            connect(end, out, desk, opened_RW, offered_RW, offer, limit_rows=-1)  # for rows that are forwarded
+        landing, self._landing = self._landing, None
         assert landing is not None, "a rank without memory reports it in its offer"
-        came_rows, _, num_to, num_from, num_rows, _, _, num_gaps = desk.tally.tolist()
-        self._landing = None
+        tally = desk.tally.tolist()
+        _, _, _, num_from, num_rows, *_ = tally
         self._geometry.note_rows(num_rows)
         written = bool(self._direct_rows or num_from)
         if self._ahead is None:
@@ -197,9 +200,7 @@ class Dispatch:
         else:
             batch, turned = self._ahead
         handle = handle_again(out) or self._handle(num_rows, opened_RW)
-        self._sized = _Sized(
-            batch, turned, handle, num_rows, came_rows, num_to, num_from, num_gaps, opened_RW, offered_RW, offer
-        )
+        self._sized = _Sized(batch, turned, handle, tally, opened_RW)
 
     def _hear(self) -> Words:
         end = self._end
@@ -219,25 +220,26 @@ class Dispatch:
         assert desk is not None
         end, out, plan = self._end, self._out, self._out.plan
         handle = sized.handle
+        came_rows, _, num_to, num_from, num_rows, _, _, num_gaps = sized.tally
         if self._far is not None:
-            self._cross(self._far, desk, sized)
+            self._cross(self._far, desk, sized.opened_RW, num_to)
             if out.cached is None:
                 crossed = self._far
                 handle = replace(handle, proxies=crossed.proxies, straight_from=crossed.straight_from)
         elif self._direct_rows:
             send_rows(end, out, self._final_route(), desk.direct.addr, self._geometry.row)
-            self._say_done(desk, sized.num_to)
-        if sized.came_rows:
+            self._say_done(desk, num_to)
+        if came_rows:
             unpack(end, self._geometry, plan, desk, sized.batch)
-        if sized.num_gaps:
-            fill_gaps(end, self._geometry, plan, sized.batch, sized.num_gaps)
-        if sized.num_from:
-            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[: sized.num_from])
+        if num_gaps:
+            fill_gaps(end, self._geometry, plan, sized.batch, num_gaps)
+        if num_from:
+            end.wait(end.lanes.done, self._epoch, self._step, desk.from_R[:num_from])
         if self._recorder is not None and out.cached is None:
             self._recorder.add(plan.topk_idx(), out.topk_weights)
-        rounds = 2 if sized.num_from else 1
+        rounds = 2 if num_from else 1
         sent_rows = self._eager_rows, self._direct_rows, self._far_rows
-        end.counters.dispatched(out, sent_rows, sized.num_rows, rounds)
+        end.counters.dispatched(out, sent_rows, num_rows, rounds)
         return wrap(end, sized.batch, handle, self._geometry, sized.turned)
 
     def _final_route(self) -> Route:
@@ -266,35 +268,10 @@ class Dispatch:
             announced=announced,
         )
 
-    def _cross(self, crossing: DispatchAcross, desk: Desk, sized: _Sized) -> None:
+    def _cross(self, crossing: DispatchAcross, desk: Desk, opened_RW: Words, num_to: int) -> None:
         """Exchange with other hosts, and write to this host's ranks meanwhile."""
-        connect(self._end, self._out, desk, sized.opened_RW, sized.offered_RW, sized.offer, limit_rows=-1)
         near = None
         if self._direct_rows:
             route = self._final_route()
-            near = RowsNear(
-                self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk, sized.num_to)
-            )
-        crossing.cross(sized.opened_RW, desk, near, self._step)
-
-    def _offer_again(self, desk: Desk) -> Words:
-        """Where somebody's memory was too small all ranks offer again, and refuse together if there is none."""
-        end, plan = self._end, self._out.plan
-        needed = int(plan.numbers("batch_rows")[end.rank])
-        desk.offers_RW[:, 0] = 0
-        no_memory: CapacityError | None = None
-        if self._landing is None or self._landing.capacity < needed:
-            self._landing = None
-            try:
-                self._landing = cut_landing(end, self._geometry, needed)
-            except CapacityError as error:
-                no_memory = error
-                desk.offers_RW[:, 0] = max(1, row_region(self._geometry.row, needed).data_bytes)
-        if self._landing is not None:
-            desk.offers_RW[:, 1:] = self._landing.places
-        end.transport.post(end.lanes.offer, self._epoch, desk.offers_RW)
-        offers_RW: Words = end.wait(end.lanes.offer, self._epoch, self._step).copy()
-        offers_RW[end.crowd.absent] = 0
-        check_memory(offers_RW[:, 0], self._step, no_memory)
-        end.counters.add(second_offers=1, rounds=1)
-        return offers_RW
+            near = RowsNear(self._end, self._out, route, desk.direct.addr, then=lambda: self._say_done(desk, num_to))
+        crossing.cross(opened_RW, desk, near, self._step)
