@@ -46,11 +46,11 @@ class Buffer(Calls):
 
     ``num_threads`` splits copies of one rank (results do not depend on it). ``arena_bytes`` is the shared memory
     committed for tensors at the start; more is added when needed. ``timeout_s``: how long a silent rank is waited for
-    (0.4 s or less: one that only waits for it may be named).
+    (0.4 s or less is too short to tell it from a rank that waits for it: either may be named).
     ``transport``: ``"auto"``, ``"inprocess"`` (threads), ``"shm"`` (one host), or an engine for what crosses between
     hosts, ``"nixl"`` or ``"gloo"``; of CUDA tensors ``"inprocess"`` (one GPU) or ``"cuda_symmetric"`` (one a process),
     or an engine.
-    ``interface``: the network interface it uses on this rank.
+    ``interface``: the network interface that the engine uses on this rank.
     ``device``: ``"cuda"`` or one of several, for CUDA tensors (docs/gpu.md); None: CPU tensors. ``num_sms``: on how
     many of its multiprocessors rows are moved at a time. ``concurrent``: ranks of a device have streams of their own.
     ``kernels``: ``"cpu"``, ``"gpu"`` or ``"reference"``, by default the device's.

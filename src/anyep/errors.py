@@ -24,7 +24,8 @@ class PeerError(AnyEPError):
     """Another rank is at fault.
 
     ``ranks`` names every culprit in ascending order, ``step`` the operation and its half
-    (for example ``"dispatch 12: rows"``).
+    (for example ``"dispatch 12: rows"``). ``holders`` names the culprits' processes as every buffer names them, so that
+    the error of one buffer can be told to the ranks of another; ``()`` where that is not known.
     """
 
     def __init__(self, message: str, *, ranks: Sequence[int], step: str, holders: Sequence[str] = ()) -> None:
@@ -32,7 +33,6 @@ class PeerError(AnyEPError):
         self.ranks = tuple(ranks)
         self.step = step
         self.holders = tuple(holders)
-        """the same culprits by the names of their processes, which every buffer knows; (): not known"""
 
     @property
     def rank(self) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = (
-    ("errors", "config", "types", "machine", "version"),
+    ("errors", "config", "machine", "version"),
     ("layout", "numerics"),
     ("kernels", "transport"),
-    ("exchange", "collectives", "attention"),
+    ("exchange", "collectives"),
     ("buffer",),
-    ("nn", "planner", "trace", "testing", "compat", "cli", "__main__"),
+    ("nn", "testing", "compat", "cli", "__main__"),
 )
 """Lowest first; imports go down or sideways."""
 STRANGERS = frozenset({"kernels", "transport"})

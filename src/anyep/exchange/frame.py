@@ -20,40 +20,34 @@ if TYPE_CHECKING:
     from anyep.transport.base import Words
 
 (
-    A_WORDS,
+    A_WORDS,  # [R, A_NUM_WORDS] the messages
     A_NUM_WORDS,
-    A_COUNTED,
-    A_ROWS,
-    A_SEND_SLOTS,
-    A_PARTS,
-    A_PART_OFFSETS,
-    A_EAGER,
-    A_CAPACITY,
-    A_TALLY,
-    A_DIMS,
-    A_OFFSETS,
-    A_RECV_SLOTS,
-    A_TO,
-    A_FROM,
-    A_PLACES,
-    A_ARRIVED,
-    A_EXPERT_RANK,
-    A_EXPERT_LOCAL,
-    A_ROWS_BY_SOURCE,
-    A_ROWS_BY_EXPERT,
-    A_PART_BYTES,
-    A_STARTS,
-    A_WEIGHTS_OFFSET,
-    A_FAR,
+    A_COUNTED,  # whether messages hold counts
+    A_ROWS,  # number of the ledger's field that says how many rows go to whom
+    A_SEND_SLOTS,  # [R] slots that this rank fills
+    A_PARTS,  # parts of a row, P
+    A_PART_OFFSETS,  # [P] where each begins in a slot
+    A_EAGER,  # [P, R] peer tables of the slots that this rank fills
+    A_CAPACITY,  # rows of a slot where all rows of a rank go one way, else -1
+    A_TALLY,  # [NUM_TALLY]
+    A_DIMS,  # sizes of the ledger
+    A_OFFSETS,  # where its fields begin
+    A_RECV_SLOTS,  # [R] slots that this rank reads
+    A_TO,  # [R] whom this rank writes to; of a combine whose rows it reads
+    A_FROM,  # [R] who writes, or reads, here
+    A_PLACES,  # [P, R] peer tables of rows at their places
+    A_ARRIVED,  # dispatch: [P, R] peer tables of rows that came along
+    A_EXPERT_RANK,  # [E] each expert's rank
+    A_EXPERT_LOCAL,  # dispatch: [E] its number there
+    A_ROWS_BY_SOURCE,  # dispatch: [R] counter
+    A_ROWS_BY_EXPERT,  # dispatch: [L] counter
+    A_PART_BYTES,  # dispatch: [P] bytes of each part
+    A_STARTS,  # combine: [R + E] room for starts
+    A_WEIGHTS_OFFSET,  # combine: where weights begin in a slot
+    A_FAR,  # dispatch: [R] which ranks live on other hosts, as the endpoint knows them
     NUM_FRAME_WORDS,
 ) = range(26)
-"""Of both: the messages and how many words each has, whether it holds counts, which field of the ledger says how many
-rows go to whom; slots that this rank fills, parts of a row and where each begins in a slot, their peer tables; the
-capacity of a slot where all rows of a rank go one way, else -1; the tally; sizes and offsets of the ledger; slots that
-this rank reads; whom it writes to or reads from, and who does so here; peer tables of rows at their places. Then of a
-dispatch those of rows that came along, of both the experts' ranks, of a dispatch their numbers there, the counters, and
-bytes of each part; of a combine room for starts, and where weights begin in a slot; of a dispatch the ranks of other
-hosts, as the endpoint knows them."""
+"""Words of a frame, addresses where a shape is given. Of dispatches and combines, but where one of them is named."""
 
 
 class Frame:

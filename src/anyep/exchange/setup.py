@@ -85,9 +85,8 @@ def endpoint_on(transport: Transport, kernels: KernelSet, lanes: Lanes, options:
     far_R = far_ranks(hosts, transport.rank)
     links_measured = hosts.num_hosts > 1 and options.straight_bytes is None
     area = transport.allocate(options.ring * transport.size * options.slot_bytes(transport.size))
-    first = (
-        -(options.eager_bytes is None) * NUM_EPOCHS - links_measured * calibrate_links.NUM_EPOCHS
-    )  # one by one up to 1
+    # what is measured uses epochs one by one up to 0
+    first = -(options.eager_bytes is None) * NUM_EPOCHS - links_measured * calibrate_links.NUM_EPOCHS
     bases_R = _swap_areas(transport, lanes, area, far_R, epoch=first)
     slots = EagerSlots(area, bases_R, transport.rank, slot_bytes=options.slot_bytes(transport.size))
     if options.eager_bytes is None:

@@ -1,4 +1,4 @@
-"""Routing traces on file: recorded once, replayed by benchmarks and planners.
+"""Routing traces on file: recorded once, replayed by benchmarks.
 
 ``routing_trace`` is the trace itself, ``trace_npz`` the file's format. Legend: T tokens of a batch, K top-k, E experts.
 """

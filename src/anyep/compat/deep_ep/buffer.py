@@ -95,7 +95,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Return False: rows are moved by the host."""
+        """Return False: no part of this package is compiled ahead for a GPU."""
         return False
 
     @staticmethod
