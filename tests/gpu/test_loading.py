@@ -34,9 +34,13 @@ def test_without_triton_the_extra_is_named(monkeypatch, asked):
 @pytest.mark.parametrize(
     ("cuda", "hip", "why"),
     [
-        (None, None, "was built for none: install a build of torch for this machine's GPU"),
-        ("12.8", None, r"\(for CUDA 12.8\) finds none: see that nvidia-smi shows one, that CUDA_VISIBLE_DEVICES does"),
-        (None, "6.4", r"\(for ROCm 6.4\) finds none: see that rocm-smi shows one, that HIP_VISIBLE_DEVICES does not"),
+        (None, None, "was built for no GPU: install a build of torch for this machine's GPU"),
+        (
+            "12.8",
+            None,
+            r"\(for CUDA 12.8\) finds no GPU: see that nvidia-smi shows one, that CUDA_VISIBLE_DEVICES does",
+        ),
+        (None, "6.4", r"\(for ROCm 6.4\) finds no GPU: see that rocm-smi shows one, that HIP_VISIBLE_DEVICES does not"),
     ],
 )
 def test_without_a_gpu_it_is_said_why_and_what_works(monkeypatch, asked, cuda, hip, why):

@@ -71,4 +71,6 @@ def test_a_device_that_is_not_there_is_told():
         load_nixl()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert "meta" in try_device("meta").text
+    told = try_device("meta")
+    assert not told.possible
+    assert "meta" in told.text

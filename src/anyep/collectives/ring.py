@@ -96,7 +96,9 @@ class Ring(Station):
         self._check_neighbour("to", to)
         plain = dense("x", x)
         if plain.nbytes > self._max_bytes:
-            raise ValueError(f"x has {plain.nbytes} bytes, and this ring was made with max_bytes={self._max_bytes}")
+            raise ValueError(
+                f"x has {plain.nbytes} bytes, and this ring was made with max_bytes={self._max_bytes}: send parts of it"
+            )
         number = self._sent[to] + 1
         if self.num_ranks == 1 and number > self._taken[to] + self._slots:
             raise ValueError(f"all {self._slots} slots of this ring of one rank are full: recv before this send")

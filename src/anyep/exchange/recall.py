@@ -153,7 +153,9 @@ def adopted(end: Endpoint, handle: Handle, identity: object) -> Handle:
     theirs = None if crossing is None else crossing.hosts
     ours = None if end.across is None else end.across.hosts
     if theirs is not ours and (theirs is None or ours is None or theirs.members != ours.members):
-        raise ValueError(f"this handle's buffer has {_hosts_told(theirs)}, and this one {_hosts_told(ours)}")
+        raise ValueError(
+            f"this handle's buffer has {_hosts_told(theirs)}, and this one {_hosts_told(ours)}: dispatch on this one"
+        )
     assert handle.announced is not None, "only wires with sums by column keep what was announced"
     return replace(handle, buffer=identity)
 

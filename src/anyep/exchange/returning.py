@@ -91,7 +91,7 @@ def _check_weights(end: Endpoint, topk_weights: object, handle: Handle) -> torch
 def _check_bias(end: Endpoint, bias: object, handle: Handle, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     given = bias if isinstance(bias, (tuple, list)) else (bias,)
     if len(given) > 2:
-        raise ValueError(f"bias takes at most 2 tensors, got {len(given)}")
+        raise ValueError(f"bias takes at most 2 tensors, got {len(given)}: add them first")
     return tuple(
         check_tensor(
             "bias",

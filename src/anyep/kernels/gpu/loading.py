@@ -55,11 +55,12 @@ def why_no_gpu() -> str:
     """Return why torch finds no GPU, and what can be done about it."""
     runtime = torch.version.cuda or torch.version.hip
     if runtime is None:
-        return f"torch {torch.__version__} was built for none: install a build of torch for this machine's GPU"
+        return f"torch {torch.__version__} was built for no GPU: install a build of torch for this machine's GPU"
     tool, hides = (
         ("nvidia-smi", "CUDA_VISIBLE_DEVICES") if torch.version.hip is None else ("rocm-smi", "HIP_VISIBLE_DEVICES")
     )
+    built_for = f"{'CUDA' if torch.version.hip is None else 'ROCm'} {runtime}"
     return (
-        f"torch {torch.__version__} (for {'CUDA' if torch.version.hip is None else 'ROCm'} {runtime}) finds none: see "
+        f"torch {torch.__version__} (for {built_for}) finds no GPU: see "
         f"that {tool} shows one, that {hides} does not hide it, and that the driver is new enough for this torch"
     )
