@@ -25,10 +25,11 @@ class PeerError(AnyEPError):
 
     ``ranks`` names every culprit in ascending order, ``step`` the operation and its half
     (for example ``"dispatch 12: rows"``). ``holders`` names the culprits' processes as every buffer names them, so that
-    the error of one buffer can be told to the ranks of another; ``()`` where that is not known.
+    the error of one buffer can be told to the ranks of another (of a silent rank that waits in another buffer, the one
+    for which it waits there); ``()`` where that is not known.
     """
 
-    def __init__(self, message: str, *, ranks: Sequence[int], step: str, holders: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, *, ranks: Sequence[int], step: str, holders: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
         self.step = step

@@ -146,3 +146,38 @@ def test_what_is_said_of_a_wait_elsewhere_is_taken_back(played, how):
     found, said = group.run(rank_main)
     assert found == (() if how == "has waited" else (0,)), "what was said of a buffer that ended grows old"
     assert bool(said) == (how == "waits")
+
+
+def pass_on(group, rank, transport, folder):
+    """Rank 0 waits in the second buffer for rank 1, and that one in the first for rank 2; rank 0 gives up and closes
+    both. Rank 3 waits in the first for rank 0."""
+    if transport != "shm":
+        os.environ["ANYEP_HOST_ID"] = "abcd"[rank]
+    options = {"transport": transport, "timeout_s": 1.5 if rank == 0 else 20.0}
+    a = open_on(group, rank, (0, 1, 2, 3), "first", **options)
+    b = open_on(group, rank, (1, 0), "second", **options)
+    group.allgather(b"")
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        with a:
+            if rank == 0:
+                with b:
+                    b.barrier()
+            else:
+                a.barrier()
+    except anyep.PeerError as error:
+        (folder / f"{rank} has left").touch()
+        return type(error).__name__, error.ranks, str(error)
+    return None
+
+
+def test_what_is_told_of_a_wait_for_somebody_unknown_is_known_where_he_takes_part(transport, tmp_path):
+    with RankProcesses(4, pass_on, transport, tmp_path) as ranks:
+        until_there(tmp_path, "3 has left", 1)
+        os.kill(ranks.pids[2], signal.SIGKILL)
+        outcomes = ranks.outcomes(60)
+    told = [outcome.value for outcome in outcomes]
+    assert told[0][:2] == ("PeerTimeout", (0,)), "rank 1 of the first is rank 0 of the second"
+    assert "Rank 0 waits in another buffer of its process, for rank 2 of that buffer" in told[0][2]
+    assert told[3][:2] == ("PeerTimeout", (2,)), told[3][2]

@@ -12,6 +12,7 @@ from anyep.errors import PeerError, PeerTimeout
 from anyep.layout.hosts import group_ranks
 from anyep.transport import board
 from anyep.transport.base import Blame
+from anyep.transport.elsewhere import Outsider
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.inprocess import InProcessTransport, local_group
@@ -206,7 +207,7 @@ def test_answers_to_one_thread_are_not_lost_when_another_asks():
             questions.ask(first_ns)
         turn.wait(WAIT_S)
         if member.rank == 1:
-            questions.answer([1], 4)
+            questions.answer([1], Outsider(4, 1 << 61))
         turn.wait(WAIT_S)
         told = []
         if member.rank == 0:
@@ -217,4 +218,4 @@ def test_answers_to_one_thread_are_not_lost_when_another_asks():
         engine.close()
         return told
 
-    assert local_group(2).run(rank_main)[0] == [{1: ((1,), 4)}, {}]
+    assert local_group(2).run(rank_main)[0] == [{1: ((1,), (4, 1 << 61))}, {}]

@@ -133,16 +133,16 @@ def test_ranks_are_spelled_for_people(ranks, text):
     ("error", "told"),
     [
         (PeerLost("", ranks=[2], step="x"), Blame(ranks=(2,), timeout=False)),
-        (PeerTimeout("", ranks=[0, 2], step="x", holders=["a", "c"]), Blame(ranks=(1, 2), timeout=True)),
-        (PeerTimeout("", ranks=[0, 2], step="x", holders=["a", "z"]), Blame(ranks=(2,), timeout=True)),
-        (PeerTimeout("", ranks=[7], step="x", holders=["z"]), Blame(ranks=(0,), timeout=False)),
+        (PeerTimeout("", ranks=[0, 2], step="x", holders=[70, 72]), Blame(ranks=(1, 2), timeout=True)),
+        (PeerTimeout("", ranks=[0, 2], step="x", holders=[70, 79]), Blame(ranks=(2,), timeout=True)),
+        (PeerTimeout("", ranks=[7], step="x", holders=[79]), Blame(ranks=(0,), timeout=False)),
         (PeerTimeout("", ranks=[7], step="x"), Blame(ranks=(0,), timeout=False)),
         (ValueError(), Blame(ranks=(0,), timeout=False)),
     ],
 )
 def test_an_error_of_another_buffer_is_told_in_the_numbers_of_this_one(error, told):
-    """Rank 0 of "b", "c" and "a"; a buffer may name holders that take no part here."""
-    assert blame_for(error, 0, ["b", "c", "a"]) == told
+    """Rank 0 of 71, 72 and 70; a buffer may name holders that take no part here."""
+    assert blame_for(error, 0, [71, 72, 70]) == told
 
 
 def test_a_text_tells_who_waits_in_another_buffer():

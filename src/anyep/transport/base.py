@@ -77,7 +77,7 @@ class Transport(Protocol):
     name: str
     rank: int
     size: int
-    holders: Sequence[str]
+    holders: Sequence[int]
     """A name by rank of the process, or thread, that it is: the same in all transports, however they number it."""
     waited_ns: Words
     """Nanoseconds [R] that :meth:`wait` has waited for each rank, in all: how long after a wait began the rank posted

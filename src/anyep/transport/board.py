@@ -23,6 +23,7 @@ from anyep.transport.control import (
     TABLE,
     TOKEN,
 )
+from anyep.transport.elsewhere import Outsider
 from anyep.transport.liveness import Departure
 
 FRESH_NS = 1_000_000_000
@@ -83,14 +84,17 @@ class Board:
         first = BLAMED + self._size
         return tuple(rank for rank in range(self._size) if self._read(first + rank) >= since_ns)
 
-    def say_outsider(self, rank: int, now_ns: int) -> None:
-        """Say that it waits for ``rank`` of another of its transports, which takes no part here; 0: not any more."""
-        self._publish(OUTSIDER, rank)
+    def say_outsider(self, outsider: Outsider, now_ns: int) -> None:
+        """Say that it waits in another of its transports for one who takes no part here; 0: not any more."""
+        self._publish(OUTSIDER, outsider.rank)
+        self._publish(BLAMED + 2 * self._size, outsider.holder)
         self._publish(OUTSIDE, now_ns)
 
-    def outsider(self, since_ns: int) -> int | None:
+    def outsider(self, since_ns: int) -> Outsider | None:
         """Return for which one it has said since then that it waits."""
-        return self._read(OUTSIDER) if self._read(OUTSIDE) >= since_ns else None
+        if self._read(OUTSIDE) < since_ns:
+            return None
+        return Outsider(self._read(OUTSIDER), self._read(BLAMED + 2 * self._size))
 
     def claim(self, epoch: int) -> bool:
         """Say that this rank takes part in ``epoch``; False where the others have begun one without it."""

@@ -14,6 +14,7 @@ First a header of int64 words, by index::
     16 table     64 x (fd, inode, bytes)
     208 blamed   one word a rank
     then waiting, one word a rank: when it last said that it waits for that one; 0: it does not
+    then one word: the name of the outsider's holder (transport/elsewhere.py)
 
 then each lane's mailboxes [ring, R], in whole cache lines: a signal word, the time of posting, the lane's words.
 """
@@ -75,4 +76,4 @@ class ControlLayout:
 
     @property
     def _header_bytes(self) -> int:
-        return _lines(8 * (BLAMED + 2 * self.num_ranks))
+        return _lines(8 * (BLAMED + 2 * self.num_ranks + 1))

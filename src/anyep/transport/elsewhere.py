@@ -1,37 +1,47 @@
 """Who holds a rank, and in which transports: a process may wait in one buffer while it is missed in another.
 
 A *holder* is the process that is a rank, or the thread where ranks are threads. Buffers may number the same holders
-differently, or have others, so that what is said of a wait in another buffer goes by their names.
+differently, or have others, so that what is said of a wait in another buffer goes by their names: numbers that are the
+same in all transports.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 from anyep.transport.identity import Identity
+
+
+class Outsider(NamedTuple):
+    """One who takes no part here and is waited for in another transport."""
+
+    rank: int
+    """there"""
+    holder: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
     """A wait in another transport of the same holder, as it looks here."""
 
-    holders: tuple[str, ...]
+    holders: tuple[int, ...]
     """who is waited for, of those that take part here"""
-    outsider: int | None
-    """one who is waited for and takes no part here, as a rank of the other transport; None: there is none"""
+    outsider: Outsider | None
+    """one of the others"""
 
 
 class Listener(Protocol):
     """One transport's (:class:`anyep.transport.inquiry.Inquiry`)."""
 
-    holders: Sequence[str]
+    holders: Sequence[int]
 
     def hear(self, source: object, wait: Elsewhere, now_ns: int) -> None:
         """This thread waits in the transport ``source``; for nobody: it does not wait there any more."""
@@ -43,7 +53,7 @@ class Listener(Protocol):
 class Holder:
     """One process, or one thread that is a rank: what waits in one of its transports is told to the others."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: int) -> None:
         self.name = name
         self._lock = threading.Lock()
         self._listeners: WeakSet[Listener] = WeakSet()
@@ -62,9 +72,10 @@ class Holder:
             return [other for other in self._listeners if other is not listener]
 
 
-def name_of(identity: Identity) -> str:
-    """Return how transports call a process, all alike."""
-    return " ".join(map(str, astuple(identity)))
+def name_of(identity: Identity, thread: int = 0) -> int:
+    """Return how transports call a process, or a thread of it, all alike: 62 bits."""
+    words = " ".join(map(str, (*astuple(identity), thread)))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 2
 
 
 def this_process() -> Holder:
@@ -82,33 +93,33 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-_numbers = itertools.count()
+_numbers = itertools.count(1)
 
 
 def this_thread() -> Holder:
     """Return the holder of a rank that is this thread."""
     holder = _of_thread.holder
     if holder is None:
-        holder = _of_thread.holder = Holder(f"{name_of(Identity.own())} thread {next(_numbers)}")
+        holder = _of_thread.holder = Holder(name_of(Identity.own(), next(_numbers)))
     return holder
 
 
 def seen_there(
-    missing: Sequence[int], holders: Sequence[str], there: Collection[str], waits_for: Callable[[int], Sequence[int]]
+    missing: Sequence[int], holders: Sequence[int], there: Collection[int], waits_for: Callable[[int], Sequence[int]]
 ) -> Elsewhere:
     """Return how a wait for ``missing`` looks where only the holders ``there`` are known.
 
     Whoever is not known there is replaced by those for whom it waits itself.
 
     >>> waits = {0: [1], 1: [2], 2: []}
-    >>> seen_there([0], ["a", "b", "c"], {"b"}, waits.__getitem__)
-    Elsewhere(holders=('b',), outsider=None)
-    >>> seen_there([0], ["a", "b", "c"], {"d"}, waits.__getitem__)
-    Elsewhere(holders=(), outsider=2)
+    >>> seen_there([0], [70, 71, 72], {71}, waits.__getitem__)
+    Elsewhere(holders=(71,), outsider=None)
+    >>> seen_there([0], [70, 71, 72], {73}, waits.__getitem__)
+    Elsewhere(holders=(), outsider=Outsider(rank=2, holder=72))
     """
     seen: set[int] = set()
-    known: list[str] = []
-    outsider: int | None = None
+    known: list[int] = []
+    outsider: Outsider | None = None
     ahead = [*missing]
     while ahead:
         rank = ahead.pop()
@@ -121,5 +132,5 @@ def seen_there(
         further = waits_for(rank)
         ahead += further
         if not further:
-            outsider = rank
+            outsider = Outsider(rank, holders[rank])
     return Elsewhere(holders=tuple(known), outsider=outsider)

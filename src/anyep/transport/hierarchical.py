@@ -246,5 +246,6 @@ class HierarchicalTransport:
             timeout_s=self.timeout_s,
             names={rank: f"on host {int(self.hosts.host_R[rank])}" for rank in range(self.size)},
             holders=self.holders,
+            culprits=self._local.inquiry.culprits(),
         )
         raise given_up(wait, departures, self._local.standing_still(late, began_ns, departures))

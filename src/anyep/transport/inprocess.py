@@ -86,7 +86,7 @@ class LocalGroup(Sequence[Member]):
 
     def departures(self) -> dict[int, Departure]:
         """Return the same as their peers see it."""
-        names = [member.holder.name if member.holder is not None else "" for member in self]
+        names = [member.holder.name if member.holder is not None else 0 for member in self]
         return {rank: Departure(how="failed", blame=blame_of(error, names)) for rank, error in self.failed().items()}
 
     def failed(self) -> dict[int, BaseException]:
@@ -221,7 +221,7 @@ class InProcessTransport(SharedTransport):
         together(member, lambda: arena.begin(reserved_bytes=layout.num_bytes, heap_bytes=heap_bytes))
         arenas: list[Arena] = member.exchange(arena)
         holder = member.holder = member.holder or this_thread()
-        holders: list[str] = member.exchange(holder.name)
+        holders: list[int] = member.exchange(holder.name)
         super().__init__(
             member,
             layout=layout,

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from anyep.errors import ClosedError
 from anyep.transport.board import Board
-from anyep.transport.elsewhere import Elsewhere, Holder, seen_there
+from anyep.transport.elsewhere import Elsewhere, Holder, Outsider, seen_there
 from anyep.transport.liveness import Departure, standing_still
 
 RECENT_NS = 1_000_000_000
@@ -34,7 +34,7 @@ class Others(Protocol):
     def ask(self, since_ns: int) -> None:
         """Ask everybody for whom they wait, unless that was done since ``since_ns``."""
 
-    def answer(self, missing: Sequence[int], outsider: int | None) -> None:
+    def answer(self, missing: Sequence[int], outsider: Outsider | None) -> None:
         """Tell who has asked that this rank waits for ``missing``, and for an outsider."""
 
     def answers(self, since_ns: int) -> Mapping[int, Answer]:
@@ -42,10 +42,10 @@ class Others(Protocol):
 
 
 class Answer(NamedTuple):
-    """For which ranks a rank waits, and for which rank of another of its transports that takes no part here."""
+    """For which ranks a rank waits, and for whom in another of its transports that takes no part here."""
 
     ranks: Sequence[int]
-    outsider: int | None = None
+    outsider: Outsider | None = None
 
 
 _NOTHING = Answer(())
@@ -55,7 +55,7 @@ class _Said(NamedTuple):
     source: object
     """the inquiry of the transport in which a thread waits"""
     ranks: Sequence[int]
-    outsider: int | None
+    outsider: Outsider | None
 
 
 class Inquiry:
@@ -71,7 +71,7 @@ class Inquiry:
         *,
         boards: Mapping[int, Board],
         memory: object,
-        holders: Sequence[str],
+        holders: Sequence[int],
         holder: Holder,
     ) -> None:
         timeout_ns = int(timeout_s * 1e9)
@@ -147,7 +147,7 @@ class Inquiry:
             if before is not None:
                 board.say_waiting({*before.ranks} - awaited, 0)
                 if before.outsider is not None and outsider is None:
-                    board.say_outsider(0, 0)
+                    board.say_outsider(before.outsider, 0)
             board.say_waiting(said.ranks, now_ns)
             if said.outsider is not None:
                 board.say_outsider(said.outsider, now_ns)
@@ -171,10 +171,17 @@ class Inquiry:
             return self._near(rank, since_ns) if rank in self._boards else far.get(rank, _NOTHING).ranks
 
         def outsider_of(rank: int) -> int | None:
-            if rank in departures:
-                return None
-            if rank in self._boards:
-                return self._boards[rank].outsider(since_ns)
-            return far.get(rank, _NOTHING).outsider
+            outsider = self._outsider(rank, since_ns, far) if rank not in departures else None
+            return outsider.rank if outsider is not None else None
 
         return {rank: outsider_of(rank) for rank in standing_still(missing, waits_for, self._rank)}
+
+    def culprits(self) -> list[int]:
+        """Return by rank who holds it, or the outsider for whom it waits: who is to blame where that rank is silent."""
+        since_ns = time.monotonic_ns() - RECENT_NS
+        far = self.others.answers(since_ns) if self.others is not None else {}
+        outsiders = [self._outsider(rank, since_ns, far) for rank in range(len(self.holders))]
+        return [own if o is None else o.holder for o, own in zip(outsiders, self.holders, strict=True)]
+
+    def _outsider(self, rank: int, since_ns: int, far: Mapping[int, Answer]) -> Outsider | None:
+        return self._boards[rank].outsider(since_ns) if rank in self._boards else far.get(rank, _NOTHING).outsider

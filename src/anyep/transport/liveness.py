@@ -35,21 +35,19 @@ class Wait:
     elapsed_s: float
     timeout_s: float
     names: Mapping[int, str]
-    holders: Sequence[str] = ()
-    """names by rank that other transports of this process know too"""
+    holders: Sequence[int] = ()
+    """by rank the names of processes that other transports know too (``elsewhere.py``)"""
+    culprits: Sequence[int] = ()
+    """the same, of a rank that waits in another transport the one for which it waits there"""
 
     def where(self) -> str:
         epoch = "" if self.epoch is None else f"epoch {self.epoch}, "
         return f"{self.step} ({epoch}rank {self.rank})"
 
-    def error(self, kind: type[PeerError], text: str, culprits: Sequence[int]) -> PeerError:
-        """Return an error that names ``culprits``."""
-        return kind(
-            text,
-            ranks=culprits,
-            step=self.step,
-            holders=[self.holders[rank] for rank in culprits] if self.holders else (),
-        )
+    def error(self, kind: type[PeerError], text: str, ranks: Sequence[int]) -> PeerError:
+        """Return an error that names ``ranks``."""
+        names = self.holders if kind is PeerLost else self.culprits
+        return kind(text, ranks=ranks, step=self.step, holders=[names[rank] for rank in ranks] if names else ())
 
     def progress(self) -> str:
         return f"arrived: {spell_ranks(self.arrived)}; missing: {spell_ranks(self.missing)}"
@@ -144,7 +142,7 @@ def standing_still(missing: Sequence[int], waits_for: Callable[[int], Sequence[i
     return sorted(still or missing)
 
 
-def blame_for(error: BaseException, rank: int, holders: Sequence[str]) -> Blame:
+def blame_for(error: BaseException, rank: int, holders: Sequence[int]) -> Blame:
     """Return what ``rank`` tells its peers when ``error`` makes it leave: whom it waited for, or else itself.
 
     ``holders``: names by rank. The error may be that of another buffer, with other ranks.
@@ -152,7 +150,7 @@ def blame_for(error: BaseException, rank: int, holders: Sequence[str]) -> Blame:
     return blame_of(error, holders) or Blame(ranks=(rank,), timeout=False)
 
 
-def blame_of(error: BaseException, holders: Sequence[str]) -> Blame | None:
+def blame_of(error: BaseException, holders: Sequence[int]) -> Blame | None:
     """Return whom an error names; None where it is its rank's own, or none of those it names takes part here."""
     if not isinstance(error, PeerError):
         return None

@@ -12,11 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from anyep.transport.elsewhere import Outsider
 from anyep.transport.engine import Bytes, Engine, Transfer, has_come
 from anyep.transport.inquiry import Answer
 
-_OUTSIDER_BYTES = 8
-"""An answer: the outsider (-1: none) as an int64, then a byte a rank, 1 where it is waited for."""
+_OUTSIDER_BYTES = 16
+"""An answer: the outsider's rank (-1: there is none) and holder as int64, then a byte a rank, 1 where it is waited
+for."""
+_NOBODY = Outsider(-1, 0)
 
 
 class Questions:
@@ -48,12 +51,12 @@ class Questions:
                 self._unanswered[rank] = self._receive(rank, self._tells, _OUTSIDER_BYTES + self._engine.size)
                 self._send(rank, self._asks, np.zeros(1, np.uint8))
 
-    def answer(self, missing: Sequence[int], outsider: int | None) -> None:
+    def answer(self, missing: Sequence[int], outsider: Outsider | None) -> None:
         """Tell who has asked that this rank waits for ``missing``, and for an outsider."""
         with self._lock:
             for rank in [rank for rank, (asked, _) in self._asked.items() if has_come(asked)]:
                 answer = np.zeros(_OUTSIDER_BYTES + self._engine.size, np.uint8)
-                answer[:_OUTSIDER_BYTES].view(np.int64)[0] = -1 if outsider is None else outsider
+                answer[:_OUTSIDER_BYTES].view(np.int64)[:] = outsider or _NOBODY
                 answer[_OUTSIDER_BYTES:][list(missing)] = 1
                 self._send(rank, self._tells, answer)
                 self._asked[rank] = self._receive(rank, self._asks, 1)
@@ -67,9 +70,9 @@ class Questions:
     def _collect(self, now_ns: int) -> None:
         for rank in [rank for rank, (answer, _) in self._unanswered.items() if has_come(answer)]:
             _, memory = self._unanswered.pop(rank)
-            outsider = int(memory[:_OUTSIDER_BYTES].view(np.int64)[0])
+            outsider = Outsider(*memory[:_OUTSIDER_BYTES].view(np.int64).tolist())
             ranks = tuple(np.flatnonzero(memory[_OUTSIDER_BYTES:]).tolist())
-            self._told[rank] = now_ns, Answer(ranks, outsider if outsider >= 0 else None)
+            self._told[rank] = now_ns, Answer(ranks, outsider if outsider.rank >= 0 else None)
 
     def _receive(self, rank: int, tag: int, num_bytes: int) -> tuple[Transfer, Bytes]:
         memory = np.zeros(num_bytes, np.uint8)

@@ -56,7 +56,7 @@ class SharedTransport:
         maker: SegmentMaker,
         memories: PeerMemory,
         controls: Mapping[int, int],
-        holders: Sequence[str],
+        holders: Sequence[int],
         holder: Holder,
     ) -> None:
         self.rank = rendezvous.rank

@@ -168,6 +168,7 @@ class Waiter:
             timeout_s=self._timeout_s,
             names=opened.memories.names(),
             holders=self._inquiry.holders,
+            culprits=self._inquiry.culprits(),
         )
 
     def missing(self, slot: Slot, epoch: int, ranks: Ranks) -> list[int]:
