@@ -26,6 +26,7 @@ from anyep.compat.deep_ep.elastic_routes import ROUTING, counts_announced, route
 from anyep.compat.deep_ep.elastic_rows import places_of
 from anyep.compat.deep_ep.elastic_sizes import align
 from anyep.compat.deep_ep.ep_handle import EPHandle
+from anyep.compat.deep_ep.known_handles import UNCOUNTED, version_of
 from anyep.exchange.device.plan import DeviceCounts, DevicePlan
 from anyep.exchange.handle import Handle, Received
 
@@ -165,10 +166,9 @@ def places_of_handle(context: ElasticContext, handle: EPHandle, native: Handle) 
     if not isinstance(metadata, torch.Tensor) or metadata.dtype != torch.int32 or not _fits(metadata, shape, sorts):
         told = f"{metadata.dtype} {list(metadata.shape)}" if isinstance(metadata, torch.Tensor) else repr(metadata)
         refuse(f"a handle's recv_src_metadata must be an int32 tensor {shape}, got {told}")
-    known = context.natives.handles.recalled.get(metadata)
-    if known is not None and known[0] == _version(handle, metadata, num_rows):
-        places: Places = known[1]
-        return places
+    known: Places | None = context.natives.handles.recall(metadata, _version(handle, metadata, num_rows))
+    if known is not None:
+        return known
     return _remember(context, handle, metadata, _places_from(metadata[:num_rows], handle, sorts=sorts))
 
 
@@ -205,14 +205,13 @@ def _own_rows(order: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _version(handle: EPHandle, metadata: torch.Tensor, num_rows: int) -> tuple[int, int, int, bool]:
-    """Return what places depend on besides the tensor: how often it was written to, -1 where torch does not count."""
-    written = -1 if metadata.is_inference() else metadata._version
-    return written, num_rows, handle.num_rows, handle.kind.do_expand
+    """Return what places depend on besides the tensor: how often it was written to (first), and the handle."""
+    return version_of(metadata), num_rows, handle.num_rows, handle.kind.do_expand
 
 
 def _remember(context: ElasticContext, handle: EPHandle, metadata: torch.Tensor, places: Places) -> Places:
     """Know again what a tensor says, if torch counts what is written to it."""
     version = _version(handle, metadata, len(places.rows))
-    if version[0] >= 0:
-        context.natives.handles.recalled[metadata] = version, places
+    if version[0] != UNCOUNTED:
+        context.natives.handles.note_recalled(metadata, version, places)
     return places

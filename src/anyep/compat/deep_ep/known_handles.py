@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
+
+UNCOUNTED = -1
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to; UNCOUNTED where torch does not count, as in inference mode."""
+    return UNCOUNTED if tensor.is_inference() else tensor._version
 
 
 class KnownHandles:
@@ -16,8 +24,8 @@ class KnownHandles:
     def __init__(self) -> None:
         self._kept: dict[int, object] = {}
         self._members: dict[int, weakref.ref[Any]] = {}
-        self.recalled: Any = WeakTensorKeyDictionary()
-        """from a member that a caller brought to the versions of all that was looked at, and what they stand for"""
+        self._recalled: Any = WeakTensorKeyDictionary()
+        """from a member that a caller brought to the version of all that was looked at, and what they stand for"""
 
     def keep(self, memory: NDArray[Any], kept: object) -> torch.Tensor:
         """Return a tensor on ``memory`` by whose storage a handle is known, as long as ``memory`` lives."""
@@ -33,6 +41,15 @@ class KnownHandles:
     def find(self, tensor: object) -> object:
         """Return what belongs to the handle that ``tensor`` is a member of; None for others."""
         return self._kept.get(tensor.data_ptr()) if isinstance(tensor, torch.Tensor) else None
+
+    def recall(self, member: torch.Tensor, version: Hashable) -> Any:
+        """Return what a caller's ``member`` was found to stand for at this version; None where it was written to."""
+        noted = self._recalled.get(member)
+        return None if noted is None or noted[0] != version else noted[1]
+
+    def note_recalled(self, member: torch.Tensor, version: Hashable, found: object) -> None:
+        """Note what ``member`` stands for, as long as it lives, at a version of it and of all else that says so."""
+        self._recalled[member] = version, found
 
     def _note(self, address: int, member: Any, kept: object) -> None:
         self._kept[address] = kept

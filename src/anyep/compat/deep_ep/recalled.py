@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from anyep.compat.deep_ep.checks import check_dense, refuse
+from anyep.compat.deep_ep.known_handles import UNCOUNTED, version_of
 from anyep.compat.deep_ep.native import Kept, Natives, Served, ask_everybody
 from anyep.exchange.handle import Handle
 from anyep.exchange.wire import carrying_wire
@@ -41,20 +42,20 @@ def recalled(natives: Natives, members: tuple[Any, ...]) -> Kept:
         refuse("handle must hold the tensors that a dispatch returned, or copies of them")
     natives.settle_on(key)
     versions = tuple(_version(one) for one in members)
-    found = natives.handles.recalled.get(key)
-    if found is not None and found[0] == versions and -1 not in versions:
-        known: Kept = found[1]
+    known: Kept | None = natives.handles.recall(key, versions)
+    if known is not None:
         return known
     kept = (_from_counts if len(members) == INTRANODE else _by_asking)(natives, members)
-    natives.handles.recalled[key] = versions, kept
+    if UNCOUNTED not in versions:
+        natives.handles.note_recalled(key, versions, kept)
     return kept
 
 
 def _version(member: Any) -> int:
-    """Return how often a tensor was written to; -1 where torch does not count."""
+    """Return how often a member was written to. RuntimeError for what is no tensor."""
     if not isinstance(member, torch.Tensor):
         refuse(f"handle must hold tensors, got {type(member).__name__}")
-    return -1 if member.is_inference() else member._version
+    return version_of(member)
 
 
 def ranks_as_experts(inside: torch.Tensor, num_experts: int) -> torch.Tensor:
