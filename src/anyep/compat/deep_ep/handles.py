@@ -1,7 +1,7 @@
 """The tuples that V1's dispatch returns as its handle: 6 members on one host, 10 between hosts.
 
-Legend: T tokens, R ranks, H hosts, C channels, N received rows. There are no queues and nothing is forwarded here: a
-token goes straight to each of its ranks. Members that describe queues say what they would, were there some.
+Legend: T tokens, R ranks, H hosts, C channels, N received rows. There are no queues here: members that describe them
+say what they would hold if each token went straight to its ranks. What a rank forwards for others is in no member.
 """
 
 from __future__ import annotations
