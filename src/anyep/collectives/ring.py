@@ -79,10 +79,12 @@ class Ring(Station):
 
     @property
     def next(self) -> int:
+        """The rank after this one; after the last comes 0."""
         return (self.rank + 1) % self.num_ranks
 
     @property
     def previous(self) -> int:
+        """The rank before this one; before 0 comes the last."""
         return (self.rank - 1) % self.num_ranks
 
     def send(self, x: torch.Tensor, to: int) -> None:

@@ -80,10 +80,12 @@ class Station:
 
     @property
     def rank(self) -> int:
+        """This rank's number in the group, 0 to R - 1."""
         return self._transport.rank
 
     @property
     def num_ranks(self) -> int:
+        """R."""
         return self._transport.size
 
     def close(self) -> None:

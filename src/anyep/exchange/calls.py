@@ -41,10 +41,12 @@ class Calls:
 
     @property
     def rank(self) -> int:
+        """This rank's number in the group, 0 to R - 1."""
         return self._end.rank
 
     @property
     def num_ranks(self) -> int:
+        """R, those that are left out included."""
         return self._end.num_ranks
 
     @property

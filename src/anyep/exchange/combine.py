@@ -66,7 +66,7 @@ class Combine:
         self._header = naming_handle(back.way.header, back.handle.epoch)
 
     def wants_background(self) -> bool:
-        """Whether there are likely rows to be read where they lie; low latency never computes behind one's back."""
+        """Whether there are likely rows to be read where they lie; the padded layout never uses the background."""
         plan = self._back.handle.send
         if self._end.across is not None and not plan.geometry.padded:
             return True

@@ -96,7 +96,7 @@ class Dispatch:
         self._header = header_of(out)
 
     def wants_background(self) -> bool:
-        """Whether rows are left to be sent when peers have answered; low latency never computes behind one's back."""
+        """Whether rows are left to be sent when peers have answered; the padded layout never uses the background."""
         return self._direct_rows + self._far_rows > 0 and not self._geometry.padded
 
     def may_answer(self) -> bool:

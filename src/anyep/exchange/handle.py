@@ -114,7 +114,7 @@ class SendPlan:
 class Handle:
     """One dispatch, as both sides remember it. Opaque to callers but for the sizes.
 
-    ``num_rows`` N rows were received, from ``num_tokens`` T tokens a rank sent. Valid while its buffer is open.
+    This rank sent ``num_tokens`` T tokens and received ``num_rows`` N rows. Valid while its buffer is open.
     """
 
     buffer: object
@@ -137,6 +137,7 @@ class Handle:
 
     @property
     def num_tokens(self) -> int:
+        """T of this rank."""
         return self.send.num_tokens
 
     def topk_idx(self) -> torch.Tensor:

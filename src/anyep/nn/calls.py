@@ -45,6 +45,7 @@ class Batch:
 
     @property
     def layout(self) -> str:
+        """``"compact"`` or ``"expert"``: that of the dispatch."""
         return self.way.handle.layout
 
     @property

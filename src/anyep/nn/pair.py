@@ -33,10 +33,12 @@ class BufferPair:
 
     @property
     def rank(self) -> int:
+        """This rank's number in the group, 0 to R - 1."""
         return self.forward.rank
 
     @property
     def num_ranks(self) -> int:
+        """R."""
         return self.forward.num_ranks
 
     @property

@@ -25,6 +25,7 @@ class RankSum:
 
     @property
     def num_ranks(self) -> int:
+        """R."""
         return self._meeting.size
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:

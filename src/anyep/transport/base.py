@@ -143,7 +143,7 @@ class Transport(Protocol):
         ...
 
     def claim(self, epoch: int) -> bool:
-        """Say that this rank takes part in an operation from which a rank can be expelled; False where it was already.
+        """Say that this rank takes part in an operation from which a rank can be expelled; False where it has been.
 
         Only for ranks that share memory, as :meth:`expel`: Unavailable for others.
         """
@@ -154,7 +154,9 @@ class Transport(Protocol):
         ...
 
     def leave(self, blame: Blame | None = None) -> None:
-        """Tell the peers that nothing more will come, and why. Idempotent, never waits for a peer.
+        """Tell the peers that nothing more will come, and why. Idempotent; does not wait for peers of this host.
+
+        Between hosts it waits until that has been heard, as long as anything moves (transport/farewells.py).
 
         From then on every call raises ClosedError, and so does, within 100 ms, a wait that is under way in another
         thread of this rank. All memory stays mapped: such a thread may be copying to a peer. A peer that already has

@@ -47,7 +47,7 @@ class PeerMemory(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """What a transport has until it is closed. A call holds it, so that nothing is unmapped under its feet."""
+    """What a transport has until it is closed. A call holds it, so that nothing is unmapped that the call uses."""
 
     arena: Arena
     memories: PeerMemory
