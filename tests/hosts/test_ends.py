@@ -73,6 +73,26 @@ def test_a_forwarder_that_computes_is_named_and_not_the_source_that_has_sent(pla
     anyep.local_group(4).run(rank_main)
 
 
+def test_who_has_announced_and_left_is_not_taken_for_the_one_that_its_forwarder_waits_for(played):
+    """Rank 0 forwards for ranks 2 and 4, of which 4 does not come; ranks 2 and 3 give up before ranks 0 and 1 do."""
+    played(2)
+
+    def rank_main(member):
+        options = {"hidden": 64, "num_experts": 5, "num_topk": 1, "max_tokens_per_rank": 8, "straight_bytes": 0}
+        timeout_s = 0.8 if member.rank in (2, 3) else 3.0
+        with anyep.Buffer(member, timeout_s=timeout_s, **options) as ep:
+            if member.rank == 4:
+                time.sleep(4.0)
+                return None
+            if member.rank == 0:
+                time.sleep(0.2)  # rank 1 gives up first
+            with pytest.raises(anyep.PeerTimeout) as caught:
+                ep.barrier()
+            return caught.value.ranks
+
+    assert anyep.local_group(5).run(rank_main) == [(4,)] * 4 + [None]
+
+
 def test_a_rank_that_fails_while_buffers_are_made_is_named_everywhere(played, monkeypatch):
     """Rank 3 of 4 fails; whoever hears of it leaves too, says why, and is not taken for the culprit."""
     played(2)

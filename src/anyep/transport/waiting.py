@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from anyep.transport.arena import Arena
 from anyep.transport.base import Ranks, Words
 from anyep.transport.board import Board, anybody_left
-from anyep.transport.inquiry import Inquiry
+from anyep.transport.inquiry import RECENT_NS, Inquiry
 from anyep.transport.liveness import Departure, Wait, given_up
 from anyep.transport.slots import Slot
 
@@ -121,6 +121,8 @@ class Waiter:
             missing = self._answerable(opened, missing, departures)
             self._inquiry.waits(missing, began_ns)
             overdue = now_ns - began_ns >= self._timeout_ns
+            if overdue:
+                missing = self._held_back(opened, missing, now_ns - RECENT_NS)
             if missing and (overdue or not departures.keys().isdisjoint(missing)):
                 wait = self.facts(opened, epoch, step, missing, arrived, (now_ns - began_ns) / 1e9)
                 still = self._inquiry.standing_still(missing, began_ns, departures)
@@ -142,6 +144,18 @@ class Waiter:
             other = self.messengers.get(rank, rank)
             at_fault = other in departures or other in missing or not self._passes_on(opened, other)
             owing.add(other if at_fault else rank)
+        return sorted(owing)
+
+    def _held_back(self, opened: Opened, missing: Sequence[int], since_ns: int) -> list[int]:
+        """Return who owes the missing messages where some have come to a messenger, who passes all on together.
+
+        It says for whom it waits: not for those whose messages it has. They may have left since.
+        """
+        owing = set()
+        for rank in missing:
+            other = self.messengers.get(rank, self._rank)
+            waits = opened.boards[other].waits_for(since_ns) if other != self._rank and other in opened.boards else ()
+            owing.add(other if waits and rank not in waits else rank)
         return sorted(owing)
 
     def _passes_on(self, opened: Opened, rank: int) -> bool:
