@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import anyep
-from anyep.compat.deep_ep import native
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat import test_v1_combine, test_v1_low_latency, test_v2_combine, test_v2_dispatch
 from tests.compat.v1_oracle import make_inputs, on_ranks, same_bits
 from tests.compat.v2_world import Inputs, World
@@ -21,14 +19,7 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["host", "device"], autouse=True)
-def where(request, monkeypatch):
-    if request.param == "host":
-        yield
-        return
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
+pytestmark = pytest.mark.usefixtures("where")
 
 
 def crowded(tokens, experts, **options):

@@ -12,22 +12,10 @@ import random
 import pytest
 import torch
 
-from anyep.compat.deep_ep import native
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.v1_oracle import arrival, make_inputs, on_ranks, rows_of, same_bits, send, summed
 from tests.compat.v2_world import World
 
 E1 = 12
-
-
-@pytest.fixture(params=["host", "device"])
-def where(request, monkeypatch):
-    if request.param == "host":
-        yield
-        return
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
 
 
 def moved(handle):

@@ -10,9 +10,8 @@ import torch
 
 import anyep
 from anyep.compat import deep_ep
-from anyep.compat.deep_ep import layout, native
+from anyep.compat.deep_ep import layout
 from anyep.compat.deep_ep.domains import Domain
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v1_handles import (
     REMAKES,
     check_another_buffer,
@@ -25,11 +24,7 @@ from tests.compat.v1_oracle import E, H, K, arrival, make_inputs, on_ranks, rows
 BATCHES = [[23], [9, 31], [20, 0, 13], [5, 33, 12, 8]]
 
 
-@pytest.fixture(autouse=True)
-def _pretended(monkeypatch):
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def outputs_of(given):
@@ -130,7 +125,7 @@ def end_of(event, hook):
 
 @pytest.mark.parametrize("how", ["at once", "hook", "event"])
 @pytest.mark.parametrize("use_fp8", [False, True])
-def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch):
+def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, twice):
     given, most = make_inputs([7, 12], hidden=256), 12
 
     def rank_main(buffer):
@@ -155,10 +150,8 @@ def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch)
         bits = [part[place].clone() for place in filled for part in (rows, src) + (() if scales is None else (scales,))]
         return [count, ranges.clone(), out, *bits]
 
-    on_device = on_low_latency(2, rank_main)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for mine, host in zip(on_device, on_low_latency(2, rank_main), strict=True):
-        assert all(same_bits(one, other) for one, other in zip(mine, host, strict=True))
+    for ours, theirs in twice(lambda: on_low_latency(2, rank_main)):
+        assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(("use_fp8", "most"), [(False, 128), (True, 256)])
@@ -202,7 +195,7 @@ def test_the_zero_copy_buffer_is_read_where_it_lies():
 
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("tokens", BATCHES)
-def test_without_topk_ranks_are_those_of_is_token_in_rank_and_counts_the_callers(tokens, alignment, monkeypatch):
+def test_without_topk_ranks_are_those_of_is_token_in_rank_and_counts_the_callers(tokens, alignment, twice):
     given = make_inputs(tokens)
     outputs = outputs_of(given)
 
@@ -219,9 +212,7 @@ def test_without_topk_ranks_are_those_of_is_token_in_rank_and_counts_the_callers
         again = buffer.dispatch(mine.x + 1, handle=handle)[0]
         return [t.clone() for t in (x, again, torch.tensor(counts), buffer.combine(outputs[buffer.rank], handle)[0])]
 
-    on_device = on_ranks(len(tokens), rank_main)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for ours, theirs in zip(on_device, on_ranks(len(tokens), rank_main), strict=True):
+    for ours, theirs in twice(lambda: on_ranks(len(tokens), rank_main)):
         assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -249,7 +240,7 @@ CHANNELS = 3
 
 @pytest.mark.parametrize("worst", [0, 100])
 @pytest.mark.parametrize("tokens", [*BATCHES, [5, 0, 3, 0], [0, 0]])
-def test_members_of_a_handle_are_those_of_the_host(tokens, worst, monkeypatch):
+def test_members_of_a_handle_are_those_of_the_host(tokens, worst, twice):
     given = make_inputs(tokens)
 
     def rank_main(buffer):
@@ -258,10 +249,10 @@ def test_members_of_a_handle_are_those_of_the_host(tokens, worst, monkeypatch):
         )
         return handle
 
-    on_device = on_ranks(len(tokens), rank_main)
-    members = [[one.clone() for one in handle] for handle in on_device]
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for rank, (ours, theirs) in enumerate(zip(members, on_ranks(len(tokens), rank_main), strict=True)):
+    def members():
+        return [[one.clone() for one in handle] for handle in on_ranks(len(tokens), rank_main)]
+
+    for rank, (ours, theirs) in enumerate(twice(members)):
         rows = len(arrival(given, rank).token)
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             last = rows if place == 3 else None  # what stands behind the rows of a fixed number is nobody's

@@ -7,8 +7,6 @@ import threading
 import pytest
 import torch
 
-from anyep.compat.deep_ep import native
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v1_handles import REMAKES, check_copies_serve
 from tests.compat.test_v1_masks import SHRINK, check_going_on, step, without
 from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
@@ -16,25 +14,26 @@ from tests.compat.v1_oracle import E, make_inputs, on_ranks, same_bits, send
 SHAPES = [([5, 33, 12, 8], 2), ([0, 7, 0, 3], 2), ([9, 4, 6], 2), ([9, 4], 1)]
 
 
-@pytest.fixture(autouse=True)
-def _pretended(monkeypatch):
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
+pytestmark = pytest.mark.usefixtures("device")
 
 
-def assert_as_on_the_host(num_ranks, rank_main, monkeypatch, **options):
-    """Run the same on a device and on the host, and compare bits."""
-    on_device = on_ranks(num_ranks, rank_main, **options)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for ours, theirs in zip(on_device, on_ranks(num_ranks, rank_main, **options), strict=True):
-        assert len(ours) == len(theirs)
-        assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
+@pytest.fixture
+def assert_as_on_the_host(twice):
+    """Compares bits of a device's calls and the host's."""
+
+    def compare(num_ranks, rank_main, **options):
+        for ours, theirs in twice(lambda: on_ranks(num_ranks, rank_main, **options)):
+            assert len(ours) == len(theirs)
+            assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
+
+    return compare
 
 
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize(("tokens", "per_host"), SHAPES)
-def test_normal_calls_and_every_member_of_a_handle_are_those_of_the_host(tokens, per_host, waits, monkeypatch):
+def test_normal_calls_and_every_member_of_a_handle_are_those_of_the_host(
+    tokens, per_host, waits, assert_as_on_the_host, monkeypatch
+):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
     given = make_inputs(tokens)
 
@@ -47,7 +46,7 @@ def test_normal_calls_and_every_member_of_a_handle_are_those_of_the_host(tokens,
         assert len(handle) == 10
         return [one.clone() for one in (x, idx, weights, torch.tensor(counts), *sums, again, *handle)]
 
-    assert_as_on_the_host(len(tokens), rank_main, monkeypatch)
+    assert_as_on_the_host(len(tokens), rank_main)
 
 
 @pytest.mark.parametrize("how", REMAKES)
@@ -59,7 +58,7 @@ def test_copies_of_a_handle_serve_when_the_first_one_is_gone(how, worst, monkeyp
 
 @pytest.mark.parametrize("how", ["at once", "hook", "event"])
 @pytest.mark.parametrize("use_fp8", [False, True])
-def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch):
+def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, assert_as_on_the_host, monkeypatch):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", "2")
     given = make_inputs([7, 12, 0, 3], hidden=256)
 
@@ -94,7 +93,7 @@ def test_low_latency_calls_bring_what_the_host_brings(how, use_fp8, monkeypatch)
         parts = (rows, handle[0], *(recv_x[1:] if use_fp8 else ()))
         return [count.clone(), handle[1].clone(), *sums, *(part[place].clone() for place in filled for part in parts)]
 
-    assert_as_on_the_host(4, rank_main, monkeypatch, low_latency_mode=True)
+    assert_as_on_the_host(4, rank_main, low_latency_mode=True)
 
 
 @pytest.mark.parametrize("per_host", ["1", "2"])

@@ -8,27 +8,14 @@ import gc
 import pytest
 import torch
 
-from anyep.compat.deep_ep import native
 from anyep.compat.deep_ep.ep_handle import FIELDS
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v2_handle import dispatch, pickled, rebuilt, use
 from tests.compat.v2_world import World, same_bits
 
 WORLDS = [World(), World(num_tokens=(6,), num_experts=5), World(num_tokens=(3, 9, 1), num_experts=6, num_topk=7)]
 
 
-@pytest.fixture(autouse=True)
-def _pretended(monkeypatch):
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
-
-
-def both(world, rank_main, monkeypatch, **options):
-    """Return what ranks return on a device, and on the host."""
-    on_device = world.run(rank_main, **options)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    return zip(on_device, world.run(rank_main, **options), strict=True)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def assert_same(ours, theirs):
@@ -39,7 +26,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("world", WORLDS)
-def test_calls_have_the_bits_of_the_host(world, waits, monkeypatch):
+def test_calls_have_the_bits_of_the_host(world, waits, twice):
     def rank_main(buffer, given):
         event = {"async_with_compute_stream": not waits}
         x, idx, weights, handle, first = buffer.dispatch(
@@ -65,14 +52,14 @@ def test_calls_have_the_bits_of_the_host(world, waits, monkeypatch):
         lists = torch.tensor(handle.num_recv_tokens_per_expert_list)
         return [t.clone() for t in (x, idx, weights, more, again_idx, out, sent, plain, ordered, *fields, lists)]
 
-    for ours, theirs in both(world, rank_main, monkeypatch):
+    for ours, theirs in twice(lambda: world.run(rank_main)):
         assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_scales_travel_with_and_without_weights(dtype, tma, with_weights, monkeypatch):
+def test_scales_travel_with_and_without_weights(dtype, tma, with_weights, twice):
     world = WORLDS[0]
 
     def rank_main(buffer, given):
@@ -88,11 +75,11 @@ def test_scales_travel_with_and_without_weights(dtype, tma, with_weights, monkey
         assert got.stride() == ((1, -(-len(x) // 4) * 4) if tma else (3, 1)) or got.numel() == 0
         return [x.clone(), got.clone(), None if weights is None else weights.clone()]
 
-    for ours, theirs in both(world, rank_main, monkeypatch):
+    for ours, theirs in twice(lambda: world.run(rank_main)):
         assert_same(ours, theirs)
 
 
-def test_a_batch_of_fixed_size_needs_no_count(monkeypatch):
+def test_a_batch_of_fixed_size_needs_no_count(twice):
     world = WORLDS[0]
 
     def rank_main(buffer, given):
@@ -103,7 +90,7 @@ def test_a_batch_of_fixed_size_needs_no_count(monkeypatch):
         out, _, _ = buffer.combine(x, handle)
         return [t.clone() for t in (x, idx, weights, out, handle.num_unaligned_recv_tokens_per_expert)]
 
-    for ours, theirs in both(world, rank_main, monkeypatch):
+    for ours, theirs in twice(lambda: world.run(rank_main)):
         assert_same(ours, theirs)
 
 
@@ -118,9 +105,9 @@ def test_the_callers_own_indices_may_be_what_the_handle_has():
     world.run(rank_main)
 
 
-def everything(world, rank_main, monkeypatch, **options):
+def everything(twice, world, rank_main, **options):
     """Assert that ranks bring the bits of the host, None where the host does."""
-    for ours, theirs in both(world, rank_main, monkeypatch, **options):
+    for ours, theirs in twice(lambda: world.run(rank_main, **options)):
         assert_same(ours, theirs)
 
 
@@ -128,7 +115,7 @@ def everything(world, rank_main, monkeypatch, **options):
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize("world", WORLDS)
-def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(world, alignment, sync, several, monkeypatch):
+def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(world, alignment, sync, several, twice):
     def rank_main(buffer, given):
         asked = {"do_expand": True, "expert_alignment": alignment}
         x, idx, weights, handle, _ = buffer.dispatch(
@@ -151,12 +138,12 @@ def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(world, alignm
         lists = torch.tensor([handle.num_expanded_tokens, *handle.num_recv_tokens_per_expert_list])
         return [t if t is None else t.clone() for t in (x, weights, more, out, again, sent, *fields, lists)]
 
-    everything(world, rank_main, monkeypatch, allow_multiple_reduction=several)
+    everything(twice, world, rank_main, allow_multiple_reduction=several)
 
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("with_weights", [False, True])
-def test_expanded_rows_have_their_scales(tma, with_weights, monkeypatch):
+def test_expanded_rows_have_their_scales(tma, with_weights, twice):
     world = WORLDS[2]
 
     def rank_main(buffer, given):
@@ -175,20 +162,20 @@ def test_expanded_rows_have_their_scales(tma, with_weights, monkeypatch):
         assert got.stride() == ((1, -(-len(x) // 4) * 4) if tma else (3, 1)) or got.numel() == 0
         return [x.clone(), got.clone(), None if weights is None else weights.clone()]
 
-    everything(world, rank_main, monkeypatch)
+    everything(twice, world, rank_main)
 
 
 @pytest.mark.parametrize("expand", [False, True])
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("world", WORLDS)
-def test_fields_of_a_handle_are_those_of_the_host(world, sync, expand, monkeypatch):
+def test_fields_of_a_handle_are_those_of_the_host(world, sync, expand, twice):
     def rank_main(buffer, given):
         handle = buffer.dispatch(
             given.x, given.idx, num_experts=world.num_experts, do_expand=expand, do_cpu_sync=sync, expert_alignment=4
         )[3]
         return {name: copy.copy(getattr(handle, name)) for name in FIELDS}
 
-    for ours, theirs in both(world, rank_main, monkeypatch):
+    for ours, theirs in twice(lambda: world.run(rank_main)):
         rows = int(theirs["psum_num_recv_tokens_per_scaleup_rank"][-1])
         assert (ours["recv_src_metadata"][rows:] == -1).all()
         for fields in (ours, theirs):
@@ -321,7 +308,7 @@ def test_a_handle_serves_on_another_buffer():
     WORLDS[0].run(rank_main)
 
 
-def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypatch):
+def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(twice):
     world = World(num_tokens=(2, 1), num_experts=4, num_topk=3)
 
     def rank_main(buffer, given):
@@ -331,4 +318,4 @@ def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypa
         assert out.view(torch.int16).ne(0).all()
         return [x.clone(), out.clone(), handle.recv_src_metadata.clone()]
 
-    everything(world, rank_main, monkeypatch)
+    everything(twice, world, rank_main)

@@ -9,9 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from anyep.compat.deep_ep import native
 from anyep.compat.deep_ep.ep_handle import FIELDS
-from anyep.testing.pretend_device import PretendDevice, pretended
 from tests.compat.test_v2_buffer import exchange
 from tests.compat.test_v2_handle import dispatch, pickled, rebuilt, use
 from tests.compat.v2_world import World, same_bits
@@ -26,11 +24,7 @@ PLAYED = pytest.mark.parametrize(("world", "per_host"), WORLDS)
 SYNC = pytest.mark.parametrize("sync", [True, False])
 
 
-@pytest.fixture(autouse=True)
-def _pretended(monkeypatch):
-    monkeypatch.setattr(native, "device_of", lambda rows: "cuda")
-    with pretended(PretendDevice()):
-        yield
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def assert_same(ours, theirs):
@@ -39,13 +33,16 @@ def assert_same(ours, theirs):
         assert one is None or same_bits(one, other), place
 
 
-def assert_as_on_the_host(world, per_host, rank_main, monkeypatch, **options):
-    """Run the same on a device and on the host, and compare bits."""
-    monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
-    on_device = world.run(rank_main, **options)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for ours, theirs in zip(on_device, world.run(rank_main, **options), strict=True):
-        assert_same(ours, theirs)
+@pytest.fixture
+def assert_as_on_the_host(twice, monkeypatch):
+    """Compares bits of a device's calls and the host's."""
+
+    def compare(world, per_host, rank_main, **options):
+        monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
+        for ours, theirs in twice(lambda: world.run(rank_main, **options)):
+            assert_same(ours, theirs)
+
+    return compare
 
 
 def kept(*found):
@@ -63,7 +60,7 @@ def telling(x, rank):
 )
 @SYNC
 @PLAYED
-def test_calls_have_the_bits_of_the_host(world, per_host, sync, waits, options, monkeypatch):
+def test_calls_have_the_bits_of_the_host(world, per_host, sync, waits, options, assert_as_on_the_host):
     def rank_main(buffer, given):
         event = {"async_with_compute_stream": not waits}
         stats = torch.ones(world.num_local, dtype=torch.int32)
@@ -95,7 +92,7 @@ def test_calls_have_the_bits_of_the_host(world, per_host, sync, waits, options, 
         lists = torch.tensor(handle.num_recv_tokens_per_expert_list)
         return kept(x, idx, weights, more, again_idx, out, sent, plain, ordered, stats, lists)
 
-    assert_as_on_the_host(world, per_host, rank_main, monkeypatch, **options)
+    assert_as_on_the_host(world, per_host, rank_main, **options)
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -103,7 +100,7 @@ def test_calls_have_the_bits_of_the_host(world, per_host, sync, waits, options, 
 @SYNC
 @PLAYED
 def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(
-    world, per_host, sync, alignment, several, monkeypatch
+    world, per_host, sync, alignment, several, assert_as_on_the_host
 ):
     def rank_main(buffer, given):
         asked = {"do_expand": True, "expert_alignment": alignment}
@@ -128,14 +125,14 @@ def test_expanded_batches_and_their_sums_have_the_bits_of_the_host(
         lists = torch.tensor([handle.num_expanded_tokens, *handle.num_recv_tokens_per_expert_list])
         return kept(x, weights, more, out, again, ordered, sent, *fields, lists)
 
-    assert_as_on_the_host(world, per_host, rank_main, monkeypatch, allow_multiple_reduction=several)
+    assert_as_on_the_host(world, per_host, rank_main, allow_multiple_reduction=several)
 
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("expand", [False, True])
 @pytest.mark.parametrize("with_weights", [False, True])
 @SYNC
-def test_rows_in_fp8_have_their_scales(sync, tma, expand, with_weights, monkeypatch):
+def test_rows_in_fp8_have_their_scales(sync, tma, expand, with_weights, assert_as_on_the_host):
     world, per_host = WORLDS[2]
 
     def rank_main(buffer, given):
@@ -155,14 +152,14 @@ def test_rows_in_fp8_have_their_scales(sync, tma, expand, with_weights, monkeypa
         again = buffer.dispatch((given.x.to(torch.float8_e4m3fn), scales * 2), handle=handle, do_expand=expand)[0]
         return kept(x, got, weights, *again)
 
-    assert_as_on_the_host(world, per_host, rank_main, monkeypatch)
+    assert_as_on_the_host(world, per_host, rank_main)
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"allow_hybrid_mode": False}])
 @pytest.mark.parametrize("expand", [False, True])
 @SYNC
 @pytest.mark.parametrize(("world", "per_host"), WORLDS[::2])
-def test_fields_of_a_handle_are_those_of_the_host(world, per_host, sync, expand, options, monkeypatch):
+def test_fields_of_a_handle_are_those_of_the_host(world, per_host, sync, expand, options, twice, monkeypatch):
     monkeypatch.setenv("ANYEP_RANKS_PER_HOST", str(per_host))
 
     def rank_main(buffer, given):
@@ -171,9 +168,7 @@ def test_fields_of_a_handle_are_those_of_the_host(world, per_host, sync, expand,
         )[3]
         return {name: copy.copy(getattr(handle, name)) for name in FIELDS}
 
-    on_device = world.run(rank_main, **options)
-    monkeypatch.setattr(native, "device_of", lambda rows: None)
-    for ours, theirs in zip(on_device, world.run(rank_main, **options), strict=True):
+    for ours, theirs in twice(lambda: world.run(rank_main, **options)):
         for name in FIELDS:
             one, other = ours[name], theirs[name]
             assert same_bits(one, other) if isinstance(one, torch.Tensor) else one == other, name
@@ -304,7 +299,7 @@ def test_torchs_global_state_changes_no_result(state, per_host, monkeypatch):
         assert_same(ours, theirs)
 
 
-def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypatch):
+def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(assert_as_on_the_host):
     world = World(num_tokens=(2, 1), num_experts=4, num_topk=3)
 
     def rank_main(buffer, given):
@@ -314,4 +309,4 @@ def test_an_expert_named_twice_has_two_rows_and_a_lone_minus_zero_stays(monkeypa
         assert out.view(torch.int16).ne(0).all()
         return kept(x, out, handle.recv_src_metadata)
 
-    assert_as_on_the_host(world, 1, rank_main, monkeypatch)
+    assert_as_on_the_host(world, 1, rank_main)
