@@ -68,6 +68,9 @@ class Buffer(Calls):
     [[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]]
     """
 
+    _closed = True
+    """until all is made; of the class, for ``__init__`` does not run where an argument has a wrong name"""
+
     def __init__(
         self,
         group: object,
@@ -96,7 +99,6 @@ class Buffer(Calls):
         concurrent: bool = False,
         straight_bytes: int | None = None,
     ) -> None:
-        self._closed = True
         options = BufferOptions(
             hidden=hidden,
             num_experts=num_experts,

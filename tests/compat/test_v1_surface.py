@@ -208,7 +208,9 @@ def test_known_rank_counts_have_configs_and_others_are_assertions():
         assert isinstance(deep_ep.Buffer.get_dispatch_config(ranks), deep_ep.Config)
         assert isinstance(deep_ep.Buffer.get_combine_config(ranks), deep_ep.Config)
     for call in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config):
-        with pytest.raises(AssertionError, match="Unsupported number of EP ranks: 3"):
+        with pytest.raises(
+            AssertionError, match=r"Unsupported number of EP ranks: 3;.*without a config take any number"
+        ):
             call(3)
     plain, tabled = deep_ep.Config(20, 36, 288, 20, 128), deep_ep.Buffer.get_dispatch_config(16)
     assert tabled.get_rdma_buffer_size_hint(1024, 16) == plain.get_rdma_buffer_size_hint(1024, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import anyep
+from anyep.collectives import Gatherer, Ring, RowStore
 from anyep.layout.routing_trace import RoutingTrace
 from anyep.numerics.fp8 import quantise_fp8
 from tests.exchange.cases import Case
@@ -328,6 +330,7 @@ def test_the_memory_account_is_what_gets_committed():
         account = anyep.memory_account(3, rank=rank, **sizes)
         assert committed[rank].startswith(f"{account.committed_bytes >> 20} MiB in 1 segments")
         assert f"{account.step.worst_rows} rows" in str(account)
+        assert f"{account.committed_bytes / 2**20:.2f} MiB committed" in str(account)
 
 
 def test_explain_and_stats():
@@ -361,6 +364,26 @@ def test_a_buffer_nobody_closes_warns():
         buffers[0].__del__()
     for ep in buffers:
         ep.close()
+
+
+def test_an_argument_with_a_wrong_name_is_the_only_error(monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    for kind in (anyep.Buffer, Ring, RowStore, Gatherer):
+        with pytest.raises(TypeError, match="hiden"):
+            kind(None, hiden=8)
+        gc.collect()
+    assert not ignored
+
+
+def test_a_handle_is_printed_without_its_tensors():
+    def thread_main(member):
+        with open_buffer(CASE, member) as ep:
+            x, idx = torch.zeros(2, CASE.hidden, dtype=torch.bfloat16), torch.zeros(2, CASE.num_topk, dtype=torch.int64)
+            return repr(ep.dispatch(x, idx).handle)
+
+    first = anyep.local_group(3).run(thread_main)[0]
+    assert first == "<anyep.Handle of a compact dispatch: 2 tokens sent, a batch of 6 rows>"
 
 
 def test_a_raising_rank_is_named_by_the_others():

@@ -116,6 +116,10 @@ def test_indices_take_the_smallest_dtype(tmp_path, num_experts, dtype):
         assert file["absent"].size == 0
 
 
+def test_a_trace_is_printed_in_one_line():
+    assert repr(shipped_trace()).startswith("<RoutingTrace: top-8 of 256 experts, 98304 tokens in 48 entries, ")
+
+
 def test_properties():
     trace = trace_of(entry([[0, 1]] * 3, layer=4), entry([[2, 3]] * 2, layer=1), entry([[2, 3]], layer=4))
     assert trace.num_tokens == 6

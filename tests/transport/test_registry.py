@@ -21,6 +21,11 @@ OPTIONS = {"lanes": ranks.LANES, "ring": 2, "heap_bytes": 0, "timeout_s": 10.0}
         ("auto", "inprocess", "ranks are threads of this process"),
         ("inprocess", "inprocess", "asked for; ranks are threads of this process"),
         ("shm", "shm", "asked for; all ranks are processes of one host"),
+        (
+            "nixl",
+            "inprocess",
+            "'nixl', which was asked for, goes between hosts, and there is only one; ranks are threads of this process",
+        ),
     ],
 )
 def test_threads(asked, name, reason):

@@ -45,6 +45,8 @@ class Station:
     """
 
     label = "collective"
+    _closed = True
+    """until all is made; of the class, for ``__init__`` does not run where an argument has a wrong name"""
 
     def __init__(
         self,
@@ -55,7 +57,6 @@ class Station:
         transport: str,
         kernels: str,
     ) -> None:
-        self._closed = True
         self._broken: BaseException | None = None
         rendezvous = find_rendezvous(group)
         made: list[tuple[Wiring, KernelSet]] = []

@@ -124,9 +124,12 @@ class Calls:
 
         Raises TypeError and ValueError for this rank's arguments (nothing was sent: call again), ValueError on every
         rank where ranks call differently, CapacityError on every rank where one lacks memory or ``static_rows`` is
-        too small, PeerLost and PeerTimeout (they end the buffer), ClosedError.
+        too small, PeerLost and PeerTimeout (they end the buffer), ClosedError. Gradients stop here, as in combine:
+        :mod:`anyep.nn` has the calls that carry them.
         """
         self._flights.check_open()
+        if wait is not True and wait is not False and wait != "sizes":
+            raise ValueError(f"wait must be True, False or 'sizes', got {wait!r}")
         if wait == "sizes":
             self._check_host_memory('wait="sizes"')
         operation = self._operations.dispatch(
@@ -220,6 +223,8 @@ class Calls:
         :meth:`dispatch`.
         """
         self._flights.check_open()
+        if wait is not True and wait is not False:
+            raise ValueError(f"wait must be True or False, got {wait!r}")
         operation = self._operations.combine(
             y,
             check_handle(handle, self._identity),

@@ -114,7 +114,8 @@ class SendPlan:
 class Handle:
     """One dispatch, as both sides remember it. Opaque to callers but for the sizes.
 
-    This rank sent ``num_tokens`` T tokens and received ``num_rows`` N rows. Valid while its buffer is open.
+    This rank sent ``num_tokens`` T tokens; the received batch has ``num_rows`` N rows, padding included. Valid while
+    its buffer is open.
     """
 
     buffer: object
@@ -134,6 +135,10 @@ class Handle:
     """ranks of other hosts whose rows came straight, and go back so"""
     announced: NDArray[np.int32] | None = None
     """raw wires: all ranks' counts, int32 [R, R + E], from which ``Buffer.handles.recall`` makes the handle again"""
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_tokens} tokens sent, a batch of {self.num_rows} rows"
+        return f"<anyep.Handle of a {self.layout} dispatch: {sizes}>"
 
     @property
     def num_tokens(self) -> int:
@@ -159,7 +164,9 @@ class Handle:
 def check_handle(handle: object, buffer: object) -> Handle:
     """Return ``handle`` if ``buffer`` (its identity) made it; TypeError or ValueError otherwise."""
     if not isinstance(handle, Handle):
-        raise TypeError(f"handle must be the handle of a Received, got {type(handle).__name__}")
+        name = type(handle).__name__
+        do = ": pass received.handle" if isinstance(handle, Received) else ""
+        raise TypeError(f"handle must be the handle of a Received, got {'the Received itself' if do else name}{do}")
     if handle.buffer is not buffer:
         raise ValueError("this handle was made by another buffer; pass the handle of a dispatch of this one")
     return handle

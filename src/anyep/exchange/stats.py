@@ -25,9 +25,11 @@ class Stats:
     combines: int
     barriers: int
     rows_sent: int
+    """one for each token and destination rank; in the expert and padded layouts one for each (token, column)"""
     rows_received: int
+    """of batches as they are: padding rows count, and all rows of padded blocks; rows_by_source has those that came"""
     bytes_sent: int
-    """rows with scales and routing that this rank wrote, its own included"""
+    """rows_sent with their scales and routing, this rank's own included"""
     bytes_combined: int
     """rows that this rank read back"""
     copied_in_bytes: int
@@ -53,7 +55,7 @@ class Stats:
     waiting_s_by_source: torch.Tensor
     """float64 [R]: how long after this rank had begun to wait each rank's messages were sent"""
     rows_by_source: torch.Tensor
-    """int64 [R]: rows received from each rank"""
+    """int64 [R]: rows received from each rank, without padding"""
     rows_by_expert: torch.Tensor
     """int64 [L]: rows received for each local expert"""
 

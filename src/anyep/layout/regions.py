@@ -113,19 +113,22 @@ class MemoryAccount:
     """host memory through which a device's rows pass between hosts, beside what was committed; 0 elsewhere"""
 
     def __str__(self) -> str:
-        gib = 1 << 30
         crossing = f"; up to {self.crossing_bytes / 2**20:.1f} MiB on their way between hosts" * bool(
             self.crossing_bytes
         )
         pinned = f"; {self.pinned_bytes / 2**20:.1f} MiB pinned" * bool(self.pinned_bytes)
         return (
-            f"{self.committed_bytes / gib:.3f} GiB committed ({self.control_bytes / 2**10:.0f} KiB of control words, "
+            f"{_spell(self.committed_bytes)} committed ({self.control_bytes / 2**10:.0f} KiB of control words, "
             f"{self.eager_bytes / 2**20:.1f} MiB of eager slots); "
-            f"a balanced step {self.step.balanced_rows} rows, {self.step.balanced_bytes / gib:.3f} GiB; "
-            f"the worst step {self.step.worst_rows} rows, {self.step.worst_bytes / gib:.3f} GiB; "
-            f"a padded step (low latency) {self.step.padded_rows} rows, {self.step.padded_bytes / gib:.3f} GiB"
+            f"a balanced step {self.step.balanced_rows} rows, {_spell(self.step.balanced_bytes)}; "
+            f"the worst step {self.step.worst_rows} rows, {_spell(self.step.worst_bytes)}; "
+            f"a padded step (low latency) {self.step.padded_rows} rows, {_spell(self.step.padded_bytes)}"
             f"{crossing}{pinned}"
         )
+
+
+def _spell(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def account_step(

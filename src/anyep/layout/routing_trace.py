@@ -80,6 +80,12 @@ class RoutingTrace:
             check_shape(f"topk_weights of entry {number}", entry.topk_weights, entry.topk_idx.shape)
             check_range(f"topk_idx of entry {number}", entry.topk_idx, self.num_experts)
 
+    def __repr__(self) -> str:
+        return (
+            f"<RoutingTrace: top-{self.num_topk} of {self.num_experts} experts, {self.num_tokens} tokens in "
+            f"{len(self.entries)} entries, description {self.description!r}>"
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all entries; a token counts once for each layer."""

@@ -76,6 +76,8 @@ def open_transport(
         local = _local(rendezvous, transport, None, options)
         threads = isinstance(local, InProcessTransport)
         kind = "ranks are threads of this process" if threads else "all ranks are processes of one host"
+        if transport not in ("auto", local.name):
+            asked = f"{transport!r}, which was asked for, goes between hosts, and there is only one; "
         return Opened(transport=local, reason=f"{asked}{kind}")
     local = _local(rendezvous, transport, hosts.near(rendezvous.rank), options)
     try:

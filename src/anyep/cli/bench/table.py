@@ -105,8 +105,8 @@ def _operation_cells(row: OperationRow) -> tuple[str, ...]:
     return (
         _OPERATIONS[row.op],
         f"{row.rows:,}",
-        f"{row.logical_bytes / 1e6:,.0f}",
-        f"{row.moved_bytes / 1e6:,.0f}",
+        _megabytes(row.logical_bytes),
+        _megabytes(row.moved_bytes),
         f"{np.median(row.us) / 1e3:.2f}",
         span_text(row.us / 1e3, 2),
         *tail,
@@ -114,6 +114,10 @@ def _operation_cells(row: OperationRow) -> tuple[str, ...]:
         f"{100 * row.copy_fraction:.0f}",
         verdict(row.verified),
     )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.{0 if num_bytes >= 1e7 else 2}f}"
 
 
 def _pairings(summary: Summary) -> Table:
@@ -162,6 +166,8 @@ def _overlaps(rows: list[OverlapRow]) -> Table:
             f"{100 * row.hidden_share:.0f} %",
             verdict(row.verified),
         )
+    table.caption = "hidden: 1 - (both - computation) / exchange; below 0: both took longer than one after the other"
+    table.caption_justify = "left"
     return table
 
 

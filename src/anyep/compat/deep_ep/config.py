@@ -104,5 +104,8 @@ _COMBINE = {
 def recommended_config(num_ranks: int, num_sms: int, *, combine: bool) -> Config:
     """Return DeepEP's own choice. AssertionError for rank counts that it does not know."""
     table = _COMBINE if combine else _DISPATCH
-    assert num_ranks in table, f"Unsupported number of EP ranks: {num_ranks}; known are {sorted(table)}"
+    assert num_ranks in table, (
+        f"Unsupported number of EP ranks: {num_ranks}; known are {sorted(table)}. "
+        "Calls without a config take any number"
+    )
     return Config(num_sms, *table[num_ranks], 128)
