@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,6 @@ def run_hosts(plans: list[HostsPlan], console: Console, json_file: Path | None) 
     Raises Unavailable where hosts cannot be played.
     """
     check_hosts()
-    os.environ.setdefault(_LOG_LEVEL, "ERROR")  # ranks inherit it
     load = os.getloadavg()[0]
     notes, launches = [f"the machine's load before the first round was {load:.1f}"], []
     failures = []
@@ -60,9 +61,23 @@ def _launch(plan: HostsPlan) -> list[list[HostResult]]:
     with (
         tempfile.TemporaryDirectory(prefix="anyep-hosts-") as directory,
         Hosts(len(plan.ranks_per_host), link_mbit=plan.link_mbit) as hosts,
+        _only_errors_of_torch(),
         hosts.start(plan.ranks_per_host, run_host_rank, plan, f"{directory}/store") as ranks,
     ):
         try:
             return ranks.results(_LONGEST_S)
         except RankFailed as error:
             raise BenchmarkError(str(error).partition("\n")[0]) from error
+
+
+@contextmanager
+def _only_errors_of_torch() -> Iterator[None]:
+    """Let ranks that are started meanwhile inherit a log level, unless one is set."""
+    if _LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOG_LEVEL] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]
