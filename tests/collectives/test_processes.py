@@ -88,3 +88,20 @@ def test_rows_of_a_killed_rank_can_still_be_fetched():
     with RankProcesses(2, fetch_from_the_dead) as processes:
         outcomes = processes.outcomes(60.0)
     assert outcomes[0].value == [1.0, 0.0], outcomes[0].tell()
+
+
+def fork_and_fetch(group, rank):
+    with RowStore(group) as store:
+        store.write(torch.full((2, 1000), float(rank)))
+        child = os.fork()
+        if child == 0:
+            try:
+                store.fetch(torch.tensor([2 * (1 - rank)]))
+            except anyep.ClosedError as error:
+                os._exit(7 if "this is a fork of it" in str(error) else 8)
+            os._exit(9)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), store.fetch(torch.tensor([3])).unique().tolist()
+
+
+def test_a_forked_child_is_refused():
+    assert run_processes(2, fork_and_fetch) == [(7, [1.0])] * 2

@@ -18,6 +18,7 @@ import numpy as np
 from anyep.errors import ClosedError
 from anyep.kernels.registry import load
 from anyep.kernels.spec import KernelSet
+from anyep.machine.forks import tell_after_fork
 from anyep.transport.base import Blame, Block, Lane, Place, Ranks, Words
 from anyep.transport.inprocess import Member
 from anyep.transport.liveness import blame_for
@@ -78,6 +79,7 @@ class Station:
             timeout_s=timeout_s,
         ).transport
         self._closed = False
+        tell_after_fork(self)
 
     @property
     def rank(self) -> int:
@@ -88,6 +90,10 @@ class Station:
     def num_ranks(self) -> int:
         """R."""
         return self._transport.size
+
+    def after_fork(self) -> None:
+        """Called in a child of this process, where other ranks' memory is not mapped."""
+        self._broken = ClosedError(f"the {self.label} belongs to the process that made it, and this is a fork of it")
 
     def close(self) -> None:
         """Leave the group and free its memory, once the last tensor on it is gone. Idempotent, waits for nobody.

@@ -18,8 +18,11 @@ from typing import Any, Generic, TypeVar
 from anyep.errors import ClosedError, PeerError
 from anyep.exchange.event import Operation, Pending
 from anyep.exchange.opening import RefusedError
+from anyep.machine.forks import tell_after_fork
 
 Result = TypeVar("Result")
+
+_FORKED = "this buffer is another process's, and this is a fork of it; use it there, or make a new buffer here"
 
 
 class Flight(Generic[Result]):
@@ -93,6 +96,9 @@ class Flights:
         self._on_refusal = on_refusal
         self.broken: BaseException | None = None
         self.closed = False
+        self._of_parent: list[Operation[Any]] | None = None
+        """in a forked child: what was under way, kept as it is"""
+        tell_after_fork(self)
 
     def run(self, operation: Operation[Result]) -> Result:
         """Post and finish."""
@@ -148,8 +154,24 @@ class Flights:
         """Whether peers may still read or write this rank's tensors."""
         return any(not flight.finished for flight in list(self._flying))
 
+    def after_fork(self) -> None:
+        """Called in a child of this process: nothing may begin there, and what was under way has ended.
+
+        The memory that rows go to is not mapped there, and whoever finishes in the background does not run there.
+        """
+        self._posting = threading.Lock()  # another thread of the parent may have held it
+        self._background = None
+        self._of_parent = [flight.operation for flight in self._flying if flight.operation is not None]
+        for flight in self._flying:
+            flight.operation = flight.future = None
+            flight.turn = threading.Lock()
+            flight.error = ClosedError(_FORKED)
+        self._flying = []
+
     def check_open(self) -> None:
         """Raise ClosedError if no operation can run any more."""
+        if self._of_parent is not None:
+            raise ClosedError(_FORKED)
         if self.broken is not None:
             raise self._closed_error() from self.broken
         if self.closed:

@@ -142,6 +142,8 @@ class HierarchicalTransport:
 
     def leave(self, blame: Blame | None = None) -> None:
         self._local.leave(blame)
+        if self._local.is_fork:
+            return  # the connections are the parent's: what a child sends there its partners take for the parent's
         with self._turn:
             under_way = [transfer for sent in self._sent.values() for transfer, _ in sent] if blame is None else []
         self._farewells.say(blame, under_way)
@@ -149,7 +151,8 @@ class HierarchicalTransport:
     def close(self) -> None:
         self.leave()
         self._local.close()
-        self.engine.close()
+        if not self._local.is_fork:
+            self.engine.close()
 
     def describe(self) -> dict[str, str]:
         told = map(name_ranks, self._all_hosts.members)

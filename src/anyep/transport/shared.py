@@ -63,6 +63,7 @@ class SharedTransport:
         self.size = rendezvous.size
         self._signals = load_signals()
         self._pid = os.getpid()
+        self.is_fork = False
         self._ring = layout.ring
         self._layout = layout
         boards = {rank: Board(self._signals, address, self.size) for rank, address in controls.items()}
@@ -234,6 +235,7 @@ class SharedTransport:
         self._leaving = threading.Lock()  # another thread of the parent may have held it
         self.inquiry.after_fork()
         self._open = self._kept = None  # its mappings go, but for those that tensors lie on
+        self.is_fork = True
 
     def describe(self) -> dict[str, str]:
         arena = self._opened().arena
