@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import anyep
+from anyep.exchange.flights import Flights
 from anyep.testing.processes import RankProcesses, run_processes
 from tests.exchange.test_pending import SIZES, WAYS, batch
 
@@ -175,3 +176,47 @@ def test_a_rank_that_goes_while_others_have_results_in_flight_is_named_with_the_
         assert (found, culprits, step) == (name, (1,), "dispatch 2: announcement"), text
         assert "missing: 1" in text
         assert elapsed < 4.0
+
+
+class _Interrupted:
+    """An operation that finds its transport closed: another thread's operation has just ended the buffer."""
+
+    label = "dispatch"
+
+    def __init__(self, meanwhile, half):
+        self._meanwhile, self._half = meanwhile, half
+
+    def _do(self, half):
+        if half == self._half:
+            self._meanwhile()
+            raise anyep.ClosedError("the transport is closed; open a new one")
+
+    def post(self, epoch):
+        self._do("post")
+
+    def size_up(self):
+        self._do("size up")
+
+    def finish(self):
+        self._do("finish")
+
+    def targets(self):
+        return None
+
+    def wants_background(self):
+        return False
+
+    def may_answer(self):
+        return False
+
+    def ready(self):
+        return True
+
+
+@pytest.mark.parametrize("half", ["post", "size up", "finish"])
+def test_a_thread_whose_operation_another_one_ended_is_told_who_is_to_blame(half):
+    lost = anyep.PeerLost("rank 1 died", ranks=[1], step="combine 1")
+    flights = Flights(4, lambda error: None, lambda: None)
+    with pytest.raises(anyep.PeerLost) as caught:
+        flights.start(_Interrupted(lambda: flights._break(lost), half), sized=True).wait()
+    assert caught.value is lost

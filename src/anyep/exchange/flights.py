@@ -146,8 +146,7 @@ class Flights:
                 if isinstance(error, RefusedError):
                     self._on_refusal()
                     raise error.error from None
-                self._break(error)
-                raise
+                raise self._break(error)
 
     @property
     def unfinished(self) -> bool:
@@ -221,8 +220,7 @@ class Flights:
             try:
                 operation.post(epoch)
             except BaseException as error:
-                self._break(error)
-                raise
+                raise self._break(error)
             flight = Flight(operation, epoch)
             self._flying.append(flight)
             return flight
@@ -271,8 +269,7 @@ class Flights:
                 self._on_refusal()
                 flight.error = refusal.error
             except BaseException as error:
-                flight.error = error
-                self._break(error)
+                flight.error = self._break(error)
             if flight.error is not None and not isinstance(flight.error, Exception):  # Ctrl-C, once
                 interruption, flight.error = flight.error, self._closed_error()
         # Looked at after its turn, as _forget_dropped looks before the turn's end or after it.
@@ -292,7 +289,9 @@ class Flights:
         if flight.finished:
             self._forget(flight)
 
-    def _break(self, error: BaseException) -> None:
+    def _break(self, error: BaseException) -> BaseException:
+        """End the buffer; return what to raise: who is to blame, where another thread has just ended it for that."""
         if self.broken is None:
             self.broken = error
             self._on_break(error)
+        return self.broken if isinstance(error, ClosedError) and isinstance(self.broken, PeerError) else error
