@@ -146,7 +146,7 @@ class Flights:
                 if isinstance(error, RefusedError):
                     self._on_refusal()
                     raise error.error from None
-                raise self._break(error)
+                raise self._break(error)  # noqa: B904  # it is the same one mostly, and keeps its cause
 
     @property
     def unfinished(self) -> bool:
@@ -220,7 +220,7 @@ class Flights:
             try:
                 operation.post(epoch)
             except BaseException as error:
-                raise self._break(error)
+                raise self._break(error)  # noqa: B904  # it is the same one mostly, and keeps its cause
             flight = Flight(operation, epoch)
             self._flying.append(flight)
             return flight
