@@ -24,9 +24,10 @@ class PeerError(AnyEPError):
     """Another rank is at fault.
 
     ``ranks`` names every culprit in ascending order, ``step`` the operation and its half
-    (for example ``"dispatch 12: rows"``). ``holders`` has the culprits' processes, by numbers that are the same in
-    all buffers, so that the error of one can be told to the ranks of another; for a silent rank that waits in another
-    buffer it has the one for which it waits there. ``()`` where that is not known.
+    (for example ``"dispatch 12: rows"``; 12 counts all operations of the buffer, combines and barriers too).
+    ``holders`` has the culprits' processes, by numbers that are the same in all buffers, so that the error of one can
+    be told to the ranks of another; for a silent rank that waits in another buffer it has the one for which it waits
+    there. ``()`` where that is not known.
     """
 
     def __init__(self, message: str, *, ranks: Sequence[int], step: str, holders: Sequence[int] = ()) -> None:

@@ -73,6 +73,7 @@ def test_stopped_rank_is_a_timeout_that_names_it(tmp_path):
     first = min((outcomes[rank].value[2] for rank in (0, 2, 3)), key=lambda text: "said before leaving" in text)
     for part in ("step ", "epoch ", "timeout_s=0.5", "missing: 1", "arrived: 0, 2-3", f"process {processes.pids[1]}"):
         assert part in first
+    assert f"process {processes.pids[1]}, stopped by a signal" in first
     kind, culprits, text = outcomes[1].value
     assert (kind, culprits) == ("PeerTimeout", (1,)), "it hears, on going on, that it was given up"
     assert "rank 1 (this rank" in text

@@ -132,6 +132,14 @@ class ProcessWatch:
                 descriptor.close()
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP) or a debugger holds the process; False where nothing tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
 def start_time(pid: int) -> str:
     """Return when the process started, in clock ticks since boot; '' when it has ended, or where nothing tells."""
     try:

@@ -192,7 +192,10 @@ class _Processes:
         return {rank: Departure(how="died") for rank, pid in self._pids.items() if pid in dead}
 
     def names(self) -> Mapping[int, str]:
-        return {rank: f"process {pid}" for rank, pid in self._pids.items()}
+        return {
+            rank: f"process {pid}" + ", stopped by a signal or a debugger" * processes.is_stopped(pid)
+            for rank, pid in self._pids.items()
+        }
 
     def close(self) -> None:
         """Stop watching. Mappings go with their last user: another thread may still be in a wait."""
