@@ -8,6 +8,7 @@ import pytest
 
 from anyep.errors import AnyEPError, Unavailable
 from anyep.testing.processes import run_processes
+from anyep.transport import nixl_agent
 from anyep.transport.inprocess import local_group
 from anyep.transport.registry import check_name, open_transport
 from tests.transport import ranks
@@ -22,9 +23,9 @@ OPTIONS = {"lanes": ranks.LANES, "ring": 2, "heap_bytes": 0, "timeout_s": 10.0}
         ("inprocess", "inprocess", "asked for; ranks are threads of this process"),
         ("shm", "shm", "asked for; all ranks are processes of one host"),
         (
-            "nixl",
+            "gloo",
             "inprocess",
-            "'nixl', which was asked for, goes between hosts, and there is only one; ranks are threads of this process",
+            "'gloo', which was asked for, goes between hosts, and there is only one; ranks are threads of this process",
         ),
     ],
 )
@@ -36,6 +37,16 @@ def test_threads(asked, name, reason):
         return opened.transport.name, opened.reason, got
 
     assert local_group(2).run(work) == [(name, reason, [0, 1])] * 2
+
+
+def test_an_engine_that_is_asked_for_must_be_there_on_one_host_too(monkeypatch):
+    monkeypatch.setattr(nixl_agent, "_MODULES", ("no_such_module",))
+
+    def work(member):
+        with pytest.raises(Unavailable, match=r"NIXL is not installed .* pip install 'anyep\[nixl\]'"):
+            open_transport(member, transport="nixl", **OPTIONS)
+
+    local_group(2).run(work)
 
 
 def test_processes():

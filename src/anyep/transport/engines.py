@@ -52,6 +52,18 @@ def open_engine(
     return OpenedEngine(_open(chosen, rendezvous, interface, timeout_s), reason)
 
 
+def check_installed(name: str, rendezvous: Rendezvous) -> None:
+    """Raise Unavailable on all ranks, naming the extra, where one lacks an engine that is asked for. Collective."""
+    if name == "nixl":
+
+        def act() -> None:
+            lack = _lack_of_nixl()
+            if lack is not None:
+                raise Unavailable(lack)
+
+        together(rendezvous, act, what="load the engine that was asked for")
+
+
 def _choose(name: str, rendezvous: Rendezvous, lacks: list[str | None]) -> tuple[str, str]:
     if name != "auto":
         return name, "asked for"

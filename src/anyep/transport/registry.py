@@ -10,7 +10,7 @@ from anyep import config
 from anyep.errors import Unavailable
 from anyep.layout.hosts import HostMap, group_ranks, map_hosts
 from anyep.transport.base import Lane, Transport
-from anyep.transport.engines import open_engine
+from anyep.transport.engines import check_installed, open_engine
 from anyep.transport.hierarchical import HierarchicalTransport
 from anyep.transport.identity import Identity
 from anyep.transport.inprocess import InProcessTransport, Member
@@ -73,6 +73,7 @@ def open_transport(
     asked = "" if transport == "auto" else "asked for; "
     hosts, why = find_hosts(rendezvous) if transport in NETWORKED else (None, "")
     if hosts is None or hosts.num_hosts == 1:
+        check_installed(transport, rendezvous)
         local = _local(rendezvous, transport, None, options)
         threads = isinstance(local, InProcessTransport)
         kind = "ranks are threads of this process" if threads else "all ranks are processes of one host"
