@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
@@ -154,6 +155,8 @@ class Buffer(Calls):
         ranks forward for each other: there a handle goes with the ranks that took part when it was made.
         """
         self._flights.check_open()
+        if not isinstance(ranks, Collection):
+            raise TypeError(f"ranks must be a collection of ranks, got {ranks!r}; for one rank pass [{ranks!r}]")
         for rank in ranks:
             check_integer("ranks", rank, at_least=0, at_most=self.num_ranks - 1)
         if self.rank in ranks:
@@ -223,9 +226,16 @@ class Buffer(Calls):
         named = blame_of(error, holders) if isinstance(error, PeerError) and error.holders else None
         self._abandon(named or (self._own_fault() if self._flights.unfinished else None))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
+    def __copy__(self) -> Buffer:
         """Return this buffer: a module that is copied, for an average of its weights say, works with the same one."""
         return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
+        """The same."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Buffer cannot be pickled: it is this process's part of a group; make one in each process")
 
     def __del__(self) -> None:
         if not self._closed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import sys
 import time
 import warnings
@@ -374,6 +376,26 @@ def test_an_argument_with_a_wrong_name_is_the_only_error(monkeypatch):
             kind(None, hiden=8)
         gc.collect()
     assert not ignored
+
+
+def test_copies_are_the_buffer_itself_and_pickles_are_refused():
+    with anyep.Buffer(
+        anyep.local_group(1)[0], hidden=8, num_experts=2, num_topk=1, max_tokens_per_rank=4, timeout_s=20
+    ) as ep:
+        assert copy.copy(ep) is ep
+        assert copy.deepcopy(ep) is ep
+        with pytest.raises(TypeError, match=r"a Buffer cannot be pickled: .* make one in each process"):
+            pickle.dumps(ep)
+
+
+def test_ranks_to_leave_out_are_a_collection():
+    with (
+        anyep.Buffer(
+            anyep.local_group(1)[0], hidden=8, num_experts=2, num_topk=1, max_tokens_per_rank=4, timeout_s=20
+        ) as ep,
+        pytest.raises(TypeError, match=r"ranks must be a collection of ranks, got 1; for one rank pass \[1\]"),
+    ):
+        ep.leave_out(1)
 
 
 def test_a_handle_is_printed_without_its_tensors():
