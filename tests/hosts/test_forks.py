@@ -10,21 +10,15 @@ import pytest
 import torch
 
 import anyep
-from anyep.errors import Unavailable
 from anyep.testing.processes import run_processes
-from anyep.transport.nixl_agent import load_nixl
+from tests.engines import skip_without
 
 _CHILD_S = 20.0
 
 
 @pytest.fixture(params=["shm", "gloo", "nixl"])
 def transport(request):
-    if request.param == "nixl":
-        try:
-            load_nixl()
-        except Unavailable as error:
-            pytest.skip(str(error))
-    return request.param
+    return skip_without(request.param)
 
 
 def refusals(calls):

@@ -10,10 +10,9 @@ import time
 import pytest
 
 import anyep
-from anyep.errors import Unavailable
 from anyep.testing.processes import RankProcesses
-from anyep.transport.nixl_agent import load_nixl
 from anyep.transport.rendezvous import StoreRendezvous
+from tests.engines import skip_without
 from tests.hosts.test_bad_luck import until_there
 
 SIZES = {"hidden": 64, "num_topk": 1, "max_tokens_per_rank": 8}
@@ -22,12 +21,7 @@ ALL = (0, 1, 2)
 
 @pytest.fixture(params=["shm", "gloo", "nixl"])
 def transport(request):
-    if request.param == "nixl":
-        try:
-            load_nixl()
-        except Unavailable as error:
-            pytest.skip(str(error))
-    return request.param
+    return skip_without(request.param)
 
 
 def open_on(group, rank, members, name, **options):

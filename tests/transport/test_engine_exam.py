@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from anyep.errors import Unavailable
 from anyep.testing import EngineExamError, check_engine
 from anyep.testing import engine_cases as cases
 from anyep.testing import engine_end_cases as end_cases
@@ -16,7 +15,7 @@ from anyep.testing.processes import run_processes
 from anyep.testing.transport_exam import Exam
 from anyep.transport.engine_inprocess import InProcessEngine
 from anyep.transport.inprocess import local_group
-from anyep.transport.nixl_agent import load_nixl
+from tests.engines import skip_without
 from tests.transport import engine_ranks
 
 
@@ -44,10 +43,7 @@ def test_gloo_passes(exam):
 
 @pytest.fixture(scope="module")
 def _nixl():
-    try:
-        load_nixl()
-    except Unavailable as error:
-        pytest.skip(str(error))
+    skip_without("nixl")
 
 
 @pytest.mark.usefixtures("_nixl")

@@ -9,20 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from anyep.errors import Unavailable
 from anyep.testing.processes import RankProcesses, run_processes
-from anyep.transport.nixl_agent import load_nixl
+from tests.engines import skip_without
 from tests.transport import engine_ranks
 
 
 @pytest.fixture(params=["gloo", "nixl"])
 def name(request):
-    if request.param == "nixl":
-        try:
-            load_nixl()
-        except Unavailable as error:
-            pytest.skip(str(error))
-    return request.param
+    return skip_without(request.param)
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_a_message_is_named(name, tmp_path):

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from anyep.errors import Unavailable
-from anyep.transport.nixl_agent import load_nixl
 from anyep.transport.nixl_device import try_device
+from tests.engines import skip_without
 
 LOGGED = (
     "E1130 09:00:08.757902 4557 ucx_utils.cpp:674] nixlUcxContext x6: VRAM memory is detected as host by UCX. UCX is "
@@ -57,20 +56,14 @@ def test_a_program_that_does_not_start_is_told():
 
 def test_host_memory_goes_the_same_way():
     """All but the device: what is registered, written and compared."""
-    try:
-        load_nixl()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    skip_without("nixl")
     told = try_device("cpu")
     assert told.possible, told.text
     assert told.text.startswith("cpu was registered, sent from and received into; UCX names DRAM_SEG")
 
 
 def test_a_device_that_is_not_there_is_told():
-    try:
-        load_nixl()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    skip_without("nixl")
     told = try_device("meta")
     assert not told.possible
     assert "meta" in told.text
